@@ -1,0 +1,84 @@
+"""When conjugate gradients end."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class StopReason(StrEnum):
+    """Why the iteration ended."""
+
+    MAX_ITERATIONS = "max_iterations"
+    RESIDUAL = "residual"
+    PROGRESS = "progress"
+    NON_POSITIVE_CURVATURE = "non_positive_curvature"
+
+
+@dataclass(frozen=True)
+class Termination:
+    """Criteria that end the iteration; the first that holds wins.
+
+    The residual is that of the direction quadratic: once it vanishes, that quadratic has no further
+    direction to give. Progress is that of the magnitude quadratic: it is the one being minimised.
+
+    Attributes:
+        max_iterations: Number of directions at most; None means the number of unknowns.
+        relative_residual: End when ‖g + Hx‖ ≤ max(``relative_residual``·‖g‖,
+            ``absolute_residual``), as in scipy.
+        absolute_residual: See there.
+        relative_progress: ε of Martens (2010, "Deep learning via Hessian-free optimization",
+            section 4.4): end at iteration i when i > k, q(x_i) < 0 and
+            (q(x_i) − q(x_{i−k})) / q(x_i) < kε, with k = max(10, i/10). None switches it off;
+            the paper has 5e-4.
+
+    Raises:
+        ValueError: If a criterion is negative or not finite.
+    """
+
+    max_iterations: int | None = None
+    relative_residual: float = 1e-5
+    absolute_residual: float = 0.0
+    relative_progress: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_iterations is not None and self.max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
+        for name in ("relative_residual", "absolute_residual", "relative_progress"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+
+    def check(
+        self,
+        values: Sequence[float],
+        residual_norm: float,
+        gradient_norm: float,
+        dimension: int,
+    ) -> StopReason | None:
+        """The reason to end after iteration i, or None to go on.
+
+        Args:
+            values: q(x_0), ..., q(x_i) of the magnitude quadratic.
+            residual_norm: Euclidean norm of the direction quadratic's residual at iteration i.
+            gradient_norm: Euclidean norm of the direction quadratic's gradient.
+            dimension: Number of unknowns.
+        """
+        iteration = len(values) - 1
+        limit = dimension if self.max_iterations is None else self.max_iterations
+        if residual_norm <= max(self.relative_residual * gradient_norm, self.absolute_residual):
+            return StopReason.RESIDUAL
+        if self._stalled(values):
+            return StopReason.PROGRESS
+        return StopReason.MAX_ITERATIONS if iteration >= limit else None
+
+    def _stalled(self, values: Sequence[float]) -> bool:
+        iteration = len(values) - 1
+        window = max(10, iteration // 10)
+        if self.relative_progress is None or iteration <= window or values[-1] >= 0:
+            return False
+        progress = (values[-1] - values[-1 - window]) / values[-1]
+        return progress < window * self.relative_progress
+
+
+DEFAULT_TERMINATION = Termination()
