@@ -1,0 +1,152 @@
+"""What loaders give: inputs, targets and the order in which they come."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Targets = Iterable[Any] | torch.Tensor | np.ndarray
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def split_batch(batch: Any, dict_key_y: str) -> tuple[Any, Any]:
+    """Inputs and targets of one batch.
+
+    Args:
+        batch: `(x, y)`, or a mapping that holds the targets beside the inputs.
+        dict_key_y: Where a mapping holds its targets.
+
+    Returns:
+        Inputs (the mapping itself, if the batch is one) and targets.
+
+    Raises:
+        ValueError: If a mapping has no such key.
+        TypeError: If the batch is neither a pair nor a mapping.
+    """
+    if isinstance(batch, Mapping):
+        if dict_key_y not in batch:
+            raise ValueError(
+                f"loader yields mappings with keys {sorted(map(str, batch))}, none of which is "
+                f"dict_key_y={dict_key_y!r}; name the key of the targets."
+            )
+        return batch, batch[dict_key_y]
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise TypeError(
+        f"loader must yield (x, y) pairs or mappings, got {_describe(batch)}; "
+        "wrap the loader so that inputs and targets come as a pair."
+    )
+
+
+def inputs_only(batch: Any) -> Any:
+    """Inputs of a batch whose targets, if it has any, do not matter."""
+    return batch[0] if isinstance(batch, list | tuple) and len(batch) > 0 else batch
+
+
+def to_device(x: Any, device: torch.device | str | None) -> Any:
+    """Inputs moved to a device; the tensors of a mapping move, its other values stay."""
+    if device is None:
+        return x
+    if hasattr(x, "to"):
+        return x.to(device)
+    if isinstance(x, Mapping):
+        return {key: to_device(value, device) for key, value in x.items()}
+    return x
+
+
+def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
+    """The values on the host; bfloat16, which numpy lacks, as float32."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return values
+
+
+def iterate(loader: Iterable[Any], name: str, progress_bar: bool) -> Iterator[Any]:
+    """Batches of a loader, under a progress bar if one is wanted.
+
+    Raises:
+        TypeError: If `loader` cannot be iterated over.
+        ValueError: If it yields nothing.
+    """
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"{name} must be a loader, got {_describe(loader)}.")
+    if progress_bar:
+        from tqdm.auto import tqdm
+
+        loader = tqdm(loader, desc=f"Predicting {name}")
+    empty = True
+    for batch in loader:
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError(f"{name} yields no batch; pass one with at least one sample.")
+
+
+def check_unshuffled(loader: object) -> None:
+    """Reject a loader whose order differs from the order of precomputed predictions.
+
+    Raises:
+        ValueError: If the loader draws its samples in random order.
+    """
+    if not isinstance(loader, DataLoader):
+        return
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    for sampler in samplers:
+        shuffled = isinstance(sampler, DistributedSampler) and sampler.shuffle
+        if shuffled or isinstance(sampler, _SHUFFLING):
+            raise ValueError(
+                f"loader shuffles ({type(sampler).__name__}), so its labels do not line up with "
+                "precomputed predictions; build it with shuffle=False, or pass the labels."
+            )
+
+
+def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
+    """Targets [n, ...] in order, from an unshuffled loader or as they are.
+
+    Raises:
+        ValueError: If the loader shuffles, is empty, or yields unlike shapes.
+        TypeError: If a batch is neither a pair nor a mapping.
+    """
+    if isinstance(source, torch.Tensor | np.ndarray):
+        return to_numpy(source)
+    check_unshuffled(source)
+    return concatenate(
+        [
+            to_numpy(torch.as_tensor(split_batch(batch, dict_key_y)[1]))
+            for batch in iterate(source, "loader", progress_bar=False)
+        ]
+    )
+
+
+def concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    """The batches' targets one after another [n, ...].
+
+    Raises:
+        ValueError: If the batches' trailing shapes differ.
+    """
+    shapes = {part.shape[1:] if part.ndim else None for part in parts}
+    if len(shapes) > 1 or None in shapes:
+        raise ValueError(
+            f"targets must share one shape per sample, got trailing shapes {shapes} "
+            "(None: a scalar batch); let every batch have a leading sample dimension."
+        )
+    return np.concatenate(parts)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return type(value).__name__

@@ -1,0 +1,254 @@
+"""`evaluate`: how good and how calibrated are predictions, in one record."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from laplace_debiased.calibration import checks, metrics
+from laplace_debiased.calibration.batches import FloatArray, Targets
+from laplace_debiased.calibration.predictions import (
+    ClassPredictions,
+    GaussianPredictions,
+    Options,
+    predict,
+    predict_unlabelled,
+)
+from laplace_debiased.calibration.reliability import (
+    IntervalCurve,
+    ReliabilityBins,
+    interval_curve,
+    plot_interval_curve,
+    plot_reliability_bins,
+    reliability_bins,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MEANINGS = {
+    "nll": "negative log-likelihood, nats, mean over samples",
+    "ece": "expected calibration error of the top label",
+    "mce": "maximum calibration error over bins",
+    "brier": "squared error summed over classes, mean over samples",
+    "accuracy": "share of correct predictions",
+    "entropy": "predictive entropy, nats, mean over samples",
+    "auroc": "entropy separates in from out of distribution",
+    "fpr95": "out-of-distribution share kept at 95 % true positives",
+    "rmse": "root of the squared error's mean over samples and outputs",
+    "ence": "expected normalized calibration error, mean over outputs",
+    "interval_coverage": "targets within their central 95 % interval",
+    "epistemic_std": "predictive std without noise, mean over samples and outputs",
+    "total_std": "predictive std with noise, mean over samples and outputs",
+    "n_bins": "bins of ECE and MCE, or of ENCE",
+    "n_samples": "samples",
+    "n_ood_samples": "out-of-distribution samples",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """Scores of predictions; None where a metric does not apply.
+
+    Shares and calibration errors lie in [0, 1] and are not in percent.
+
+    Attributes:
+        nll: Negative log-likelihood of the targets, in nats, mean over samples. In regression that
+            of the whole target vector [K] under the total predictive covariance.
+        n_samples: Number of samples.
+        n_bins: Bins of `ece` and `mce`, or of `ence`.
+        ece: Expected calibration error of the top label.
+        mce: Maximum calibration error over bins.
+        brier: Squared error summed over classes, mean over samples (in [0, 2]).
+        accuracy: Share of samples whose most probable class is the label.
+        entropy: Predictive entropy, in nats, mean over samples.
+        auroc: Probability that an out-of-distribution sample has the higher entropy.
+        fpr95: Share of out-of-distribution samples that pass as in-distribution where at least
+            95 % of the in-distribution samples do, by entropy.
+        rmse: Root of the squared error's mean over samples and outputs.
+        ence: Expected normalized calibration error, mean over outputs.
+        interval_coverage: Share of targets within their central 95 % interval, noise included.
+        epistemic_std: Predictive standard deviation without noise, mean over samples and outputs.
+        total_std: The same with noise.
+        n_ood_samples: Number of out-of-distribution samples.
+        curve: What `plot_reliability` shows.
+    """
+
+    nll: float
+    n_samples: int
+    n_bins: int
+    ece: float | None = None
+    mce: float | None = None
+    brier: float | None = None
+    accuracy: float | None = None
+    entropy: float | None = None
+    auroc: float | None = None
+    fpr95: float | None = None
+    rmse: float | None = None
+    ence: float | None = None
+    interval_coverage: float | None = None
+    epistemic_std: float | None = None
+    total_std: float | None = None
+    n_ood_samples: int | None = None
+    curve: ReliabilityBins | IntervalCurve | None = field(default=None, compare=False)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Every number by name, None where a metric does not apply."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "curve"}
+
+    def plot_reliability(self, ax: "Axes | None" = None) -> "Figure":
+        """Accuracy against confidence, or coverage against nominal level in regression.
+
+        Args:
+            ax: Axes to draw into; a new figure without one. No pyplot state is touched.
+
+        Returns:
+            The figure drawn into; save it with `savefig`.
+
+        Raises:
+            ValueError: If the record was built without a curve.
+        """
+        if isinstance(self.curve, ReliabilityBins):
+            return plot_reliability_bins(self.curve, ax)
+        if isinstance(self.curve, IntervalCurve):
+            return plot_interval_curve(self.curve, ax)
+        raise ValueError("this record has no curve to plot; get one from evaluate().")
+
+    def __repr__(self) -> str:
+        rows = [(key, self.to_dict()[key], text) for key, text in _MEANINGS.items()]
+        lines = [f"  {k:<17} {_number(v):>9}  {text}" for k, v, text in rows if v is not None]
+        return "\n".join([type(self).__name__, *lines])
+
+
+def evaluate(
+    la_or_probs: Any,
+    loader: Targets,
+    *,
+    ood_loader: Iterable[Any] | None = None,
+    n_bins: int = 15,
+    link_approx: str | None = None,
+    pred_type: str | None = None,
+    progress_bar: bool = False,
+    ood_probs: torch.Tensor | np.ndarray | None = None,
+) -> Evaluation:
+    """Score a posterior, or predictions, on labelled data.
+
+    A posterior predicts in eval mode; its model, the global random number generators and gradients
+    are left as they were. A label whose probability underflows to zero counts as the smallest
+    positive number of the dtype (87 nats in float32), with a warning.
+
+    Args:
+        la_or_probs: A fitted posterior; probabilities [n, C]; or for regression a pair of means
+            [n, K] and *total* predictive variances ([n, K], or covariances [n, K, K]). A
+            posterior's own regression variance is epistemic: σ² is added to it here.
+        loader: Gives (x, y), or mappings with the posterior's `dict_key_y`. With precomputed
+            predictions it must not shuffle; the targets themselves will do as well.
+        ood_loader: Out-of-distribution inputs for a classifier, with or without targets.
+        n_bins: Equal-width bins of `ece` and `mce` (of confidence), or of `ence` (of std).
+        link_approx: Classification link; None means the posterior's `tuned_link_approx` if it has
+            one, else its default.
+        pred_type: Type of predictive; None means the posterior's default.
+        progress_bar: Whether to show progress over the loaders.
+        ood_probs: Probabilities [m, C] on out-of-distribution data, in place of `ood_loader`.
+
+    Returns:
+        A record of floats, None where a metric does not apply.
+
+    Raises:
+        TypeError: If `la_or_probs`, `n_bins` or a batch has the wrong type.
+        ValueError: If predictions are not finite or no probabilities, if targets are invalid or do
+            not match them, if a loader is empty, or if the out-of-distribution data do not apply.
+    """
+    n_bins = checks.count(n_bins, "n_bins")
+    options = Options(link_approx, pred_type, progress_bar)
+    _check_ood(la_or_probs, ood_loader, ood_probs)
+    predictions = predict(la_or_probs, loader, options)
+    if isinstance(predictions, GaussianPredictions):
+        if ood_loader is not None or ood_probs is not None:
+            raise ValueError("ood_loader and ood_probs apply to classification; leave them out.")
+        return _score_regression(predictions, n_bins)
+    outside = None
+    if ood_loader is not None:
+        outside = predict_unlabelled(la_or_probs, ood_loader, options)
+    elif ood_probs is not None:
+        outside = checks.probabilities(ood_probs, "ood_probs")
+    return _score_classification(predictions, outside, n_bins)
+
+
+def _check_ood(source: Any, ood_loader: Any, ood_probs: Any) -> None:
+    if ood_loader is not None and ood_probs is not None:
+        raise ValueError("got both ood_loader and ood_probs; pass one of them.")
+    if ood_loader is not None and isinstance(source, torch.Tensor | np.ndarray):
+        raise ValueError(
+            "ood_loader needs a posterior to predict with; beside precomputed probabilities pass "
+            "ood_probs, the probabilities on the out-of-distribution data."
+        )
+
+
+def _score_classification(
+    predictions: ClassPredictions, outside: FloatArray | None, n_bins: int
+) -> Evaluation:
+    probs, labels = predictions.probs, predictions.labels
+    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+    ece, mce = metrics.calibration_errors(confidence, correct, n_bins)
+    entropy = metrics.predictive_entropy(probs)
+    auroc, fpr95 = None, None
+    if outside is not None:
+        if outside.shape[1] != probs.shape[1]:
+            raise ValueError(
+                f"ood_probs must have the classes of the predictions ({probs.shape[1]}), got "
+                f"{outside.shape[1]}; entropies of different numbers of classes do not compare."
+            )
+        auroc, fpr95 = metrics.ood_detection(entropy, metrics.predictive_entropy(outside))
+    return Evaluation(
+        nll=_mean_nll(predictions),
+        n_samples=len(labels),
+        n_bins=n_bins,
+        ece=ece,
+        mce=mce,
+        brier=metrics.brier_score(probs, labels),
+        accuracy=float(correct.mean()),
+        entropy=float(entropy.mean()),
+        auroc=auroc,
+        fpr95=fpr95,
+        n_ood_samples=None if outside is None else len(outside),
+        curve=reliability_bins(confidence, correct, n_bins),
+    )
+
+
+def _score_regression(predictions: GaussianPredictions, n_bins: int) -> Evaluation:
+    mean, targets = predictions.mean, predictions.targets
+    error, std = targets - mean, np.sqrt(predictions.total_variance)
+    curve = interval_curve(metrics.interval_level(error, std), metrics.COVERAGE_LEVEL)
+    epistemic = predictions.epistemic_variance
+    return Evaluation(
+        nll=float(predictions.nll.mean()),
+        n_samples=len(targets),
+        n_bins=n_bins,
+        rmse=float(np.sqrt(np.square(error).mean())),
+        ence=metrics.expected_normalized_error(mean, std, targets, n_bins),
+        interval_coverage=curve.interval_coverage,
+        epistemic_std=None if epistemic is None else float(np.sqrt(epistemic).mean()),
+        total_std=float(std.mean()),
+        curve=curve,
+    )
+
+
+def _mean_nll(predictions: ClassPredictions) -> float:
+    nll = metrics.label_nll(predictions.probs, predictions.labels, predictions.floor)
+    zeros = metrics.label_probability(predictions.probs, predictions.labels) < predictions.floor
+    if zeros.any():
+        warnings.warn(
+            f"{int(zeros.sum())} of {len(nll)} labels have probability zero; each counts as "
+            f"{-np.log(predictions.floor):.1f} nats in the NLL. Predict in a wider dtype.",
+            stacklevel=4,
+        )
+    return float(nll.mean())
+
+
+def _number(value: float | int) -> str:
+    return f"{value:d}" if isinstance(value, int) else f"{value:.4f}"

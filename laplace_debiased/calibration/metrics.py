@@ -1,0 +1,138 @@
+"""Scores of predictions, as pure functions of float64 arrays. Entropies and NLLs are in nats."""
+
+import numpy as np
+from scipy.special import entr, erf
+
+from laplace_debiased.calibration.batches import FloatArray, IntArray
+
+COVERAGE_LEVEL = 0.95
+TRUE_POSITIVE_RATE = 0.95
+_RELATIVE_SPREAD = 1e-9
+
+
+def label_nll(probs: FloatArray, labels: IntArray, floor: float) -> FloatArray:
+    """Negative log probability of each label [n], in nats, of probabilities [n, C].
+
+    A probability below `floor` counts as `floor`: one underflow must not make a mean infinite.
+    """
+    return -np.log(np.maximum(label_probability(probs, labels), floor))
+
+
+def label_probability(probs: FloatArray, labels: IntArray) -> FloatArray:
+    """Probability that each sample's label was given [n]."""
+    return np.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
+
+
+def brier_score(probs: FloatArray, labels: IntArray) -> float:
+    """Mean over samples of the squared error summed over classes, in [0, 2] (Brier, 1950)."""
+    per_sample = np.square(probs).sum(axis=1) - 2.0 * label_probability(probs, labels) + 1.0
+    return float(per_sample.mean())
+
+
+def predictive_entropy(probs: FloatArray) -> FloatArray:
+    """Shannon entropy of each row [n], in nats."""
+    return entr(probs).sum(axis=1)
+
+
+def calibration_errors(
+    confidence: FloatArray, correct: np.ndarray, n_bins: int
+) -> tuple[float, float]:
+    """Expected and maximum calibration error of the top label, equal-width bins.
+
+    Args:
+        confidence: Probability of the predicted class [n].
+        correct: Whether the predicted class is the label [n].
+        n_bins: Number of bins of [0, 1]; a bin is closed on its left.
+
+    Returns:
+        ECE, the |accuracy − confidence| per bin averaged over samples, and MCE, the largest one
+        (Naeini, Cooper, Hauskrecht, 2015; Guo et al., 2017, eqs. 3 and 5).
+    """
+    from netcal.metrics import ECE, MCE
+
+    # Given class probabilities, netcal scores the positive class instead of the top label as soon
+    # as two distinct labels are left; given confidence and correctness it cannot.
+    hits = correct.astype(np.int64)
+    ece, mce = (
+        metric(bins=n_bins).measure(confidence.copy(), hits.copy()) for metric in (ECE, MCE)
+    )
+    return float(ece), float(mce)
+
+
+def ood_detection(entropy_in: FloatArray, entropy_ood: FloatArray) -> tuple[float, float]:
+    """AUROC and FPR95 of predictive entropy as a detector of out-of-distribution inputs.
+
+    Args:
+        entropy_in: Predictive entropies of in-distribution samples [n].
+        entropy_ood: Those of out-of-distribution samples [m].
+
+    Returns:
+        AUROC, the probability that an out-of-distribution sample has the higher entropy; and
+        FPR95, the share of out-of-distribution samples that pass as in-distribution at the
+        threshold where at least 95 % of the in-distribution samples do (Liang, Li, Srikant, 2018).
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    inside = np.concatenate([np.ones(len(entropy_in)), np.zeros(len(entropy_ood))])
+    score = -np.concatenate([entropy_in, entropy_ood])
+    false_positive, true_positive, _ = roc_curve(inside, score, drop_intermediate=False)
+    at_95 = int(np.argmax(true_positive >= TRUE_POSITIVE_RATE))
+    return float(roc_auc_score(inside, score)), float(false_positive[at_95])
+
+
+def gaussian_nll(error: FloatArray, covariance: FloatArray) -> FloatArray:
+    """Negative log density of each target vector [n], in nats.
+
+    Args:
+        error: Target minus predictive mean [n, K].
+        covariance: Total predictive variances [n, K], or covariances [n, K, K].
+
+    Raises:
+        numpy.linalg.LinAlgError: If a covariance is not positive definite.
+    """
+    constant = error.shape[1] * np.log(2.0 * np.pi)
+    if covariance.ndim == 2:
+        per_output = np.log(covariance) + np.square(error) / covariance
+        return 0.5 * (per_output.sum(axis=1) + constant)
+    root = np.linalg.cholesky(covariance)
+    white = np.linalg.solve(root, error[..., None])[..., 0]
+    log_det = 2.0 * np.log(np.diagonal(root, axis1=1, axis2=2)).sum(axis=1)
+    return 0.5 * (np.square(white).sum(axis=1) + log_det + constant)
+
+
+def interval_level(error: FloatArray, std: FloatArray) -> FloatArray:
+    """Level of the smallest central Gaussian interval that holds each target [n, K], in [0, 1]."""
+    return erf(np.abs(error) / (std * np.sqrt(2.0)))
+
+
+def expected_normalized_error(
+    mean: FloatArray, std: FloatArray, targets: FloatArray, n_bins: int
+) -> float:
+    """ENCE: mean over bins of |RMSE − RMV| / RMV, bins of equal width in the predicted std.
+
+    Args:
+        mean: Predictive means [n, K].
+        std: Total predictive standard deviations [n, K].
+        targets: Targets [n, K].
+        n_bins: Number of bins between the smallest and the largest std; empty ones do not count.
+
+    Returns:
+        The mean over the K outputs (Levi et al., 2019, eq. 8).
+    """
+    from netcal.metrics.regression import ENCE
+
+    metric = ENCE(bins=n_bins)
+    errors = [
+        metric.measure((mu.copy(), sigma.copy()), y.copy(), range_=_std_range(sigma, n_bins))
+        for mu, sigma, y in zip(mean.T, std.T, targets.T, strict=True)
+    ]
+    return float(np.mean(errors))
+
+
+def _std_range(std: FloatArray, n_bins: int) -> list[tuple[float, float]] | None:
+    """Range of netcal's bins for one output, None for its own choice."""
+    low, high = float(std.min()), float(std.max())
+    if high - low > _RELATIVE_SPREAD * high:
+        return None
+    # A constant noise level leaves netcal bins without width, which raises: centre it in the first.
+    return [(0.5 * high, (n_bins + 0.5) * high)]

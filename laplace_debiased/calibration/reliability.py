@@ -1,0 +1,158 @@
+"""What calibration plots show, as plain numbers, and the plots."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from laplace_debiased.calibration.batches import FloatArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _RED, _GRAY = "#4878a8", "#c44e52", "#555555"
+N_LEVELS = 20
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """Accuracy against confidence of the top label.
+
+    Attributes:
+        edges: Bounds of the bins of confidence, one more than there are bins.
+        counts: Number of samples in each bin.
+        confidence: Mean confidence in each bin; NaN where it is empty.
+        accuracy: Share of correct predictions in each bin; NaN where it is empty.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+    @property
+    def expected_error(self) -> float:
+        """ECE: |accuracy − confidence| averaged over samples."""
+        gap = np.abs(np.subtract(self.accuracy, self.confidence))
+        return float(np.nansum(gap * np.array(self.counts)) / sum(self.counts))
+
+
+@dataclass(frozen=True)
+class IntervalCurve:
+    """Share of targets inside central intervals, against the intervals' nominal level.
+
+    Attributes:
+        nominal: Nominal levels from 0 to 1.
+        observed: Share of targets within the interval of each level.
+        interval_coverage: That share at the nominal level 0.95.
+    """
+
+    nominal: tuple[float, ...]
+    observed: tuple[float, ...]
+    interval_coverage: float
+
+
+def reliability_bins(confidence: FloatArray, correct: np.ndarray, n_bins: int) -> ReliabilityBins:
+    """Equal-width bins of confidence [n] and correctness [n]; a bin is closed on its left."""
+    edges = np.linspace(0.0, 1.0, n_bins + 1)
+    index = np.digitize(confidence, edges[1:-1])
+    counts = np.bincount(index, minlength=n_bins)
+
+    def bin_means(values: np.ndarray) -> tuple[float, ...]:
+        sums = np.bincount(index, weights=values, minlength=n_bins)
+        means = np.full(n_bins, np.nan)
+        return tuple(np.divide(sums, counts, out=means, where=counts > 0).tolist())
+
+    return ReliabilityBins(
+        tuple(edges.tolist()), tuple(counts.tolist()), bin_means(confidence), bin_means(correct)
+    )
+
+
+def interval_curve(levels: FloatArray, coverage_level: float) -> IntervalCurve:
+    """Curve of the levels at which targets enter their central intervals, of any shape."""
+    nominal = np.linspace(0.0, 1.0, N_LEVELS + 1)
+    sorted_levels = np.sort(levels, axis=None)
+    observed = np.searchsorted(sorted_levels, nominal, side="right") / levels.size
+    coverage = float(np.mean(levels <= coverage_level))
+    return IntervalCurve(tuple(nominal.tolist()), tuple(observed.tolist()), coverage)
+
+
+def plot_reliability_bins(bins: ReliabilityBins, ax: "Axes | None" = None) -> "Figure":
+    """Accuracy against confidence, the gap between them, and where the confidences lie.
+
+    Args:
+        bins: What to show.
+        ax: Axes to draw into; a new figure without one. No pyplot state is touched.
+    """
+    main = _new_axes() if ax is None else ax
+    edges, counts = np.array(bins.edges), np.array(bins.counts)
+    filled = counts > 0
+    left, width = edges[:-1][filled], np.diff(edges)[filled]
+    accuracy, confidence = np.array(bins.accuracy)[filled], np.array(bins.confidence)[filled]
+    bar = partial(main.bar, left, width=width, align="edge", linewidth=0.6)
+    bar(accuracy, color=_BLUE, edgecolor="white", label="accuracy")
+    bar(
+        confidence - accuracy,
+        bottom=accuracy,
+        color=(_RED, 0.25),
+        edgecolor=_RED,
+        hatch="////",
+        label="gap to confidence",
+    )
+    main.plot([0, 1], [0, 1], color=_GRAY, linestyle="--", linewidth=1, label="calibrated")
+    _unit_square(main, ylabel="accuracy")
+    main.set_title(f"ECE {100 * bins.expected_error:.2f} %, {counts.sum()} samples")
+    main.legend(loc="upper left", framealpha=0.8, edgecolor="none")
+    main.tick_params(labelbottom=False)
+    below = main.inset_axes((0.0, -0.34, 1.0, 0.28), sharex=main)
+    share = 100 * counts / counts.sum()
+    below.bar(edges[:-1], share, np.diff(edges), align="edge", color=_GRAY, edgecolor="white")
+    below.set(xlabel="confidence", ylabel="samples (%)", xlim=(0, 1))
+    _despine(below)
+    return _figure_of(main)
+
+
+def plot_interval_curve(curve: IntervalCurve, ax: "Axes | None" = None) -> "Figure":
+    """Observed coverage of central intervals against their nominal level.
+
+    Args:
+        curve: What to show.
+        ax: Axes to draw into; a new figure without one. No pyplot state is touched.
+    """
+    main = _new_axes() if ax is None else ax
+    nominal, observed = np.array(curve.nominal), np.array(curve.observed)
+    main.plot([0, 1], [0, 1], color=_GRAY, linestyle="--", linewidth=1, label="calibrated")
+    main.fill_between(nominal, nominal, observed, color=_RED, alpha=0.2, linewidth=0, label="gap")
+    main.plot(nominal, observed, color=_BLUE, marker="o", markersize=3.5, label="observed")
+    _unit_square(main, ylabel="share of targets inside")
+    main.set(xlabel="nominal level of the central interval")
+    main.set_title(f"95 % intervals hold {100 * curve.interval_coverage:.1f} % of targets")
+    main.legend(loc="upper left", framealpha=0.8, edgecolor="none")
+    return _figure_of(main)
+
+
+def _new_axes() -> "Axes":
+    # Not through pyplot: it would register the figure globally and keep it alive.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(4.6, 5.2), dpi=120, layout="constrained").add_subplot()
+
+
+def _figure_of(ax: "Axes") -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = ax.get_figure(root=True)
+    if not isinstance(figure, Figure):
+        raise ValueError("ax must belong to a figure; create it with Figure().add_subplot().")
+    return figure
+
+
+def _unit_square(ax: "Axes", ylabel: str) -> None:
+    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel=ylabel, aspect="equal")
+    _despine(ax)
+
+
+def _despine(ax: "Axes") -> None:
+    ax.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,78 @@
+"""`predictive_report`: what was predicted for each sample, and how surely."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from laplace_debiased.calibration import metrics
+from laplace_debiased.calibration.batches import FloatArray, IntArray, Targets
+from laplace_debiased.calibration.predictions import ClassPredictions, Options, predict
+
+
+@dataclass(frozen=True, eq=False)
+class PredictiveReport:
+    """Predictions sample by sample, in the loader's order; None where a column does not apply.
+
+    Attributes:
+        prediction: Most probable class [n], or predictive mean [n, K].
+        target: Label [n], or target [n, K].
+        nll: Negative log-likelihood of each target [n], in nats.
+        confidence: Probability of the predicted class [n].
+        entropy: Predictive entropy [n], in nats.
+        correct: Whether the predicted class is the label [n].
+        epistemic_std: Predictive standard deviation without noise [n, K].
+        total_std: The same with noise [n, K].
+    """
+
+    prediction: IntArray | FloatArray
+    target: IntArray | FloatArray
+    nll: FloatArray
+    confidence: FloatArray | None = None
+    entropy: FloatArray | None = None
+    correct: np.ndarray | None = None
+    epistemic_std: FloatArray | None = None
+    total_std: FloatArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.nll)
+
+    def __repr__(self) -> str:
+        columns = ", ".join(self.to_dict())
+        return f"{type(self).__name__}({len(self)} samples: {columns})"
+
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """The columns that apply, by name; `pandas.DataFrame` takes them for K = 1."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: column for name, column in columns.items() if column is not None}
+
+
+def predictive_report(
+    la_or_probs: Any,
+    loader: Targets,
+    *,
+    link_approx: str | None = None,
+    pred_type: str | None = None,
+    progress_bar: bool = False,
+) -> PredictiveReport:
+    """Predictions and their uncertainty for each sample; arguments and errors as in `evaluate`."""
+    predictions = predict(la_or_probs, loader, Options(link_approx, pred_type, progress_bar))
+    if isinstance(predictions, ClassPredictions):
+        probs, labels = predictions.probs, predictions.labels
+        top = probs.argmax(axis=1)
+        return PredictiveReport(
+            prediction=top,
+            target=labels,
+            nll=metrics.label_nll(probs, labels, predictions.floor),
+            confidence=probs.max(axis=1),
+            entropy=metrics.predictive_entropy(probs),
+            correct=top == labels,
+        )
+    epistemic = predictions.epistemic_variance
+    return PredictiveReport(
+        prediction=predictions.mean,
+        target=predictions.targets,
+        nll=predictions.nll,
+        epistemic_std=None if epistemic is None else np.sqrt(epistemic),
+        total_std=np.sqrt(predictions.total_variance),
+    )

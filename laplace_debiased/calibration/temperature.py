@@ -1,0 +1,177 @@
+"""Temperature scaling, the baseline that a posterior has to beat (Guo et al., 2017, sec. 4.2)."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.special import logsumexp, softmax
+from torch import nn
+
+from laplace_debiased.calibration import checks
+from laplace_debiased.calibration.batches import (
+    FloatArray,
+    IntArray,
+    Targets,
+    collect_targets,
+    concatenate,
+    iterate,
+    split_batch,
+    to_device,
+    to_numpy,
+)
+from laplace_debiased.calibration.state import untouched
+
+TEMPERATURE_BOUNDS = (1e-3, 1e3)
+
+
+@dataclass(frozen=True)
+class TemperatureScaling:
+    """One temperature for all logits.
+
+    Attributes:
+        temperature: What logits are divided by.
+        nll_before: Negative log-likelihood of the validation labels at temperature one, in nats,
+            mean over samples.
+        nll_after: The same at `temperature`.
+    """
+
+    temperature: float
+    nll_before: float
+    nll_after: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0.0):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}.")
+
+    @overload
+    def probs(self, logits: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def probs(self, logits: np.ndarray) -> FloatArray: ...
+    def probs(self, logits: torch.Tensor | np.ndarray) -> torch.Tensor | FloatArray:
+        """Scaled probabilities [..., C] of logits [..., C], as tensor or array like these."""
+        if isinstance(logits, torch.Tensor):
+            return torch.softmax(logits / self.temperature, dim=-1)
+        return softmax(logits / self.temperature, axis=-1)
+
+
+def fit_temperature(
+    logits_or_model: torch.Tensor | np.ndarray | nn.Module,
+    val_loader: Targets,
+    *,
+    dict_key_y: str = "labels",
+    progress_bar: bool = False,
+) -> TemperatureScaling:
+    """Temperature that minimises the negative log-likelihood on validation data.
+
+    Args:
+        logits_or_model: A classifier that gives logits [batch, C], or its logits [n, C].
+        val_loader: Gives (x, y) or mappings. Beside logits it must not shuffle, and the labels [n]
+            themselves will do as well.
+        dict_key_y: Where a mapping holds its labels.
+        progress_bar: Whether to show progress over the loader.
+
+    Returns:
+        The temperature and what it is worth. It warns where the optimum lies outside
+        [0.001, 1000], as for validation data without a single error, and returns that bound.
+
+    Raises:
+        TypeError: If the first argument is neither model nor logits.
+        ValueError: If logits are not finite, labels are invalid, or the two do not match.
+    """
+    if isinstance(logits_or_model, nn.Module):
+        logits, labels = collect_logits(
+            logits_or_model, val_loader, dict_key_y=dict_key_y, progress_bar=progress_bar
+        )
+        return _fit(*_checked(logits, labels))
+    if not isinstance(logits_or_model, torch.Tensor | np.ndarray):
+        raise TypeError(
+            "logits_or_model must be a torch module or logits (samples, classes), got "
+            f"{type(logits_or_model).__name__}; of a posterior pass its .model."
+        )
+    with untouched(None):
+        targets = collect_targets(val_loader, dict_key_y)
+    return _fit(*_checked(logits_or_model, targets))
+
+
+def collect_logits(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    dict_key_y: str = "labels",
+    progress_bar: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [n, C] and labels [n] of a loader, on the CPU; the model is left as it was.
+
+    Raises:
+        TypeError: If a batch is neither a pair nor a mapping.
+        ValueError: If the loader is empty.
+    """
+    device = next((parameter.device for parameter in model.parameters()), None)
+    logits, labels = [], []
+    with untouched(model), torch.no_grad():
+        for batch in iterate(loader, "loader", progress_bar):
+            x, y = split_batch(batch, dict_key_y)
+            output = model(to_device(x, device))
+            # Hugging Face models wrap their logits in a record.
+            logits.append(getattr(output, "logits", output).cpu())
+            labels.append(to_numpy(torch.as_tensor(y)))
+    return torch.cat(logits), torch.from_numpy(concatenate(labels))
+
+
+def _checked(
+    logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray
+) -> tuple[FloatArray, IntArray]:
+    checked = checks.finite(logits, "logits")
+    if checked.ndim != 2 or checked.shape[1] < 2:
+        raise ValueError(
+            "logits must have shape (samples, classes) with at least two classes, got "
+            f"{checked.shape}; for one logit z per sample stack (0, z)."
+        )
+    return checked, checks.class_labels(labels, *checked.shape)
+
+
+def _fit(logits: FloatArray, labels: IntArray) -> TemperatureScaling:
+    # The label's own logit subtracted: exact for the NLL, and it keeps tiny losses accurate.
+    margins = logits - np.take_along_axis(logits, labels[:, None], axis=1)
+
+    def nll(log_temperature: float) -> float:
+        return float(logsumexp(margins * math.exp(-log_temperature), axis=1).mean())
+
+    optimum = _optimal_log_temperature(margins)
+    return TemperatureScaling(math.exp(optimum), nll_before=nll(0.0), nll_after=nll(optimum))
+
+
+def _optimal_log_temperature(margins: FloatArray) -> float:
+    """Logarithm of the temperature that minimises the NLL of logit margins [n, C].
+
+    The NLL is convex in 1/T, so its slope has one zero and a bracketing root finder gets it to
+    machine precision. netcal's fit is not used: it starts from clipped probabilities, which moves
+    the optimum of overconfident logits, and what it calls the temperature is the inverse of it.
+    """
+
+    def slope(log_temperature: float) -> float:
+        inverse = math.exp(-log_temperature)
+        return float((softmax(margins * inverse, axis=1) * margins).sum(axis=1).mean())
+
+    low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
+    if not margins.any():
+        return 0.0  # Constant logits: every temperature gives the same probabilities.
+    if slope(low) <= 0.0:
+        return _at_bound(low, "every label has the largest logit")
+    if slope(high) >= 0.0:
+        return _at_bound(high, "the logits do no better than chance")
+    return float(brentq(slope, low, high, xtol=1e-13, rtol=1e-13))
+
+
+def _at_bound(log_temperature: float, reason: str) -> float:
+    warnings.warn(
+        f"the optimal temperature lies beyond {math.exp(log_temperature):g}, as it does when "
+        f"{reason}; fit it on more, or on other, validation data.",
+        stacklevel=5,
+    )
+    return log_temperature

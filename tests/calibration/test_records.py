@@ -1,0 +1,125 @@
+"""What `evaluate` and `predictive_report` return: numbers, tables, plots, columns."""
+
+import io
+import json
+import pickle
+import sys
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from laplace_debiased.calibration import Evaluation, evaluate, predictive_report
+from tests.calibration.helpers import (
+    RTOL,
+    FakePosterior,
+    calibrated_classes,
+    calibrated_gaussians,
+    loader_of,
+    softmax,
+)
+
+
+@pytest.fixture(scope="module")
+def classes():
+    logits, labels = calibrated_classes(n=80)
+    return softmax(logits), labels
+
+
+@pytest.fixture(scope="module")
+def gaussians():
+    mean, std, targets = calibrated_gaussians(n=60)
+    return (mean, std**2), targets
+
+
+def test_record_is_frozen_plain_and_picklable(classes):
+    record = evaluate(*classes)
+    with pytest.raises(FrozenInstanceError):
+        record.nll = 0.0
+    numbers = record.to_dict()
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert all(value is None or type(value) in (int, float) for value in numbers.values())
+    assert pickle.loads(pickle.dumps(record)) == record
+
+
+def test_table_shows_what_applies_and_nothing_else(classes, gaussians):
+    table = repr(evaluate(*classes))
+    assert "ece" in table
+    assert "rmse" not in table
+    assert "auroc" not in table
+    lines = table.splitlines()[1:]
+    assert len({line.index(line.split()[2], 20) for line in lines}) == 1
+    assert "interval_coverage" in repr(evaluate(*gaussians))
+
+
+def test_table_has_a_row_for_every_number():
+    record = Evaluation(**dict.fromkeys(Evaluation.__dataclass_fields__, 1))
+    rows = {line.split()[0] for line in repr(record).splitlines()[1:]}
+    assert rows == record.to_dict().keys()
+
+
+def test_reliability_plot_draws_each_bins_accuracy_and_confidence(classes):
+    record = evaluate(*classes, n_bins=10)
+    figure = record.plot_reliability()
+    ax = figure.axes[0]
+    filled = [i for i, count in enumerate(record.curve.counts) if count]
+    accuracy, gap = ax.containers
+    assert [bar.get_height() for bar in accuracy] == [record.curve.accuracy[i] for i in filled]
+    assert [bar.get_y() + bar.get_height() for bar in gap] == pytest.approx(
+        [record.curve.confidence[i] for i in filled], rel=RTOL
+    )
+    assert f"ECE {100 * record.ece:.2f} %" in ax.get_title()
+    histogram = ax.child_axes[0].containers[0]
+    assert sum(bar.get_height() for bar in histogram) == pytest.approx(100.0)
+
+
+def test_regression_plot_draws_coverage_against_level(gaussians):
+    record = evaluate(*gaussians)
+    ax = record.plot_reliability().axes[0]
+    x, y = ax.lines[-1].get_data()
+    assert tuple(x) == record.curve.nominal
+    assert tuple(y) == record.curve.observed
+    assert f"{100 * record.interval_coverage:.1f} %" in ax.get_title()
+
+
+def test_plots_go_into_given_axes_and_leave_pyplot_alone(classes, gaussians):
+    figure = Figure(layout="constrained")
+    left, right = figure.subplots(1, 2)
+    assert evaluate(*classes).plot_reliability(left) is figure
+    assert evaluate(*gaussians).plot_reliability(ax=right) is figure
+    figure.savefig(io.BytesIO(), format="png")
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        assert pyplot.get_fignums() == []
+
+
+def test_record_without_a_curve_says_so():
+    with pytest.raises(ValueError, match="no curve"):
+        Evaluation(nll=1.0, n_samples=1, n_bins=15).plot_reliability()
+
+
+def test_report_of_a_classifier_averages_to_its_evaluation(classes):
+    probs, labels = classes
+    record, report = evaluate(probs, labels), predictive_report(probs, labels)
+    assert len(report) == len(labels)
+    assert report.nll.mean() == pytest.approx(record.nll, rel=RTOL)
+    assert report.entropy.mean() == pytest.approx(record.entropy, rel=RTOL)
+    assert report.correct.mean() == record.accuracy
+    assert np.array_equal(report.prediction, probs.argmax(1))
+    assert np.array_equal(report.confidence, probs.max(1))
+    assert report.total_std is None
+    from_posterior = predictive_report(FakePosterior(), loader_of(probs, labels))
+    assert from_posterior.to_dict().keys() == report.to_dict().keys()
+    assert np.array_equal(from_posterior.nll, report.nll)
+
+
+def test_report_of_a_regression_posterior_splits_the_uncertainty():
+    mean, std, targets = calibrated_gaussians(n=40)
+    la = FakePosterior(likelihood="regression", sigma_noise=0.5)
+    loader = loader_of(np.concatenate([mean, std**2], axis=1), targets)
+    report = predictive_report(la, loader)
+    np.testing.assert_allclose(report.epistemic_std, std, rtol=RTOL)
+    np.testing.assert_allclose(report.total_std, np.sqrt(std**2 + 0.25), rtol=RTOL)
+    assert report.nll.mean() == pytest.approx(evaluate(la, loader).nll, rel=RTOL)
+    assert report.confidence is None
+    assert "40 samples" in repr(report)
