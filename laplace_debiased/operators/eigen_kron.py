@@ -1,0 +1,255 @@
+"""A block-diagonal posterior precision in a Kronecker eigenbasis."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.operators._validate import (
+    as_exponent,
+    as_scalar,
+    require_finite,
+    require_same_kind,
+    require_vectors,
+)
+from laplace_debiased.operators.eigen_block import EigenBlock
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EigenKron:
+    """blockdiag_b(U_b (diag(vec Λ_b) + δ_b I) U_bᵀ): curvature plus prior precision, per block.
+
+    It stands where laplace-torch keeps a `KronDecomposed` and has its interface. Two differences:
+    Λ_b is any table rather than an outer product, and it is a value: no method changes it.
+    Everything is differentiable in `deltas` and in the scalar of a product. As in laplace-torch,
+    `h * kron` multiplies the eigenvalues and leaves the deltas, so that
+    `h * kron + prior_precision` is the posterior precision h Λ + δ whenever kron has no deltas.
+
+    Attributes:
+        blocks: one `EigenBlock` per parameter tensor, in the order of the parameters. All share
+            dtype and device.
+        deltas: δ [n_blocks], the prior precision of each block. Given as a scalar or as [1] it is
+            the same for all; zero unless given.
+
+    Raises:
+        TypeError: blocks that are not `EigenBlock`s, or of different dtypes.
+        ValueError: no blocks, different devices, or deltas of another shape or not finite.
+    """
+
+    blocks: tuple[EigenBlock, ...]
+    deltas: Tensor = field(default_factory=lambda: torch.zeros(()))
+    # Without it `np.float64(2) * kron` would try to turn the operator into an array.
+    __array_ufunc__ = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
+        deltas = _checked_deltas(self.deltas, len(self.blocks))
+        deltas = deltas.to(device=self.device, dtype=self.dtype).expand(len(self.blocks))
+        object.__setattr__(self, "deltas", require_finite("deltas", deltas))
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} blocks, {self.n_params} parameters, "
+            f"{self.dtype}, {self.device})"
+        )
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all tensors."""
+        return self.blocks[0].eigenvalues.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors."""
+        return self.blocks[0].eigenvalues.device
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of parameters of all blocks."""
+        return sum(block.n_params for block in self.blocks)
+
+    @property
+    def eigenvectors(self) -> list[list[Tensor | None]]:
+        """Per block [U_B, U_A], or [U_B] without an input factor; None for an identity."""
+        return [
+            [block.output_basis, block.input_basis][: block.eigenvalues.ndim]
+            for block in self.blocks
+        ]
+
+    @property
+    def eigenvalues(self) -> list[list[Tensor]]:
+        """Per block one entry: the table Λ [D_out, D_in] or [D_out], without deltas.
+
+        Where laplace-torch lists the eigenvalues of each factor, this lists their full table.
+        """
+        return [[block.eigenvalues] for block in self.blocks]
+
+    def __add__(self, deltas: Tensor) -> "EigenKron":
+        """Add a prior precision: a scalar tensor, or one per block [n_blocks].
+
+        Raises:
+            ValueError: not a tensor, or of another shape.
+        """
+        addend = _checked_deltas(deltas, len(self)).to(device=self.device, dtype=self.dtype)
+        return EigenKron(self.blocks, self.deltas + addend)
+
+    def __mul__(self, scalar: float | Tensor) -> "EigenKron":
+        """Multiply the eigenvalues by a number or a one-element tensor; the deltas stay.
+
+        Raises:
+            ValueError: not one finite real number.
+        """
+        scale = as_scalar("scalar", scalar, self.deltas)
+        return EigenKron(tuple(block.scaled(scale) for block in self.blocks), self.deltas)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def spectrum(self) -> Tensor:
+        """All eigenvalues Λ + δ, flattened in the order of the blocks, [P]."""
+        return torch.cat([table.flatten() for table in self._tables()])
+
+    def logdet(self) -> Tensor:
+        """Log-determinant, 0-d.
+
+        Raises:
+            ValueError: an eigenvalue Λ + δ is not positive.
+        """
+        tables = self._tables()
+        _require_sign(tables, "logdet", strict=True)
+        return torch.stack([table.log().sum() for table in tables]).sum()
+
+    def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        """The operator to the power `exponent`, times each vector in W.
+
+        Args:
+            W: [P], [n, P] or [n, C, P].
+            exponent: any real number; -1 solves, -0.5 turns white noise into posterior samples.
+
+        Returns:
+            A tensor of the shape of W. (laplace-torch drops dimensions of size one in W [P] and
+            [n, P].)
+
+        Raises:
+            TypeError: W is no tensor, or of another dtype.
+            ValueError: W has another shape or device; an eigenvalue Λ + δ is not positive under a
+                negative exponent, or is negative under a fractional one.
+        """
+        require_vectors("W", W, self.n_params, self.deltas)
+        if W.ndim > 3:
+            raise ValueError(f"W must be [P], [n, P] or [n, C, P], got {list(W.shape)}.")
+        parts = [
+            block.from_eigenbasis(block.to_eigenbasis(part) * table.flatten())
+            for block, part, table in zip(
+                self.blocks, self._split(W), self._powers(exponent), strict=True
+            )
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def inv_square_form(self, W: Tensor) -> Tensor:
+        """W_n P⁻¹ W_nᵀ for each n: with Jacobians W [n, C, P] the functional variance [n, C, C].
+
+        Raises:
+            TypeError: W is no tensor, or of another dtype.
+            ValueError: W has another shape or device; an eigenvalue Λ + δ is not positive.
+        """
+        require_vectors("W", W, self.n_params, self.deltas)
+        if W.ndim != 3:
+            raise ValueError(f"W must be [n, C, P], got the shape {list(W.shape)}.")
+        variance = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
+        roots = self._powers(-0.5)
+        for block, part, root in zip(self.blocks, self._split(W), roots, strict=True):
+            # A product of one matrix with itself is positive semi-definite whatever the rounding.
+            whitened = block.to_eigenbasis(part) * root.flatten()
+            variance = variance + whitened @ whitened.mT
+        return variance
+
+    def diag(self, exponent: float = 1) -> Tensor:
+        """Return the diagonal [P] of the operator to the power `exponent`.
+
+        Raises:
+            ValueError: as `bmm`.
+        """
+        powers = self._powers(exponent)
+        diagonals = [b.diagonal_of(table) for b, table in zip(self.blocks, powers, strict=True)]
+        return torch.cat(diagonals)
+
+    def to_matrix(self, exponent: float = 1) -> Tensor:
+        """Return the operator to the power `exponent` as a dense [P, P], for tiny models.
+
+        Raises:
+            ValueError: as `bmm`.
+        """
+        dense = []
+        for block, table in zip(self.blocks, self._powers(exponent), strict=True):
+            basis = block.dense_basis()
+            dense.append((basis * table.flatten()) @ basis.mT)
+        return torch.block_diag(*dense)
+
+    def detach(self) -> "EigenKron":
+        """Return the operator cut from the autograd graph; storage is shared."""
+        return EigenKron(tuple(block.detach() for block in self.blocks), self.deltas.detach())
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "EigenKron":
+        """Return the operator on `device` in `dtype` (each left as it is when None)."""
+        return replace(self, blocks=tuple(block.to(device, dtype) for block in self.blocks))
+
+    def _split(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        return vectors.split([block.n_params for block in self.blocks], dim=-1)
+
+    def _tables(self) -> list[Tensor]:
+        return [b.eigenvalues + delta for b, delta in zip(self.blocks, self.deltas, strict=True)]
+
+    def _powers(self, exponent: float) -> list[Tensor]:
+        exponent = as_exponent(exponent)
+        tables = self._tables()
+        if exponent < 0:
+            _require_sign(tables, f"the exponent {exponent:g}", strict=True)
+        elif not exponent.is_integer():
+            _require_sign(tables, f"the exponent {exponent:g}", strict=False)
+        return [table.pow(exponent) for table in tables]
+
+
+def _checked_blocks(blocks: Sequence[EigenBlock]) -> tuple[EigenBlock, ...]:
+    checked = tuple(blocks)
+    if not checked:
+        raise ValueError("blocks must hold at least one EigenBlock, got none.")
+    for i, block in enumerate(checked):
+        if not isinstance(block, EigenBlock):
+            raise TypeError(f"blocks[{i}] must be an EigenBlock, got {type(block).__name__}.")
+        require_same_kind(f"blocks[{i}]", block.eigenvalues, "blocks[0]", checked[0].eigenvalues)
+    return checked
+
+
+def _checked_deltas(deltas: Tensor, n_blocks: int) -> Tensor:
+    if not isinstance(deltas, Tensor):
+        raise ValueError(
+            f"deltas must be a torch.Tensor, got {type(deltas).__name__}; wrap a number with "
+            "torch.tensor."
+        )
+    if deltas.is_complex() or deltas.ndim > 1 or (deltas.ndim and len(deltas) not in (1, n_blocks)):
+        raise ValueError(
+            f"deltas must be a real scalar, [1] or one per block [{n_blocks}], got a "
+            f"{deltas.dtype} tensor of the shape {list(deltas.shape)}."
+        )
+    return deltas
+
+
+def _require_sign(tables: list[Tensor], purpose: str, *, strict: bool) -> None:
+    # One small tensor for all blocks: an accelerator is waited for once, not once per block.
+    minima = torch.stack([table.detach().min() for table in tables])
+    good = minima > 0 if strict else minima >= 0
+    if not bool(good.all()):
+        block = int((~good).nonzero()[0])
+        needed = "positive" if strict else "non-negative"
+        raise ValueError(
+            f"{purpose} needs {needed} eigenvalues, but the smallest eigenvalue + delta of block "
+            f"{block} (of {len(tables)}) is {minima[block].item():.6g}; add a larger prior "
+            "precision."
+        )
