@@ -1,5 +1,37 @@
 """From a loader and a budget to weighted, disjoint batches: no model and no curvature here."""
 
+from laplace_debiased.data.build import (
+    batches_overlap,
+    plan_from_loader,
+    plan_from_two_loaders,
+)
+from laplace_debiased.data.coefficients import (
+    draw_coefficients,
+    magnitude_coefficients,
+    ratio_factor,
+)
+from laplace_debiased.data.loaders import loader_length, split_batch
+from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws, PoolScores
+from laplace_debiased.data.pool import plan_from_pool, score_pool
 from laplace_debiased.data.rng import preserved_rng
+from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
 
-__all__ = ["preserved_rng"]
+__all__ = [
+    "Batch",
+    "CurvaturePlan",
+    "Draws",
+    "PoolScores",
+    "batches_overlap",
+    "draw_coefficients",
+    "draw_weighted_folds",
+    "loader_length",
+    "magnitude_coefficients",
+    "plan_from_loader",
+    "plan_from_pool",
+    "plan_from_two_loaders",
+    "preserved_rng",
+    "ratio_factor",
+    "sampling_probabilities",
+    "score_pool",
+    "split_batch",
+]

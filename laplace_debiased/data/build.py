@@ -1,0 +1,298 @@
+"""Build plans from loaders: everything, a budget, or two explicit batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.data.checks import checked_count, checked_fractions, checked_seed
+from laplace_debiased.data.folds import fold_sizes, interleaved_folds, random_folds
+from laplace_debiased.data.loaders import (
+    base_indices,
+    check_loader,
+    index_batches,
+    loader_length,
+    sampler_indices,
+)
+from laplace_debiased.data.plan import CurvaturePlan, Draws, Source, plan_of
+from laplace_debiased.data.rng import derived_seed
+from laplace_debiased.data.sources import IndexedSource, StreamSource, record_stream
+
+__all__ = [
+    "batch_sizes",
+    "budget_pool",
+    "plan_from_loader",
+    "plan_from_two_loaders",
+    "seeded_generator",
+    "uniform_source",
+]
+
+_DEFAULT_BATCH_SIZE = 128
+
+
+def plan_from_loader(
+    loader: Any,
+    *,
+    folds: int,
+    fractions: tuple[float, ...] | None = None,
+    n_samples: int | None = None,
+    n_data: int | None = None,
+    seed: int = 0,
+    exclude: frozenset[int] = frozenset(),
+    batch_size: int | None = None,
+    dict_key_y: str = "labels",
+) -> CurvaturePlan:
+    """Split a loader's samples into disjoint folds, all of them or a uniform draw.
+
+    With ``n_samples=None`` everything that the loader yields in one walk is walked, in the
+    loader's own batches. A loader without indices (``IterableDataset``, a list of batches, a class
+    with its own ``__iter__``) is walked once here to learn its size, and its samples go to folds
+    by position. Otherwise the split is random, balanced in distinct samples, and repeats of a
+    sample share its fold. With a budget, samples are drawn without replacement from the indices of
+    the loader's sampler and loaded with its ``collate_fn``.
+
+    Args:
+        loader: The training loader.
+        folds: Number K of folds: 1 for one batch, 2 for directions and magnitudes, more to
+            cross-fit.
+        fractions: Share of each fold; None for equal parts, which differ by at most one.
+        n_samples: Budget m in all folds together; None for everything.
+        n_data: Size N of the training set where it is not ``len(loader.dataset)``.
+        seed: Decides draws, splits, the shuffle and augmentations.
+        exclude: Dataset indices not to draw; needs ``n_samples``.
+        batch_size: Samples per batch; None for the loader's own.
+        dict_key_y: Key of the targets in mapping batches.
+
+    Returns:
+        The plan; its population is the pool drawn from, or all samples of one walk.
+
+    Raises:
+        TypeError: A number is no int, or the loader cannot be walked or yields no batches that
+            split into inputs and targets.
+        ValueError: The loader is empty, the budget exceeds what is there, N is unknown, or the
+            sampler does not tell its indices.
+    """
+    check_loader(loader, "loader")
+    n_folds, seed = checked_count(folds, "folds"), checked_seed(seed)
+    shares = checked_fractions(n_folds, fractions)
+    size = None if batch_size is None else checked_count(batch_size, "batch_size")
+    if n_samples is None:
+        if exclude:
+            raise ValueError("exclude needs a budget: pass n_samples.")
+        n = loader_length(loader, n_data)
+        source: Source = _whole_source(loader, _split_into(n_folds, shares), seed, size, dict_key_y)
+        return plan_of((source,), n_data=n, n_folds=n_folds, population=len(source.draws))
+    budget, n = checked_budget(loader, n_samples, n_data, n_folds)
+    pool = budget_pool(loader, budget, exclude)
+    source = uniform_source(
+        loader,
+        pool,
+        fold_sizes(budget, n_folds, shares),
+        seed=seed,
+        batch_size=size,
+        dict_key_y=dict_key_y,
+    )
+    return plan_of((source,), n_data=n, n_folds=n_folds, population=len(pool))
+
+
+def plan_from_two_loaders(
+    loader: Any,
+    magnitude_loader: Any,
+    *,
+    n_data: int | None = None,
+    seed: int = 0,
+    dict_key_y: str = "labels",
+) -> CurvaturePlan:
+    """Walk two loaders whole: fold 0 is ``loader`` (B), fold 1 ``magnitude_loader`` (B̃).
+
+    Args:
+        loader: Loader of the directions' batch.
+        magnitude_loader: Loader of the magnitudes' batch.
+        n_data: Size N of the training set; may be None if both loaders share one ``.dataset``.
+        seed: Decides shuffles and augmentations.
+        dict_key_y: Key of the targets in mapping batches.
+
+    Returns:
+        A plan whose folds are samples of an unknown population (``population=None``).
+
+    Raises:
+        TypeError: A loader cannot be walked or yields no batches that split into inputs and
+            targets, or ``n_data`` is no int.
+        ValueError: A loader is empty, or N is unknown.
+
+    Warns:
+        UserWarning: The loaders share samples, which brings the bias of a single batch back.
+    """
+    check_loader(loader, "loader")
+    check_loader(magnitude_loader, "magnitude_loader")
+    seed = checked_seed(seed)
+    shared = getattr(loader, "dataset", None)
+    if n_data is None and (
+        shared is None or shared is not getattr(magnitude_loader, "dataset", None)
+    ):
+        raise ValueError(
+            "The size of the training set is unknown: pass n_data (loader and magnitude_loader do "
+            "not share one .dataset)."
+        )
+    n = loader_length(loader, n_data)
+    both = ((loader, "loader"), (magnitude_loader, "magnitude_loader"))
+    sources = tuple(
+        _whole_source(one, _one_fold(k), derived_seed(seed, name), None, dict_key_y, name)
+        for k, (one, name) in enumerate(both)
+    )
+    overlap = batches_overlap(loader, sources[0].draws, magnitude_loader, sources[1].draws)
+    if overlap:
+        warnings.warn(
+            f"loader and magnitude_loader share {overlap} samples: magnitudes measured on samples "
+            "that also gave the directions are biased. Use disjoint loaders.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return plan_of(sources, n_data=n, n_folds=2, population=None)
+
+
+def batches_overlap(loader: Any, draws: Draws, other_loader: Any, other: Draws) -> int:
+    """Count the distinct samples that two sets of draws share, through nested ``Subset``s too.
+
+    Loaders without indices share what one walk gives where they are one object or have one
+    ``.dataset``; otherwise nothing is known of them and the count is 0.
+    """
+    if draws.indices is not None and other.indices is not None:
+        base, indices = base_indices(loader.dataset, draws.indices)
+        other_base, other_indices = base_indices(other_loader.dataset, other.indices)
+        if base is not other_base:
+            return 0
+        return int(torch.isin(torch.unique(indices), other_indices).sum())
+    dataset = getattr(loader, "dataset", None)
+    same = loader is other_loader or (
+        dataset is not None and dataset is getattr(other_loader, "dataset", None)
+    )
+    return min(len(draws), len(other)) if same else 0
+
+
+def checked_budget(
+    loader: Any, n_samples: Any, n_data: int | None, n_folds: int
+) -> tuple[int, int]:
+    """Return the budget m and the size N of the training set.
+
+    Raises:
+        TypeError: A number is no int.
+        ValueError: Not folds <= m <= N.
+    """
+    budget = checked_count(n_samples, "n_samples")
+    n = loader_length(loader, n_data)
+    if budget > n:
+        raise ValueError(
+            f"n_samples={budget} exceeds the size of the training set ({n}): lower it, or pass "
+            "n_samples=None for everything."
+        )
+    if budget < n_folds:
+        raise ValueError(f"n_samples={budget} is too few for {n_folds} folds of at least one.")
+    return budget, n
+
+
+def budget_pool(loader: Any, budget: int, exclude: frozenset[int] = frozenset()) -> Tensor:
+    """Dataset indices [M] that a budget is drawn from: the sampler's, without ``exclude``.
+
+    Raises:
+        ValueError: The indices are unknown, or fewer than the budget.
+    """
+    pool = sampler_indices(loader)
+    if exclude:
+        pool = pool[~torch.isin(pool, torch.tensor(sorted(exclude)))]
+    if budget > len(pool):
+        left_out = f" after {len(exclude)} excluded ones" if exclude else ""
+        raise ValueError(
+            f"n_samples={budget} exceeds the {len(pool)} samples that the loader's sampler can "
+            f"give{left_out}: lower n_samples."
+        )
+    return pool
+
+
+def uniform_source(
+    loader: Any,
+    pool: Tensor,
+    sizes: Sequence[int],
+    *,
+    seed: int,
+    batch_size: int | None,
+    dict_key_y: str,
+) -> IndexedSource:
+    """Draw folds of ``sizes`` from the ``pool`` [M] of dataset indices without replacement."""
+    order = torch.randperm(len(pool), generator=seeded_generator(seed, "draw"))
+    folds = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return IndexedSource(
+        loader,
+        Draws.uniform(folds, pool[order[: sum(sizes)]]),
+        batch_sizes(sum(sizes), batch_size, loader),
+        derived_seed(seed, "walk"),
+        dict_key_y,
+    )
+
+
+def batch_sizes(n: int, batch_size: int | None, loader: Any) -> tuple[int, ...]:
+    """Cut n samples into batches of ``batch_size``, else of the loader's own size."""
+    size = (
+        batch_size
+        or loader.batch_size
+        or getattr(loader.batch_sampler, "batch_size", None)
+        or _DEFAULT_BATCH_SIZE
+    )
+    return tuple(min(size, n - start) for start in range(0, n, size))
+
+
+def seeded_generator(seed: int, purpose: str) -> torch.Generator:
+    """CPU generator of a stream of its own for ``purpose``."""
+    return torch.Generator().manual_seed(derived_seed(seed, purpose))
+
+
+# Folds of a walk: (dataset indices [n] or None, length n, seed) -> folds [n].
+_Split = Callable[[Tensor | None, int, int], Tensor]
+
+
+def _one_fold(fold: int) -> _Split:
+    return lambda indices, n, seed: torch.full((n,), fold)
+
+
+def _split_into(n_folds: int, shares: tuple[float, ...] | None) -> _Split:
+    def split(indices: Tensor | None, n: int, seed: int) -> Tensor:
+        if indices is None:
+            return interleaved_folds(fold_sizes(n, n_folds, shares), equal=shares is None)
+        sizes = fold_sizes(len(torch.unique(indices)), n_folds, shares)
+        return random_folds(indices, sizes, seeded_generator(seed, "folds"))
+
+    return split
+
+
+def _whole_source(
+    loader: Any,
+    split: _Split,
+    seed: int,
+    batch_size: int | None,
+    dict_key_y: str,
+    name: str = "loader",
+) -> Source:
+    walk_seed = derived_seed(seed, "walk")
+    batches = index_batches(loader, derived_seed(seed, "list"))
+    if batches is None:
+        if batch_size is not None:
+            raise ValueError(
+                f"batch_size={batch_size} needs a DataLoader over a map-style dataset; leave it "
+                f"out to take the batches of this {type(loader).__name__} as they come."
+            )
+        record = record_stream(loader, walk_seed, dict_key_y, name)
+        draws = Draws.uniform(split(None, record.n_samples, seed))
+        return StreamSource(loader, draws, record, walk_seed, dict_key_y)
+    indices = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
+    if not len(indices):
+        raise ValueError(
+            f"{name} is empty: it yields no samples (drop_last on a small dataset drops them all)."
+        )
+    own = tuple(len(batch) for batch in batches if batch)
+    sizes = own if batch_size is None else batch_sizes(len(indices), batch_size, loader)
+    draws = Draws.uniform(split(indices, len(indices), seed), indices)
+    return IndexedSource(loader, draws, sizes, walk_seed, dict_key_y)

@@ -1,0 +1,135 @@
+"""How much each sample counts in a mean: c_n of λ(u) = Σ_n c_n x_n(u)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws
+
+__all__ = ["draw_coefficients", "magnitude_coefficients", "ratio_factor"]
+
+
+def draw_coefficients(
+    plan: CurvaturePlan, batch: Batch | Draws, folds: Collection[int], *, weighted: bool = True
+) -> Tensor:
+    """Coefficients of the mean over the draws of some folds.
+
+    c_n = count_n w_n / m for samples in ``folds`` (m their draws in all), 0 for others. These give
+    the factors that directions come from, and curvature on its own batch.
+
+    Args:
+        plan: The plan that the batch belongs to.
+        batch: A batch of it, or all draws of a source.
+        folds: The folds whose mean is meant.
+        weighted: Whether gradient terms get w_n = 1/(M q_n); False for layer inputs.
+
+    Returns:
+        Coefficients; over a walk they sum to 1 for uniform draws. [m] float64
+
+    Raises:
+        ValueError: ``folds`` is empty or not among the plan's.
+    """
+    chosen = _checked_folds(plan, folds, "folds")
+    total = sum(plan.fold_sizes[k] for k in chosen)
+    value = batch.counts.double() * (batch.weights if weighted else 1.0) / total
+    return torch.where(_in(batch, chosen), value, 0.0)
+
+
+def magnitude_coefficients(
+    plan: CurvaturePlan, batch: Batch | Draws, basis_folds: Collection[int]
+) -> Tensor:
+    """Coefficients that make λ(u) unbiased along directions from ``basis_folds``.
+
+    With D the distinct samples of the directions' folds and Z = 1 − Σ_{n∈D} q_n,
+
+        λ(u) = (1/M) Σ_{n∈D} x_n(u) + (1/m̃) Σ_{n∈B̃} count_n Z x_n(u) / (M q_n)
+
+    is unbiased for the mean over the pool given D, so given the directions: B̃ knows nothing of D
+    itself, and D is known exactly. For uniform draws without replacement this is
+    (m_D/M)·own + (1 − m_D/M)·other. Where the population is unknown the own part is left out:
+    λ(u) = mean over the draws of B̃.
+
+    Args:
+        plan: The plan that the batch belongs to.
+        batch: A batch of it, or all draws of a source.
+        basis_folds: Folds that made the directions; all others are B̃.
+
+    Returns:
+        Coefficients, one per sample. [m] float64
+
+    Raises:
+        ValueError: ``basis_folds`` is empty, holds all folds or others than the plan's, or leaves
+            folds that are no weighted sample of the rest of the pool given it.
+    """
+    basis = _checked_folds(plan, basis_folds, "basis_folds")
+    held_out = frozenset(range(plan.n_folds)) - basis
+    _check_held_out(plan, held_out)
+    n_magnitude = sum(plan.fold_sizes[k] for k in held_out)
+    other = batch.counts.double() * batch.weights / n_magnitude
+    if plan.population is None or plan.unseen_mass is None:
+        own, unseen = 0.0, 1.0
+    else:
+        own = 1 / plan.population
+        unseen = max(0.0, 1 - sum(1 - plan.unseen_mass[k] for k in basis))
+    return torch.where(_in(batch, basis), own, other * unseen)
+
+
+def ratio_factor(plan: CurvaturePlan, basis_folds: Collection[int]) -> float:
+    """Factor (mean of h over the pool) / (Σ_n c_n h_n) for λ along directions of ``basis_folds``.
+
+    The ratio estimate λ · factor is consistent, not unbiased; it helps where x_n is about
+    proportional to h_n.
+
+    Args:
+        plan: A plan with scores (``plan_from_pool``).
+        basis_folds: Folds that made the directions.
+
+    Returns:
+        The factor; 1 where every h is zero.
+
+    Raises:
+        ValueError: The plan has no scores, or as in ``magnitude_coefficients``.
+    """
+    if plan.pool is None:
+        raise ValueError("The ratio step needs the scores of a pool: build with plan_from_pool.")
+    drawn = 0.0
+    order = torch.argsort(plan.pool.indices)
+    for source in plan.sources:
+        c = magnitude_coefficients(plan, source.draws, basis_folds)
+        if source.draws.indices is None:
+            raise ValueError("The ratio step needs draws with indices, got a stream.")
+        at = torch.searchsorted(plan.pool.indices[order], source.draws.indices)
+        drawn += float(c @ plan.pool.h[order[at]])
+    mean = float(plan.pool.h.mean())
+    return mean / drawn if drawn > 0 else 1.0
+
+
+def _in(batch: Batch | Draws, folds: Collection[int]) -> Tensor:
+    return torch.isin(batch.folds, torch.tensor(sorted(folds), dtype=torch.int64))
+
+
+def _checked_folds(plan: CurvaturePlan, folds: Collection[int], name: str) -> frozenset[int]:
+    chosen = frozenset(folds)
+    if not chosen or not chosen <= frozenset(range(plan.n_folds)):
+        raise ValueError(f"{name} must be some of 0..{plan.n_folds - 1}, got {sorted(chosen)}.")
+    return chosen
+
+
+def _check_held_out(plan: CurvaturePlan, held_out: frozenset[int]) -> None:
+    if not held_out:
+        raise ValueError(
+            "basis_folds holds every fold, so nothing is left to measure magnitudes on; "
+            "draw_coefficients gives the mean over a fold's own draws."
+        )
+    if not plan.is_weighted:
+        return
+    allowed = plan.held_out_folds
+    if len(held_out) > 1 or not (allowed is None or held_out <= allowed):
+        raise ValueError(
+            f"Weighted draws of folds {sorted(held_out)} are no sample of the pool given the "
+            "others: hold out one fold at a time, and build the plan with symmetric=True to hold "
+            "out any."
+        )

@@ -1,0 +1,241 @@
+"""What a loader is: its batches, the indices behind them, the size of its data."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+
+from laplace_debiased.data.checks import checked_count
+from laplace_debiased.data.rng import preserved_rng
+
+__all__ = [
+    "base_indices",
+    "check_loader",
+    "index_batches",
+    "inner_loader",
+    "loader_generators",
+    "loader_length",
+    "restartable",
+    "sampler_indices",
+    "split_batch",
+]
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Refuse what cannot be walked more than once.
+
+    Raises:
+        TypeError: ``loader`` is not iterable, or is an iterator that one walk uses up.
+    """
+    if isinstance(loader, Iterator):
+        raise TypeError(
+            f"{name} is an iterator ({type(loader).__name__}) and can be walked only once; "
+            "pass a DataLoader or a list of batches."
+        )
+    if not hasattr(loader, "__iter__"):
+        raise TypeError(
+            f"{name} must be a DataLoader or an iterable of batches, got {type(loader).__name__}."
+        )
+
+
+def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
+    """Split what a loader yields into inputs and targets.
+
+    Args:
+        batch: A pair (inputs, targets), or a mapping that holds the targets [m, ...] under
+            ``dict_key_y``; then the whole mapping is the input.
+        dict_key_y: Key of the targets in a mapping.
+
+    Returns:
+        The inputs as they came and the targets [m, ...].
+
+    Raises:
+        TypeError: ``batch`` is neither, or its targets are not a tensor.
+        ValueError: The key is missing, or inputs and targets differ in length.
+    """
+    if isinstance(batch, Mapping):
+        if dict_key_y not in batch:
+            raise ValueError(
+                f"The loader's batches have no key dict_key_y={dict_key_y!r}; "
+                f"they have {sorted(map(str, batch))}."
+            )
+        inputs, targets = batch, batch[dict_key_y]
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, targets = batch
+    else:
+        size = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(
+            "A loader must yield pairs (inputs, targets) or mappings, "
+            f"got {type(batch).__name__}{size}."
+        )
+    if not isinstance(targets, Tensor) or targets.ndim == 0:
+        raise TypeError(
+            "The targets of a batch must be a tensor with a batch dimension, got "
+            f"{'a scalar tensor' if isinstance(targets, Tensor) else type(targets).__name__}."
+        )
+    if isinstance(inputs, Tensor) and (inputs.ndim == 0 or len(inputs) != len(targets)):
+        raise ValueError(
+            f"A batch has inputs {tuple(inputs.shape)} but targets {tuple(targets.shape)}: "
+            "their first dimensions must agree."
+        )
+    return inputs, targets
+
+
+def loader_length(loader: Any, n_data: int | None = None) -> int:
+    """Size N of the training set: ``n_data`` if given, else ``len(loader.dataset)``.
+
+    What a sampler or ``drop_last`` leaves out still counts; a ``Subset`` counts its own length.
+
+    Raises:
+        TypeError: ``n_data`` is not an int.
+        ValueError: ``n_data`` is not positive, or neither it nor a length is there.
+    """
+    if n_data is not None:
+        return checked_count(n_data, "n_data")
+    dataset = getattr(loader, "dataset", None)
+    try:
+        length = len(dataset)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        what = "no .dataset" if dataset is None else f"a {type(dataset).__name__} without a length"
+        raise ValueError(
+            f"The size of the training set is unknown (the loader has {what}): pass n_data."
+        ) from None
+    if length < 1:
+        raise ValueError("The loader's dataset is empty.")
+    return length
+
+
+def _is_own_walk(loader: Any) -> bool:
+    # A subclass with a walk of its own may filter, transform or move batches: leave it to it.
+    return isinstance(loader, DataLoader) and (
+        type(loader).__iter__ is DataLoader.__iter__
+        and type(loader)._get_iterator is DataLoader._get_iterator
+    )
+
+
+def _is_indexable(loader: Any) -> bool:
+    return (
+        _is_own_walk(loader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and loader.batch_sampler is not None
+    )
+
+
+def loader_generators(loader: Any) -> tuple[torch.Generator, ...]:
+    """Generators that a walk of the loader may draw from beside the global ones."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return tuple({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def index_batches(loader: Any, seed: int) -> list[list[int]] | None:
+    """Indices of each batch of one walk, with a shuffle decided by ``seed``; loads no data.
+
+    Returns:
+        One list of dataset indices per batch; None where the loader has no integer indices
+        (an ``IterableDataset``, a plain iterable, a loader class with its own walk).
+    """
+    if not _is_indexable(loader):
+        return None
+    with preserved_rng(seed, generators=loader_generators(loader)):
+        listed = [list(batch) for batch in loader.batch_sampler]
+    try:
+        return [_as_indices(batch, loader.dataset) for batch in listed]
+    except TypeError:
+        return None
+
+
+def _as_indices(keys: Iterable[Any], dataset: Any) -> list[int]:
+    indices = [operator.index(key) for key in keys]
+    # dataset[-1] is a second name of its last sample; folds must know it by one.
+    return [i + len(dataset) if i < 0 else i for i in indices]
+
+
+def sampler_indices(loader: Any) -> Tensor:
+    """Distinct dataset indices [M] that the loader's sampler draws from, in ascending order.
+
+    Raises:
+        ValueError: The loader is not indexable or its sampler does not tell its indices.
+    """
+    if not _is_indexable(loader):
+        raise ValueError(
+            f"n_samples cannot be drawn from a {type(loader).__name__} that is not a plain "
+            "DataLoader over a map-style dataset: pass such a loader, or n_samples=None and only "
+            "as many batches as you want to spend."
+        )
+    batch_sampler = loader.batch_sampler
+    # A loader built with batch_sampler= has a .sampler that it never uses.
+    sampler: Any = batch_sampler.sampler if type(batch_sampler) is BatchSampler else batch_sampler
+    iterates = type(sampler).__iter__
+    replaces = getattr(sampler, "replacement", False)
+    if hasattr(sampler, "indices"):
+        indices = torch.tensor(_as_indices(sampler.indices, loader.dataset), dtype=torch.int64)
+    elif iterates is SequentialSampler.__iter__ or (
+        iterates is RandomSampler.__iter__ and not replaces
+    ):
+        indices = torch.arange(len(sampler.data_source))
+    else:
+        raise ValueError(
+            f"n_samples cannot be drawn through a {type(sampler).__name__}"
+            f"{' with replacement' if replaces else ''}: which samples it stands for is unknown. "
+            "Pass a loader over Subset(dataset, indices), or n_samples=None to walk this one whole."
+        )
+    return torch.unique(indices)
+
+
+def inner_loader(loader: DataLoader, batches: list[list[int]] | None = None) -> DataLoader:
+    """Loader over the same data with the same ``collate_fn`` and workers, not the user's object.
+
+    Args:
+        loader: The user's loader.
+        batches: Dataset indices of each batch; None for the loader's own batches (of an
+            ``IterableDataset``).
+    """
+    composition: dict[str, Any] = (
+        {"batch_sampler": batches}
+        if batches is not None
+        else {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    )
+    return DataLoader(
+        loader.dataset,
+        **composition,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def restartable(loader: Any) -> Any:
+    """Loader whose walks all start alike: persistent workers would carry their random state on."""
+    if _is_own_walk(loader) and isinstance(loader.dataset, IterableDataset):
+        return inner_loader(loader)
+    return loader
+
+
+def base_indices(dataset: Any, indices: Tensor) -> tuple[Any, Tensor]:
+    """Look through nested ``Subset``s: the data set at the bottom and the indices [n] in it."""
+    while isinstance(dataset, Subset):
+        own = torch.tensor(_as_indices(dataset.indices, dataset.dataset), dtype=torch.int64)
+        dataset, indices = dataset.dataset, own[indices]
+    return dataset, indices

@@ -1,0 +1,199 @@
+"""A plan: which samples, in which fold, with which weight, and the walk over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "CurvaturePlan", "Draws", "PoolScores", "Source"]
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Samples that were drawn, one entry per sample and fold, in the order of the walk.
+
+    Attributes:
+        folds: Fold of each sample, 0..K-1. [n] int64
+        counts: How often the sample was drawn into its fold. [n] int64
+        weights: w_n = 1/(M q_n) of the draw, 1 for uniform draws. [n] float64
+        indices: Index in the loader's dataset, None where unknown. [n] int64
+    """
+
+    folds: Tensor
+    counts: Tensor
+    weights: Tensor
+    indices: Tensor | None = None
+
+    @classmethod
+    def uniform(cls, folds: Tensor, indices: Tensor | None = None) -> Draws:
+        """Draws of count one and weight one."""
+        return cls(folds, torch.ones_like(folds), torch.ones(len(folds)).double(), indices)
+
+    def __len__(self) -> int:
+        return len(self.folds)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A mini-batch on its way into a curvature pass; the fold tensors are on the CPU.
+
+    Attributes:
+        inputs: As the loader's ``collate_fn`` gives it; for a mapping the whole mapping.
+        targets: Targets. [m, ...]
+        folds: Fold of each sample, 0..K-1. [m] int64
+        counts: How often the sample was drawn into its fold; 1 unless drawn with replacement.
+            [m] int64
+        weights: w_n = 1/(M q_n), the weight of gradient terms with which a mean over draws is
+            unbiased for the mean over the pool; 1 for uniform draws. [m] float64
+    """
+
+    inputs: Any
+    targets: Tensor
+    folds: Tensor
+    counts: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.folds)
+
+
+@dataclass(frozen=True, eq=False)
+class PoolScores:
+    """One forward pass over a pool of M samples.
+
+    Attributes:
+        indices: Dataset indices of the pool. [M] int64
+        h: Trace of each sample's loss Hessian in the outputs, tr ∇²_f ℓ_n. [M] float64
+        losses: Loss of each sample. [M] float64
+    """
+
+    indices: Tensor
+    h: Tensor
+    losses: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class Source(Protocol):
+    """Part of a plan that knows its draws before it loads them."""
+
+    @property
+    def draws(self) -> Draws:
+        """All samples of one walk."""
+
+    @property
+    def n_batches(self) -> int:
+        """Batches in one walk."""
+
+    def walk(self) -> Iterator[Batch]:
+        """Load the draws, in their order."""
+
+
+@dataclass(frozen=True, eq=False)
+class CurvaturePlan:
+    """Which samples a fit looks at, in K disjoint folds, and how to walk them.
+
+    Attributes:
+        n_data: N, size of the training set that a posterior is scaled to.
+        fold_sizes: Draws per fold, the sum of counts.
+        population: M, size of the pool that the draws stand for, without the samples that were
+            excluded from it; None for explicit loaders, whose population is unknown.
+        unseen_mass: Per fold Z_k = 1 − Σ q_n over the distinct samples of fold k, the probability
+            of a sample outside it under one draw from the pool; None for explicit loaders.
+        indices: Per fold its distinct dataset indices, ascending; None where unknown.
+        sources: Where the samples come from, one after the other.
+        pool: Scores of the pool for draws by curvature, else None.
+        held_out_folds: Folds that are a sample of the rest of the pool given all other folds; the
+            others may give directions only. None for all of them.
+    """
+
+    n_data: int
+    fold_sizes: tuple[int, ...]
+    population: int | None
+    unseen_mass: tuple[float, ...] | None
+    indices: tuple[Tensor, ...] | None = field(repr=False)
+    sources: tuple[Source, ...] = field(repr=False)
+    pool: PoolScores | None = field(default=None, repr=False)
+    held_out_folds: frozenset[int] | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """Walk all folds once.
+
+        Each walk gives the same samples in the same order with the same augmentations, as far as
+        those draw from the generators of torch, numpy or ``random``. These are restored between
+        any two batches, at the end, at an early stop, and when an exception passes through.
+
+        Yields:
+            Batches; one may hold samples of several folds.
+
+        Raises:
+            RuntimeError: A loader without indices gave other samples than when the plan was made.
+            ValueError: ``collate_fn`` dropped or added samples.
+            TypeError: The loader yields something else than (inputs, targets) or a mapping.
+        """
+        for source in self.sources:
+            yield from source.walk()
+
+    def __len__(self) -> int:
+        """Batches in one walk."""
+        return sum(source.n_batches for source in self.sources)
+
+    @property
+    def n_folds(self) -> int:
+        """Number K of folds."""
+        return len(self.fold_sizes)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in one walk; what was drawn twice into a fold is walked once."""
+        return sum(len(source.draws) for source in self.sources)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the draws are weighted: from q ∝ curvature, with replacement in a fold."""
+        return any(bool((source.draws.weights != 1).any()) for source in self.sources)
+
+
+def plan_of(
+    sources: tuple[Source, ...],
+    *,
+    n_data: int,
+    n_folds: int,
+    population: int | None,
+    pool: PoolScores | None = None,
+    held_out_folds: frozenset[int] | None = None,
+) -> CurvaturePlan:
+    """Plan over ``sources`` with the sizes, masses and indices that follow from their draws."""
+    folds, counts, weights = (
+        torch.cat([getattr(source.draws, name) for source in sources])
+        for name in ("folds", "counts", "weights")
+    )
+    sizes = torch.bincount(folds, weights=counts.double(), minlength=n_folds)
+    unseen = None
+    if population is not None:
+        mass = torch.bincount(folds, weights=1 / (population * weights), minlength=n_folds)
+        # A fold that holds the whole pool leaves exactly nothing, not rounding noise.
+        unseen = tuple((1 - mass).clamp(min=0).tolist())
+    return CurvaturePlan(
+        n_data=n_data,
+        fold_sizes=tuple(int(size) for size in sizes),
+        population=population,
+        unseen_mass=unseen,
+        indices=_fold_indices(sources, n_folds),
+        sources=sources,
+        pool=pool,
+        held_out_folds=held_out_folds,
+    )
+
+
+def _fold_indices(sources: tuple[Source, ...], n_folds: int) -> tuple[Tensor, ...] | None:
+    known = [s.draws.indices for s in sources if s.draws.indices is not None]
+    if len(known) < len(sources):
+        return None
+    indices, folds = torch.cat(known), torch.cat([s.draws.folds for s in sources])
+    return tuple(torch.unique(indices[folds == k]) for k in range(n_folds))
