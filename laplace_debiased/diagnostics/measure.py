@@ -1,0 +1,312 @@
+r"""Slopes and curvatures along given directions, per sample, on any data.
+
+With t_n = J_n u the derivative of sample n's outputs along u and S_n S_nᵀ = ∇²_f ℓ_n,
+
+    uᵀ∇ℓ_n = (∇_f ℓ_n)ᵀ t_n,      uᵀG_n u = ‖S_nᵀ t_n‖²,
+    uᵀ∇²ℓ_n u = d/dt uᵀ∇ℓ_n(θ + t u) at t = 0.
+
+Two algorithms give the first two, and a test makes them agree. *Forward*: t_n by forward-mode
+derivatives, about two forward passes per direction. *Reverse*: the rows J_nᵀ[S_n, ∇_f ℓ_n] by
+backward passes, R + 1 of them whatever the number of directions, then one matrix product. Forward
+is cheaper for few directions or large models, reverse for many directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+from tqdm import tqdm
+
+from laplace_debiased.curvature.guards import batch_length, select_rows
+from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
+from laplace_debiased.diagnostics.network import Network, Parameters
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+_FORWARD_CHUNK_SAMPLES = 2048
+_HESSIAN_CHUNK_SAMPLES = 16
+
+
+class Matrix(StrEnum):
+    """Which curvature matrix of the loss."""
+
+    GGN = "ggn"
+    """Generalized Gauss-Newton matrix, Jᵀ ∇²_f ℓ J: positive semi-definite."""
+
+    HESSIAN = "hessian"
+    """All second derivatives of the loss: may be indefinite."""
+
+
+class Derivatives(StrEnum):
+    """How derivatives along directions are taken."""
+
+    AUTO = "auto"
+    """Reverse where it costs less and the matrix allows it, else forward."""
+
+    FORWARD = "forward"
+    """Forward mode, vectorised over directions."""
+
+    REVERSE = "reverse"
+    """Backward passes for every sample, vectorised over samples; GGN only."""
+
+
+def measure_directions(
+    network: Network,
+    batches: Iterable[object],
+    directions: Tensor,
+    *,
+    matrix: Matrix = Matrix.GGN,
+    derivatives: Derivatives = Derivatives.AUTO,
+    chunk_size: int | None = None,
+    role: str = "batch",
+    progress_bar: bool = False,
+) -> DirectionalQuadratic:
+    """Per-sample mean slopes and curvatures along directions, over all samples of ``batches``.
+
+    Args:
+        network: the model, its loss and its parameters.
+        batches: (inputs, targets) or mappings; walked once.
+        directions: columns of unit length [P, k].
+        matrix: which curvature.
+        derivatives: forward or reverse mode.
+        chunk_size: directions at a time (forward) or samples at a time (reverse, Hessian); None:
+            chosen so that a chunk's derivatives stay near 512 MiB.
+        role: what the data are, for messages and the progress bar.
+        progress_bar: show one.
+
+    Returns:
+        Slopes and curvatures [k], with the covariance of these means.
+
+    Raises:
+        ValueError: for no batches, outputs that are not finite, or targets that do not fit; for
+            a choice of derivatives with the Hessian.
+    """
+    _check_directions(directions, network.n_parameters)
+    sums: tuple[MomentSums, MomentSums] | None = None
+    for batch in tqdm(batches, desc=f"directions on {role}", disable=not progress_bar):
+        inputs, targets = network.pair(batch, role)
+        outputs = network.checked_outputs(inputs, targets)
+        match matrix, _resolve(derivatives, matrix, network, directions.shape[1], outputs):
+            case Matrix.HESSIAN, _:
+                values = _hessian(network, inputs, targets, directions, chunk_size)
+            case _, Derivatives.REVERSE:
+                values = _reverse(network, inputs, targets, outputs, directions, chunk_size)
+            case _:
+                values = _forward(network, inputs, targets, outputs, directions, chunk_size)
+        slope, curvature = (MomentSums.of(value) for value in values)
+        sums = (
+            (slope, curvature)
+            if sums is None
+            else (
+                sums[0].merge(slope),
+                sums[1].merge(curvature),
+            )
+        )
+    if sums is None:
+        raise ValueError(f"{role} gave no batches; it needs at least one sample.")
+    return DirectionalQuadratic(sums[0].estimate(), sums[1].estimate())
+
+
+def root_rows(
+    network: Network, inputs: Any, roots: Tensor, chunk_size: int | None = None
+) -> Tensor:
+    """J_nᵀ s for every sample n and every column s of its root.
+
+    Args:
+        network: the model.
+        inputs: model inputs of m samples.
+        roots: cotangents [m, C, R] in the outputs.
+        chunk_size: samples at a time; None: about 512 MiB of rows.
+
+    Returns:
+        Rows [m, R, P].
+
+    Raises:
+        RuntimeError: if the model cannot be vectorised over samples.
+    """
+    size = chunk_size or samples_per_chunk(network, roots.shape[-1])
+    pieces = [
+        _rows_chunk(network, select_rows(inputs, slice(i, i + size)), roots[i : i + size])
+        for i in range(0, len(roots), size)
+    ]
+    return torch.cat(pieces)
+
+
+def samples_per_chunk(network: Network, n_columns: int) -> int:
+    """Samples whose rows [n_columns, P] fit the byte budget, at least one."""
+    return max(1, DEFAULT_BYTE_BUDGET // rows_bytes(network, n_columns))
+
+
+def rows_bytes(network: Network, n_rows: int) -> int:
+    """Memory of ``n_rows`` rows of length P, in bytes."""
+    return n_rows * network.n_parameters * torch.finfo(network.dtype).bits // 8
+
+
+def _rows_chunk(network: Network, inputs: Any, roots: Tensor) -> Tensor:
+    def rows_of_sample(sample: Any, root: Tensor) -> Parameters:
+        single = _with_batch_axis(sample)
+        pull = vjp(lambda p: network.outputs(p, single)[0], network.parameters)[1]
+        return vmap(lambda column: pull(column)[0], in_dims=1)(root)
+
+    rows = _vectorised(rows_of_sample, inputs, roots)
+    m, n_columns = roots.shape[0], roots.shape[2]
+    return torch.cat(
+        [rows[name].reshape(m, n_columns, -1).to(network.dtype) for name in network.parameters], -1
+    )
+
+
+def _vectorised(function: Callable[[Any, Tensor], Any], inputs: Any, per_sample: Tensor) -> Any:
+    """``function`` of every sample, by vmap.
+
+    Raises:
+        RuntimeError: if the model cannot be vectorised over samples.
+    """
+    try:
+        return vmap(function, in_dims=(_sample_axes(inputs), 0))(inputs, per_sample)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the model could not be vectorised over samples (torch.func.vmap), which per-sample "
+            "backward passes need. Pass matrix='ggn', solver='lanczos', derivatives='forward'."
+        ) from error
+
+
+def _sample_axes(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return 0
+    length = batch_length(inputs)
+    return {
+        key: 0 if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == length else None
+        for key, v in inputs.items()
+    }
+
+
+def _with_batch_axis(sample: Any) -> Any:
+    if isinstance(sample, Tensor):
+        return sample.unsqueeze(0)
+    return {k: v.unsqueeze(0) if isinstance(v, Tensor) else v for k, v in sample.items()}
+
+
+def _reverse(
+    network: Network,
+    inputs: Any,
+    targets: Tensor,
+    outputs: Tensor,
+    directions: Tensor,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Per-sample slopes and GGN curvatures [m, k] from rows J_nᵀ[S_n, ∇_f ℓ_n]."""
+    gradient = network.loss.output_gradient(outputs, targets).unsqueeze(-1)
+    roots = torch.cat([network.loss.hessian_root(outputs), gradient], dim=-1)
+    directions = directions.to(outputs)
+    size = chunk_size or samples_per_chunk(network, roots.shape[-1])
+    slopes, curvatures = [], []
+    for i in range(0, len(roots), size):
+        chosen = slice(i, i + size)
+        rows = root_rows(network, select_rows(inputs, chosen), roots[chosen], size)
+        along = rows.to(directions.dtype) @ directions
+        curvatures.append(along[:, :-1].square().sum(1))
+        slopes.append(along[:, -1])
+    return torch.cat(slopes), torch.cat(curvatures)
+
+
+def _forward(
+    network: Network,
+    inputs: Any,
+    targets: Tensor,
+    outputs: Tensor,
+    directions: Tensor,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Per-sample slopes and GGN curvatures [m, k] from derivatives of the outputs."""
+
+    def derivative(tangent: Parameters) -> Tensor:
+        return jvp(lambda p: network.outputs(p, inputs), (network.parameters,), (tangent,))[1]
+
+    gradient = network.loss.output_gradient(outputs, targets)
+    root = network.loss.hessian_root(outputs)
+    size = chunk_size or max(1, _FORWARD_CHUNK_SAMPLES // len(outputs))
+    slopes, curvatures = [], []
+    for columns in directions.split(size, dim=1):
+        along = vmap(derivative)(network.split(columns))
+        slopes.append(torch.einsum("mc,kmc->mk", gradient, along))
+        curvatures.append(torch.einsum("mcr,kmc->mkr", root, along).square().sum(-1))
+    return torch.cat(slopes, 1), torch.cat(curvatures, 1)
+
+
+def _hessian(
+    network: Network, inputs: Any, targets: Tensor, directions: Tensor, chunk_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Per-sample slopes and Hessian curvatures [m, k], forward over reverse mode.
+
+    Two forward modes would be cheaper and would need no vectorisation over samples, but torch's
+    forward derivative of layer_norm cannot be differentiated again: it silently drops terms. The
+    vmap must be outside for the same reason, see `eigen`.
+    """
+    directions = directions.to(network.dtype)
+    n_rows = samples_per_chunk(network, 1)
+    size = min(chunk_size or _HESSIAN_CHUNK_SAMPLES, n_rows)
+    wide = max(1, n_rows // size)
+    slopes, curvatures = [], []
+    for i in range(0, len(targets), size):
+        chosen = slice(i, i + size)
+        pieces = [
+            _hessian_chunk(network, select_rows(inputs, chosen), targets[chosen], piece)
+            for piece in directions.split(wide, dim=1)
+        ]
+        slopes.append(torch.cat([piece[0] for piece in pieces], 1))
+        curvatures.append(torch.cat([piece[1] for piece in pieces], 1))
+    return torch.cat(slopes), torch.cat(curvatures)
+
+
+def _hessian_chunk(
+    network: Network, inputs: Any, targets: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    tangents = network.split(directions)
+
+    def of_sample(sample: Any, target: Tensor) -> tuple[Tensor, Tensor]:
+        single = _with_batch_axis(sample)
+
+        def loss(parameters: Parameters) -> Tensor:
+            return network.loss.losses(network.outputs(parameters, single), target[None])[0]
+
+        def along(tangent: Parameters) -> tuple[Tensor, Tensor]:
+            both = jvp(grad(loss), (network.parameters,), (tangent,))
+            return _dot(both[0], tangent), _dot(both[1], tangent)
+
+        return vmap(along)(tangents)
+
+    return _vectorised(of_sample, inputs, targets)
+
+
+def _dot(a: Parameters, b: Parameters) -> Tensor:
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+
+def _resolve(
+    derivatives: Derivatives, matrix: Matrix, network: Network, n_directions: int, outputs: Tensor
+) -> Derivatives:
+    if matrix is Matrix.HESSIAN and derivatives is not Derivatives.AUTO:
+        raise ValueError(
+            "the Hessian is measured by forward over reverse mode only; leave derivatives='auto'."
+        )
+    if derivatives is not Derivatives.AUTO:
+        return derivatives
+    # A direction costs two forward passes, a column one backward pass (about two): equal near
+    # k = C, and the vectorised backward pass with its matrix product is the dearer of the two.
+    n_outputs = outputs.shape[1]
+    fits = rows_bytes(network, n_outputs + 1) <= DEFAULT_BYTE_BUDGET
+    return Derivatives.REVERSE if n_directions > 2 * n_outputs and fits else Derivatives.FORWARD
+
+
+def _check_directions(directions: Tensor, n_parameters: int) -> None:
+    if directions.ndim != 2 or directions.shape[0] != n_parameters:
+        raise ValueError(
+            f"directions must have shape [P, k] with P = {n_parameters} trainable parameters; got "
+            f"{tuple(directions.shape)}."
+        )
+    if not bool(torch.isfinite(directions).all()):
+        raise ValueError("directions contain NaN or infinite values.")

@@ -1,0 +1,190 @@
+"""Figures of the diagnostics. Matplotlib is imported where it is used; nothing is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from laplace_debiased.diagnostics.estimates import MeanEstimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from laplace_debiased.diagnostics.eigen import Eigenpairs
+    from laplace_debiased.diagnostics.profile import DirectionalProfile
+    from laplace_debiased.diagnostics.sweep import BatchSizeSweep
+
+# Okabe and Ito's palette: told apart in print and by colour-blind readers.
+OWN, OTHER, REFERENCE = "#D55E00", "#0072B2", "#000000"
+
+
+def plot_profile(profile: DirectionalProfile, axes: tuple[Axes, Axes] | None = None) -> Figure:
+    """Slopes (above) and curvatures (below) by rank, on own batch, other batch and reference."""
+    if axes is None:
+        figure = _figure(6.0, 5.4)
+        upper = figure.add_subplot(2, 1, 1)
+        axes = (upper, figure.add_subplot(2, 1, 2, sharex=upper))
+    slope_axis, curvature_axis = axes
+    for estimate, name, colour, width in _roles(profile, "slope"):
+        _curve(slope_axis, estimate, name, colour, width, band=colour != OWN)
+    for estimate, name, colour, width in _roles(profile, "curvature"):
+        _curve(curvature_axis, estimate, name, colour, width, band=colour != OWN)
+    slope_axis.axhline(0.0, color="0.6", linewidth=0.8, zorder=0)
+    slope_axis.set_ylabel("directional slope")
+    slope_axis.legend(frameon=False, fontsize="small", loc="upper right")
+    curvature_axis.set_ylabel("directional curvature")
+    curvature_axis.set_xlabel("eigenvector of the own batch, by rank")
+    if all(bool((e.mean > 0).all()) for e, *_ in _roles(profile, "curvature")):
+        curvature_axis.set_yscale("log")
+    for axis in axes:
+        _tidy(axis)
+    return _figure_of(slope_axis)
+
+
+def plot_profiles(profiles: Mapping[str, DirectionalProfile]) -> Figure:
+    """Several profiles side by side, one column each, titled by their keys.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not profiles:
+        raise ValueError("profiles is empty; give at least one titled profile.")
+    figure = _figure(0.6 + 4.6 * len(profiles), 5.4)
+    grid = figure.subplots(2, len(profiles), squeeze=False, sharex="col")
+    for column, (title, profile) in enumerate(profiles.items()):
+        plot_profile(profile, (grid[0, column], grid[1, column]))
+        grid[0, column].set_title(title, fontsize="medium")
+        if column:
+            for row in (0, 1):
+                grid[row, column].set_ylabel("")
+            legend = grid[0, column].get_legend()
+            if legend is not None:
+                legend.remove()
+    return figure
+
+
+def plot_eigenspaces(own: Eigenpairs, other: Eigenpairs) -> Figure:
+    """Why the bias is there: two batches' spectra agree, their eigenvectors do not.
+
+    Left the spectra; right, for each own eigenvector, the share of it that lies in the span of the
+    other batch's top j eigenvectors, ‖V_{1..j}ᵀu_i‖².
+    """
+    k = min(own.vectors.shape[1], other.vectors.shape[1])
+    ranks = np.arange(1, k + 1)
+    figure = _figure(9.2, 3.6)
+    spectra, overlaps = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.0, 1.15)})
+    spectra.semilogy(ranks, own.values[:k], color=OWN, label="own batch")
+    spectra.semilogy(ranks, other.values[:k], color=OTHER, label="other batch")
+    spectra.set_xlabel("rank")
+    spectra.set_ylabel("eigenvalue")
+    spectra.set_title("the spectra agree …", fontsize="medium")
+    spectra.legend(frameon=False, fontsize="small")
+    _tidy(spectra)
+    cosines = (own.vectors[:, :k].T @ other.vectors[:, :k].to(own.vectors)).square()
+    share = cosines.cumsum(1).clamp(0.0, 1.0).cpu().numpy()
+    image = overlaps.imshow(
+        share,
+        origin="lower",
+        aspect="auto",
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        extent=(0.5, k + 0.5, 0.5, k + 0.5),
+    )
+    overlaps.set_xlabel("top j eigenvectors of the other batch")
+    overlaps.set_ylabel("own eigenvector, by rank")
+    overlaps.set_title("… the eigenvectors do not", fontsize="medium")
+    figure.colorbar(image, ax=overlaps, label="share of it in their span")
+    return figure
+
+
+def plot_sweep(sweep: BatchSizeSweep) -> Figure:
+    """Curvature ratios and eigenspace overlap by batch size, mean over pairs ± standard error."""
+    figure = _figure(9.2, 3.6)
+    ratios, overlaps = figure.subplots(1, 2)
+    for values, name, colour in (
+        (sweep.own_to_reference, "own batch / reference", OWN),
+        (sweep.other_to_reference, "other batch / reference", OTHER),
+    ):
+        _errorbars(ratios, sweep.batch_sizes, values, name, colour)
+    ratios.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
+    ratios.set_ylabel(f"curvature ratio, median of top {sweep.k}")
+    ratios.set_yscale("log")
+    _errorbars(overlaps, sweep.batch_sizes, sweep.overlap, "eigenspace overlap", "#009E73")
+    _errorbars(overlaps, sweep.batch_sizes, sweep.spectrum_ratio, "ratio of eigenvalues", "#CC79A7")
+    overlaps.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
+    overlaps.set_ylim(bottom=0.0)
+    overlaps.set_ylabel("between two batches")
+    for axis in (ratios, overlaps):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sweep.batch_sizes, [str(size) for size in sweep.batch_sizes])
+        axis.set_xlabel("batch size")
+        axis.legend(frameon=False, fontsize="small")
+        _tidy(axis)
+    return figure
+
+
+def _roles(profile: DirectionalProfile, what: str) -> list[tuple[MeanEstimate, str, str, float]]:
+    named = [
+        (profile.own, "own batch", OWN, 1.4),
+        (profile.other, "other batch", OTHER, 1.4),
+        (profile.reference, "reference", REFERENCE, 1.6),
+    ]
+    return [
+        (getattr(q, what), f"{name} (n = {q.n_samples})", colour, width)
+        for q, name, colour, width in named
+        if q is not None
+    ]
+
+
+def _curve(
+    axis: Axes, estimate: MeanEstimate, name: str, colour: str, width: float, *, band: bool
+) -> None:
+    ranks = np.arange(1, len(estimate.mean) + 1)
+    mean, error = estimate.mean.numpy(), estimate.stderr.numpy()
+    axis.plot(ranks, mean, color=colour, linewidth=width, label=name)
+    if band and np.isfinite(error).all():
+        low = mean - error
+        positive = mean > 0
+        # A band that reaches zero has no lower edge on a logarithmic axis; stop at a tenth.
+        low = np.where(positive & (low < 0.1 * mean), 0.1 * mean, low) if positive.all() else low
+        axis.fill_between(ranks, low, mean + error, color=colour, alpha=0.18, linewidth=0)
+
+
+def _errorbars(
+    axis: Axes, sizes: tuple[int, ...], values: torch.Tensor, name: str, colour: str
+) -> None:
+    pairs = values.shape[1]
+    error = values.std(1) / pairs**0.5 if pairs > 1 else torch.zeros(len(sizes))
+    axis.errorbar(
+        sizes,
+        values.mean(1),
+        yerr=error,
+        color=colour,
+        marker="o",
+        markersize=4,
+        capsize=2,
+        linewidth=1.4,
+        label=name,
+    )
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure_of(axis: Axes) -> Figure:
+    # A figure's figure is itself, a sub-figure's is the root: the one that can be saved.
+    return axis.figure.figure
+
+
+def _tidy(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, which="major", color="0.92", linewidth=0.7)
+    axis.set_axisbelow(True)

@@ -1,0 +1,244 @@
+"""Directional profiles: one batch's eigenvectors, measured on that batch and on other data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from laplace_debiased.diagnostics.eigen import Solver, network_eigenpairs
+from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
+from laplace_debiased.diagnostics.measure import Derivatives, Matrix, measure_directions
+from laplace_debiased.diagnostics.network import Network, undisturbed
+from laplace_debiased.diagnostics.summary import BiasSummary, summarise
+from laplace_debiased.options import parse_choice
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Directions = TypeVar("Directions")
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionalProfile:
+    r"""The quadratic ℓ(θ) + gᵀx + ½ xᵀCx along k directions, as three sets of data see it.
+
+    The directions are one batch's own top eigenvectors (or any others), each oriented so that its
+    slope on that batch is not negative: without an orientation a slope's sign would mean nothing.
+
+    Attributes:
+        own: slopes and curvatures [k] on the batch that chose the directions, per-sample means.
+            Given the directions they are exact, so their covariance is not an error.
+        other: the same on another batch.
+        reference: the same on reference data, such as the training set; None without.
+        directions: the directions [P, k] as columns; None where they are not dense.
+        parameters_along: uᵀθ [k], float64, for the weight decay's slope; None where not given.
+        weight_decay: δ of the term ½ δ‖θ‖² that is in all three quadratics.
+    """
+
+    own: DirectionalQuadratic
+    other: DirectionalQuadratic
+    reference: DirectionalQuadratic | None
+    directions: Tensor | None = None
+    parameters_along: Tensor | None = None
+    weight_decay: float = 0.0
+
+    @property
+    def n_directions(self) -> int:
+        """Number of directions k."""
+        return self.own.n_directions
+
+    def with_weight_decay(self, weight_decay: float) -> DirectionalProfile:
+        """The same profile with ½ δ‖θ‖² in the quadratics instead: slopes + δuᵀθ, curvatures + δ.
+
+        The eigenvectors of C and C + δI are the same, so nothing is measured again.
+
+        Args:
+            weight_decay: δ ≥ 0; 0 leaves the data's part alone.
+
+        Raises:
+            ValueError: if it is negative or not finite, or the profile holds no uᵀθ.
+        """
+        if not 0.0 <= weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be finite and ≥ 0; got {weight_decay!r}.")
+        change = weight_decay - self.weight_decay
+        if change == 0.0:
+            return self
+        if self.parameters_along is None:
+            raise ValueError(
+                "this profile does not hold the parameters along its directions; give "
+                "parameters_along to profile_from_directions."
+            )
+        along = self.parameters_along
+
+        def decayed(quadratic: DirectionalQuadratic) -> DirectionalQuadratic:
+            return DirectionalQuadratic(
+                quadratic.slope.shifted(change * along),
+                quadratic.curvature.shifted(torch.full_like(along, change)),
+            )
+
+        return replace(
+            self,
+            own=decayed(self.own),
+            other=decayed(self.other),
+            reference=None if self.reference is None else decayed(self.reference),
+            weight_decay=weight_decay,
+        )
+
+    def summary(self, n_groups: int = 10) -> BiasSummary:
+        """Bias ratios per decile of the directions (by rank), with standard errors.
+
+        Args:
+            n_groups: number of groups of neighbouring ranks; fewer if there are fewer directions.
+        """
+        return summarise(self.own, self.other, self.reference, n_groups)
+
+    def plot(self, axes: tuple[Axes, Axes] | None = None) -> Figure:
+        """Slopes and curvatures along the directions by rank (paper, Figure 2).
+
+        Args:
+            axes: where to draw slopes and curvatures; None makes a figure.
+
+        Returns:
+            The figure; nothing is shown.
+        """
+        from laplace_debiased.diagnostics.plots import plot_profile
+
+        return plot_profile(self, axes)
+
+
+def profile_from_directions(
+    directions: Directions,
+    own: Callable[[Directions], DirectionalQuadratic],
+    other: Callable[[Directions], DirectionalQuadratic],
+    reference: Callable[[Directions], DirectionalQuadratic] | None = None,
+    parameters_along: Tensor | None = None,
+) -> DirectionalProfile:
+    """A profile of any directions, measured by any means.
+
+    Args:
+        directions: anything that the callables understand: a matrix [P, k], or the factors of a
+            Kronecker eigenbasis.
+        own: slopes and curvatures along them on the batch that chose them.
+        other: the same on another batch.
+        reference: the same on reference data.
+        parameters_along: uᵀθ [k], where weight decay is to be shown.
+
+    Raises:
+        ValueError: if the three disagree about the number of directions.
+    """
+    at_own, at_other = own(directions), other(directions)
+    at_reference = None if reference is None else reference(directions)
+    for role, quadratic in (("other", at_other), ("reference", at_reference)):
+        if quadratic is not None and quadratic.n_directions != at_own.n_directions:
+            raise ValueError(
+                f"own measured {at_own.n_directions} directions but {role} measured "
+                f"{quadratic.n_directions}; all must measure the same ones in the same order."
+            )
+    signs = torch.where(at_own.slope.mean < 0, -1.0, 1.0)
+    dense = directions * signs.to(directions) if isinstance(directions, Tensor) else None
+    return DirectionalProfile(
+        own=at_own.oriented(signs),
+        other=at_other.oriented(signs),
+        reference=None if at_reference is None else at_reference.oriented(signs),
+        directions=dense,
+        parameters_along=None
+        if parameters_along is None
+        else parameters_along.detach().to("cpu", torch.float64) * signs,
+    )
+
+
+def directional_profile(
+    model: nn.Module,
+    likelihood: str,
+    batch: object,
+    other_batch: object,
+    reference_loader: Iterable[object] | None = None,
+    k: int = 100,
+    *,
+    matrix: str = "ggn",
+    weight_decay: float = 0.0,
+    solver: str = "auto",
+    derivatives: str = "auto",
+    chunk_size: int | None = None,
+    seed: int = 0,
+    dict_key_y: str = "labels",
+    progress_bar: bool = False,
+) -> DirectionalProfile:
+    r"""Slopes and curvatures along a batch's top eigenvectors, on it, another batch, and reference.
+
+    The mini-batch bias of Tatzel et al. (ICLR 2025, Section 3 and Figure 2): along the directions
+    that one batch chose, that batch's curvature is too large at the top and its slopes are too
+    steep; another batch's are right in the mean.
+
+    Args:
+        model: trained network; evaluation mode inside, everything restored after. Directions are
+            in the space of its trainable parameters.
+        likelihood: "classification" (cross-entropy) or "regression" (½ squared error, summed over
+            outputs: unit noise).
+        batch: the batch that chooses the directions: (inputs, targets), or a mapping.
+        other_batch: a batch without any sample of the first.
+        reference_loader: batches that stand for the population; each walked once. Samples that it
+            shares with ``batch`` pull it towards that batch, by their share.
+        k: number of top eigenvectors; fewer where the batch's matrix has fewer that are not zero.
+        matrix: "ggn" or "hessian".
+        weight_decay: δ of ½ δ‖θ‖² in the quadratics (`DirectionalProfile.with_weight_decay`
+            changes it later at no cost).
+        solver: "auto", "gram", "lanczos" or "dense", see `top_eigenpairs`.
+        derivatives: "auto", "forward" or "reverse", see `measure_directions`.
+        chunk_size: directions (forward) or samples (reverse) at a time; None: by memory.
+        seed: for Lanczos' starting vector.
+        dict_key_y: key of the targets where a batch is a mapping.
+        progress_bar: show one per stage.
+
+    Returns:
+        Per-sample means in nats along unit directions.
+
+    Raises:
+        ValueError: for a bad option, an empty batch, outputs or parameters that are not finite,
+            targets that do not fit, or a curvature that vanishes.
+        TypeError: for a batch or an output of an unknown type.
+        RuntimeError: if the model cannot be vectorised, or Lanczos does not converge.
+    """
+    which = parse_choice(Matrix, matrix, "matrix")
+    how = parse_choice(Solver, solver, "solver")
+    mode = parse_choice(Derivatives, derivatives, "derivatives")
+    with undisturbed(model):
+        network = Network.of(model, likelihood, dict_key_y)
+        pairs = network_eigenpairs(
+            network,
+            batch,
+            k,
+            matrix=which,
+            solver=how,
+            seed=seed,
+            role="batch",
+            progress_bar=progress_bar,
+        )
+
+        def measured_on(
+            batches: Iterable[object], role: str
+        ) -> Callable[[Tensor], DirectionalQuadratic]:
+            return lambda directions: measure_directions(
+                network,
+                batches,
+                directions,
+                matrix=which,
+                derivatives=mode,
+                chunk_size=chunk_size,
+                role=role,
+                progress_bar=progress_bar,
+            )
+
+        profile = profile_from_directions(
+            pairs.vectors,
+            measured_on([batch], "batch"),
+            measured_on([other_batch], "other_batch"),
+            None if reference_loader is None else measured_on(reference_loader, "reference_loader"),
+            pairs.vectors.T @ network.flat_parameters().to(pairs.vectors),
+        )
+    return profile.with_weight_decay(weight_decay)

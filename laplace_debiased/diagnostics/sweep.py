@@ -1,0 +1,151 @@
+"""How the bias and the misalignment of eigenspaces shrink with batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from laplace_debiased.diagnostics.eigen import eigenspace_overlap, top_eigenpairs
+from laplace_debiased.diagnostics.profile import directional_profile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class BatchSizeSweep:
+    """Bias of the top k directions by batch size, over pairs of disjoint batches.
+
+    Attributes:
+        batch_sizes: the sizes [s].
+        k: directions per batch; where a batch has fewer, its own number.
+        own_to_reference: own over reference curvature, median over directions [s, pairs].
+        other_to_reference: other batch's over reference curvature, likewise.
+        overlap: eigenspace overlap of the two batches [s, pairs], see `eigenspace_overlap`.
+        spectrum_ratio: own eigenvalues over the other batch's at equal rank, median [s, pairs].
+    """
+
+    batch_sizes: tuple[int, ...]
+    k: int
+    own_to_reference: Tensor
+    other_to_reference: Tensor
+    overlap: Tensor
+    spectrum_ratio: Tensor
+
+    def plot(self) -> Figure:
+        """Ratios and overlap by batch size; nothing is shown."""
+        from laplace_debiased.diagnostics.plots import plot_sweep
+
+        return plot_sweep(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        tensors = ("own_to_reference", "other_to_reference", "overlap", "spectrum_ratio")
+        plain: dict[str, Any] = {"batch_sizes": list(self.batch_sizes), "k": self.k}
+        return plain | {name: getattr(self, name).tolist() for name in tensors}
+
+
+def disjoint_batches(
+    dataset: Sequence[Any],
+    batch_size: int,
+    generator: torch.Generator,
+    collate_fn: Callable[[list[Any]], object] = default_collate,
+) -> tuple[object, object]:
+    """Two batches without a common sample, drawn uniformly without replacement.
+
+    Args:
+        dataset: anything with a length and items.
+        batch_size: samples in each.
+        generator: source of the draw.
+        collate_fn: makes a batch of a list of items.
+
+    Raises:
+        ValueError: if the data set is smaller than both batches.
+    """
+    if batch_size < 1 or 2 * batch_size > len(dataset):
+        raise ValueError(
+            f"two disjoint batches of {batch_size} need at least {2 * max(batch_size, 1)} samples "
+            f"and batch_size ≥ 1; the data set has {len(dataset)}."
+        )
+    order = torch.randperm(len(dataset), generator=generator)[: 2 * batch_size].tolist()
+    halves = order[:batch_size], order[batch_size:]
+    own, other = (collate_fn([dataset[i] for i in half]) for half in halves)
+    return own, other
+
+
+def batch_size_sweep(
+    model: nn.Module,
+    likelihood: str,
+    dataset: Sequence[Any],
+    reference_loader: Iterable[object],
+    batch_sizes: Sequence[int] = (16, 64, 256),
+    *,
+    k: int = 20,
+    pairs: int = 3,
+    seed: int = 0,
+    collate_fn: Callable[[list[Any]], object] = default_collate,
+    progress_bar: bool = False,
+    **options: Any,
+) -> BatchSizeSweep:
+    """Measure bias, overlap and spectra for several batch sizes.
+
+    Args:
+        model: trained network, see `directional_profile`.
+        likelihood: "classification" or "regression".
+        dataset: where the batches are drawn from, without replacement within a pair.
+        reference_loader: the population's stand-in; walked once per size and pair.
+        batch_sizes: sizes of each batch.
+        k: directions per batch.
+        pairs: pairs of batches per size.
+        seed: of the draws.
+        collate_fn: makes a batch of a list of items.
+        progress_bar: show one over all pairs.
+        **options: further options of `directional_profile`.
+
+    Raises:
+        ValueError: as `directional_profile` and `disjoint_batches`, or for no size or pair.
+    """
+    if not batch_sizes or pairs < 1:
+        raise ValueError(
+            f"a sweep needs batch sizes and pairs; got {len(batch_sizes)} sizes, {pairs} pairs."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    steps = [size for size in batch_sizes for _ in range(pairs)]
+    rows = []
+    for size in tqdm(steps, desc="pairs of batches", disable=not progress_bar):
+        drawn = disjoint_batches(dataset, size, generator, collate_fn)
+        rows.append(
+            _one_pair(model, likelihood, drawn, reference_loader, k, options | {"seed": seed})
+        )
+    table = torch.tensor(rows, dtype=torch.float64).reshape(len(batch_sizes), pairs, 4)
+    return BatchSizeSweep(tuple(batch_sizes), k, *table.unbind(-1))
+
+
+def _one_pair(
+    model: nn.Module,
+    likelihood: str,
+    drawn: tuple[object, object],
+    reference_loader: Iterable[object],
+    k: int,
+    options: dict[str, Any],
+) -> tuple[float, float, float, float]:
+    """Own and other curvature over the reference's, eigenspace overlap, ratio of spectra."""
+    profile = directional_profile(model, likelihood, *drawn, reference_loader, k, **options)
+    shared = {n: options[n] for n in ("matrix", "solver", "seed", "dict_key_y") if n in options}
+    there = top_eigenpairs(model, likelihood, drawn[1], k, **shared)
+    summary = profile.summary()
+    here = cast(Tensor, profile.directions)
+    both = min(profile.n_directions, there.vectors.shape[1])
+    spectrum = profile.own.curvature.mean[:both] - profile.weight_decay
+    return (
+        cast(float, summary.median_own_to_reference),
+        cast(float, summary.median_other_to_reference),
+        eigenspace_overlap(here[:, :both], there.vectors[:, :both]),
+        float((spectrum / there.values[:both]).median()),
+    )
