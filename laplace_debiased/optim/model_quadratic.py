@@ -1,15 +1,23 @@
 """The local quadratic of a model's loss on a mini-batch."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, assert_never
 
 import torch
-from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import Tensor, nn
 
 from laplace_debiased.optim.isolation import as_fixed_function
+from laplace_debiased.optim.matvec import Matvec
+from laplace_debiased.optim.operators import (
+    flatten,
+    ggn_product,
+    gradient,
+    hessian_product,
+    unflatten,
+)
 from laplace_debiased.optim.quadratic import Quadratic
 
 Batch = tuple[Any, Tensor]
@@ -26,12 +34,53 @@ class Curvature(StrEnum):
     HESSIAN = "hessian"
 
 
+def model_quadratic(
+    model: nn.Module,
+    loss_func: nn.Module,
+    data: Iterable[Batch],
+    *,
+    params: Iterable[nn.Parameter] | None = None,
+    curvature: Curvature | str = Curvature.GGN,
+    damping: float = 0.0,
+) -> Quadratic:
+    """The damped quadratic of the mean loss on ``data`` around the model's parameters.
+
+    One forward pass over the data, whose record stays in memory for the products. For more data
+    than that allows, give ``Quadratic`` an operator of curvlinops, which recomputes it.
+
+    Args:
+        model: Called as ``model(X)`` in evaluation mode; it comes out in its own.
+        loss_func: A loss module with ``reduction="mean"``.
+        data: Mini-batches ``(X, y)``, walked once; gradient and curvature are means over all their
+            samples. ``X`` is a tensor [n, ...] or a mapping that holds such tensors.
+        params: Which parameters move, in this order; None: all that require a gradient.
+        curvature: GGN or Hessian.
+        damping: δ ≥ 0.
+
+    Returns:
+        A quadratic of the flat displacement [P] from the parameters as they are now. Its products
+        raise RuntimeError once these have changed.
+
+    Raises:
+        TypeError: If a batch is no pair, the model returns no tensor, or the parameters are in
+            half precision.
+        ValueError: If the loss is no mean, the data is empty, or a parameter is not the model's.
+        RuntimeError: If the loss or its gradient is not finite.
+    """
+    chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
+    loss = ModelLoss(model, loss_func, tuple(chosen))
+    batches = [check_batch(batch, "data") for batch in data]
+    if not batches:
+        raise ValueError("data must hold at least one mini-batch (X, y), got none.")
+    return loss.quadratic(batches, Curvature(curvature), damping)[1]
+
+
 @dataclass(frozen=True, eq=False)
 class ModelLoss:
     """The mean loss of ``model`` as a function of some of its parameters.
 
     Attributes:
-        model: Called as ``model(X)``. It runs in evaluation mode and comes out in its own.
+        model: Called as ``model(X)`` in evaluation mode; it comes out in its own.
         loss_func: A loss module with ``reduction="mean"``, called as ``loss_func(model(X), y)``.
         params: Parameters of ``model``, float32 or float64, P numbers in all.
     """
@@ -44,45 +93,68 @@ class ModelLoss:
         _check_loss(self.loss_func)
         _check_params(self.model, self.params)
 
-    def at(self, batch: Batch, displacement: Tensor | None = None) -> float:
+    def at(self, batch: Batch, displacement: Tensor) -> float:
         """Mean loss over ``batch`` at the parameters plus ``displacement`` [P]; changes nothing.
 
         May be infinite or NaN: a trial step may well lead there.
         """
         X, y = self._on_device(batch)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        shifts = zip(self.params, unflatten(displacement, self.params), strict=True)
         with as_fixed_function(self.model), torch.no_grad():
-            if displacement is None:
-                return float(self.loss_func(self.model(X), y))
-            names = {id(p): name for name, p in self.model.named_parameters()}
-            moved = {
-                names[id(p)]: p + d
-                for p, d in zip(self.params, unflatten(displacement, self.params), strict=True)
-            }
+            moved = {names[id(p)]: p + shift for p, shift in shifts}
             return float(self.loss_func(torch.func.functional_call(self.model, moved, (X,)), y))
 
-    def value_and_gradient(self, batches: Sequence[Batch]) -> tuple[float, Tensor]:
-        """Mean loss over all samples of ``batches``, and its gradient [P].
+    def quadratic(
+        self, batches: Sequence[Batch], curvature: Curvature, damping: float
+    ) -> tuple[float, Quadratic]:
+        """Mean loss over all samples of ``batches`` [], and its damped quadratic.
 
         Raises:
-            RuntimeError: If the loss is not finite.
+            RuntimeError: If the loss or its gradient is not finite.
         """
-        sizes = [batch_size(X) for X, _ in batches]
-        total, gradient = 0.0, torch.zeros_like(flatten(self.params))
-        for batch, size in zip(batches, sizes, strict=True):
-            X, y = self._on_device(batch)
-            with as_fixed_function(self.model), torch.enable_grad():
-                loss = self.loss_func(self.model(X), y)
-                parts = torch.autograd.grad(
-                    loss, self.params, allow_unused=True, materialize_grads=True
-                )
-            total += float(loss) * size / sum(sizes)
-            gradient.add_(flatten(parts), alpha=size / sum(sizes))
-        if not (torch.isfinite(gradient).all() and torch.isfinite(torch.tensor(total))):
+        n_samples = sum(batch_size(X) for X, _ in batches)
+        total, mean_gradient = 0.0, torch.zeros_like(flatten(self.params))
+        products: list[tuple[float, Matvec]] = []
+        for batch in batches:
+            share = batch_size(batch[0]) / n_samples
+            outputs, loss = self._record(batch)
+            total += share * float(loss.detach())
+            mean_gradient.add_(flatten(gradient(loss, self.params)), alpha=share)
+            products.append((share, self._product(outputs, loss, curvature)))
+        if not (math.isfinite(total) and torch.isfinite(mean_gradient).all()):
             raise RuntimeError(
-                f"The loss on the batch is {total} or its gradient is not finite: check the data "
-                "and the parameters, or take smaller steps (lower lr, higher damping)."
+                f"The mean loss on the batch is {total} or its gradient is not finite: check the "
+                "data and the parameters, or take smaller steps (lower lr, higher damping)."
             )
-        return total, gradient
+        versions = tuple(p._version for p in self.params)
+        operator = _RecordedCurvature(self.params, versions, tuple(products))
+        return total, Quadratic(operator, mean_gradient, damping)
+
+    def _record(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        X, y = self._on_device(batch)
+        with as_fixed_function(self.model), torch.enable_grad():
+            outputs = self.model(X)
+            if not isinstance(outputs, Tensor):
+                raise TypeError(
+                    f"model must return a tensor, got {type(outputs).__name__}: wrap it in a "
+                    "module that returns the outputs which loss_func takes."
+                )
+            loss = self.loss_func(outputs, y)
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "The loss does not depend on params: the model runs without recording gradients, "
+                "or does not use these parameters."
+            )
+        return outputs, loss
+
+    def _product(self, outputs: Tensor, loss: Tensor, curvature: Curvature) -> Matvec:
+        match curvature:
+            case Curvature.GGN:
+                return ggn_product(outputs, loss, self.params)
+            case Curvature.HESSIAN:
+                return hessian_product(loss, self.params)
+        assert_never(curvature)
 
     def _on_device(self, batch: Batch) -> Batch:
         X, y = batch
@@ -90,98 +162,28 @@ class ModelLoss:
         return (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
 
 
-def model_quadratic(
-    model: nn.Module,
-    loss_func: nn.Module,
-    data: Iterable[Batch],
-    *,
-    params: Iterable[nn.Parameter] | None = None,
-    curvature: Curvature | str = Curvature.GGN,
-    damping: float = 0.0,
-) -> Quadratic:
-    """The damped quadratic of the mean loss on ``data`` around the model's parameters.
-
-    Args:
-        model: Called as ``model(X)``; evaluated in evaluation mode, restored afterwards.
-        loss_func: A loss module with ``reduction="mean"``.
-        data: Mini-batches ``(X, y)``, walked once now and kept; gradient and curvature are means
-            over all their samples. ``X`` is a tensor or a mapping that holds tensors.
-        params: Which parameters move, in this order; None: all that require a gradient.
-        curvature: GGN or Hessian, through curvlinops.
-        damping: δ ≥ 0.
-
-    Returns:
-        A quadratic of the flat displacement [P]. It describes the parameters as they are now: its
-        products raise once these have changed.
-
-    Raises:
-        TypeError: If a batch is no pair, or the parameters are in half precision.
-        ValueError: If the loss is no mean, the data is empty, or a parameter is not the model's.
-        RuntimeError: If the loss or its gradient is not finite.
-    """
-    chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
-    loss = ModelLoss(model, loss_func, tuple(chosen))
-    batches = tuple(check_batch(batch, "data") for batch in data)
-    if not batches:
-        raise ValueError("data must hold at least one mini-batch (X, y), got none.")
-    return loss_quadratic(loss, batches, Curvature(curvature), damping)[1]
-
-
-def loss_quadratic(
-    loss: ModelLoss, batches: Sequence[Batch], curvature: Curvature, damping: float
-) -> tuple[float, Quadratic]:
-    """Mean loss over ``batches`` and its damped quadratic around the current parameters."""
-    value, gradient = loss.value_and_gradient(batches)
-    return value, Quadratic(_ModelOperator.build(loss, batches, curvature), gradient, damping)
-
-
 @dataclass(frozen=True, eq=False)
-class _ModelOperator:
-    """Products with the curvature at the parameters' present values."""
+class _RecordedCurvature:
+    """Share-weighted sum of the curvatures of mini-batches, at the parameters as recorded."""
 
-    operator: GGNLinearOperator | HessianLinearOperator
-    loss: ModelLoss
+    params: tuple[nn.Parameter, ...]
     versions: tuple[int, ...]
-
-    @classmethod
-    def build(
-        cls, loss: ModelLoss, batches: Sequence[Batch], curvature: Curvature
-    ) -> "_ModelOperator":
-        match curvature:
-            case Curvature.GGN:
-                kind = GGNLinearOperator
-            case Curvature.HESSIAN:
-                kind = HessianLinearOperator
-            case _:
-                assert_never(curvature)
-        operator = kind(
-            loss.model,
-            loss.loss_func,
-            list(loss.params),
-            list(batches),
-            # The check draws from the global generator.
-            check_deterministic=False,
-            num_data=sum(batch_size(X) for X, _ in batches),
-            batch_size_fn=batch_size,
-        )
-        return cls(operator, loss, tuple(p._version for p in loss.params))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.operator.shape)
+    products: tuple[tuple[float, Matvec], ...]
 
     def matvec(self, vector: Tensor) -> Tensor:
-        if self.versions != tuple(p._version for p in self.loss.params):
+        if self.versions != tuple(p._version for p in self.params):
             raise RuntimeError(
-                "The model's parameters have changed since this quadratic was built: its gradient "
-                "is that of the old ones. Build a new quadratic."
+                "The model's parameters have changed since this quadratic was built: build a new "
+                "one."
             )
-        with as_fixed_function(self.loss.model):
-            return self.operator @ vector
+        image = torch.zeros_like(vector)
+        for share, product in self.products:
+            image.add_(product(vector), alpha=share)
+        return image
 
 
 def check_batch(batch: Any, name: str) -> Batch:
-    """Return ``batch`` as a pair (X, y), or raise TypeError naming ``name``."""
+    """Return ``batch`` as a pair (X, y); TypeError or ValueError name it ``name``."""
     is_pair = isinstance(batch, tuple | list) and len(batch) == 2
     if not is_pair or not isinstance(batch[1], Tensor):
         raise TypeError(
@@ -201,17 +203,6 @@ def batch_size(X: Any) -> int:
     raise TypeError(f"X must be a tensor or a mapping that holds one, got {type(X).__name__}.")
 
 
-def flatten(tensors: Iterable[Tensor]) -> Tensor:
-    """One vector [P] out of tensors, without history."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Split a vector [P] into tensors shaped as ``like``."""
-    parts = vector.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-
 def _check_loss(loss_func: nn.Module) -> None:
     if getattr(loss_func, "reduction", None) != "mean":
         raise ValueError(
@@ -228,6 +219,8 @@ def _check_params(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
         raise ValueError("params must be parameters of model: got a tensor that model lacks.")
     if len({id(p) for p in params}) != len(params):
         raise ValueError("params must not hold a parameter twice.")
+    if any(not p.requires_grad for p in params):
+        raise ValueError("params must all require a gradient: leave out those that are frozen.")
     kinds = {(p.dtype, p.device) for p in params}
     if len(kinds) != 1 or params[0].dtype not in (torch.float32, torch.float64):
         raise TypeError(

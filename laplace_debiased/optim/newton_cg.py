@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt
 from laplace_debiased.optim.line import NonPositiveCurvature
-from laplace_debiased.optim.model_quadratic import Curvature, ModelLoss, unflatten
+from laplace_debiased.optim.model_quadratic import Curvature, ModelLoss
 from laplace_debiased.optim.newton_step import (
     MiniBatches,
     NewtonSettings,
@@ -17,6 +17,7 @@ from laplace_debiased.optim.newton_step import (
     check_minibatches,
     newton_step,
 )
+from laplace_debiased.optim.operators import unflatten
 from laplace_debiased.optim.quadratic import Quadratic
 from laplace_debiased.optim.termination import Termination
 

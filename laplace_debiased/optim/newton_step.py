@@ -18,7 +18,6 @@ from laplace_debiased.optim.model_quadratic import (
     ModelLoss,
     batch_size,
     check_batch,
-    loss_quadratic,
 )
 from laplace_debiased.optim.quadratic import Quadratic
 from laplace_debiased.optim.result import CGResult
@@ -59,7 +58,8 @@ class StepReport:
         loss_after: After it; None if neither line search nor damping rule asked for it.
         predicted_change: Change of the undamped magnitude quadratic, negative for a descent.
         reduction_ratio: Change of the loss over ``predicted_change``; −inf if the step failed
-            or CG met curvature that is not positive, so that δ grows; None without ``loss_after`` or where no change was predicted.
+            or CG met curvature that is not positive, so that δ grows; None without ``loss_after``
+            or where no change was predicted.
         step_size: Multiple of the CG solution that was added to the parameters; 0 if refused.
         damping: δ of this step.
         next_damping: δ of the next one.
@@ -86,12 +86,12 @@ def newton_step(
     Raises:
         RuntimeError: If a loss, gradient, product or the solution is not finite.
     """
-    own_loss, own = loss_quadratic(loss, [batches.directions], settings.curvature, damping)
+    own_loss, own = loss.quadratic([batches.directions], settings.curvature, damping)
     if batches.magnitudes is None:
         value, target, judge = own_loss, own, batches.directions
     else:
         judge = batches.magnitudes
-        value, target = loss_quadratic(loss, [judge], settings.curvature, damping)
+        value, target = loss.quadratic([judge], settings.curvature, damping)
     result = debiased_cg(
         own,
         target,
