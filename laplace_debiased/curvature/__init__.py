@@ -1,0 +1,47 @@
+"""From batches to numbers: layer capture, Kronecker factors, directional curvature."""
+
+from laplace_debiased.curvature.coverage import Coverage, CoverageError, layer_coverage, layers_of
+from laplace_debiased.curvature.factors import (
+    BlockBasis,
+    BlockFactors,
+    FactorAccumulator,
+    KroneckerFactors,
+    MagnitudeAccumulator,
+    select_samples,
+)
+from laplace_debiased.curvature.features import FeaturePass
+from laplace_debiased.curvature.inspection import layer_problems
+from laplace_debiased.curvature.layers import Layer, LayerRule, registered_rules, rule_for
+from laplace_debiased.curvature.passes import (
+    BackwardPass,
+    Chunk,
+    CurvaturePass,
+    LayerRows,
+    identity_columns,
+    no_columns,
+)
+
+__all__ = [
+    "BackwardPass",
+    "BlockBasis",
+    "BlockFactors",
+    "Chunk",
+    "Coverage",
+    "CoverageError",
+    "CurvaturePass",
+    "FactorAccumulator",
+    "FeaturePass",
+    "KroneckerFactors",
+    "Layer",
+    "LayerRows",
+    "LayerRule",
+    "MagnitudeAccumulator",
+    "identity_columns",
+    "layer_coverage",
+    "layer_problems",
+    "layers_of",
+    "no_columns",
+    "registered_rules",
+    "rule_for",
+    "select_samples",
+]

@@ -1,0 +1,93 @@
+"""The last-layer pass: features in, no backward pass at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from laplace.utils.feature_extractor import FeatureExtractor
+from torch import Tensor
+
+from laplace_debiased.curvature.guards import batch_length, evaluation_mode, to_device
+from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.curvature.passes import Chunk, Columns, LayerRows, check_outputs
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+
+@dataclass(frozen=True, eq=False)
+class FeaturePass:
+    """Pass over the last layer only: its inputs are the features, its columns the output columns.
+
+    The outputs are W φ + b, so nothing has to be pulled back (design: last-layer closed form).
+
+    Args:
+        model: laplace-torch's feature extractor around the network.
+        layer: its last layer.
+        byte_budget: working memory of one chunk, in bytes.
+    """
+
+    model: FeatureExtractor
+    layer: Layer
+    byte_budget: int = DEFAULT_BYTE_BUDGET
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The last layer."""
+        return (self.layer,)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's parameters."""
+        return next(self.model.parameters()).device
+
+    def features(self, inputs: Any, *, differentiable: bool = False) -> tuple[Tensor, Tensor]:
+        """Outputs [m, C] and features φ [m, D] of one batch."""
+        inputs = to_device(inputs, self.device)
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            if isinstance(inputs, Tensor) and inputs.is_inference():
+                inputs = inputs.clone()
+            with evaluation_mode(self.model):
+                outputs, features = self.model.forward_with_features(inputs)
+        check_outputs(outputs, batch_length(inputs))
+        features = features.reshape(len(outputs), -1)
+        width = self.layer.module.in_features
+        if features.shape[1] != width:
+            raise ValueError(
+                f"the last layer {self.layer.name!r} maps {width} features, but the network gives "
+                f"{features.shape[1]} per sample. Pass feature_reduction='pick_first', 'pick_last' "
+                "or 'average', as the model itself reduces them."
+            )
+        return outputs, features
+
+    def outputs(self, inputs: Any) -> Tensor:
+        """Network outputs [m, C] without a graph."""
+        return self.features(inputs)[0].detach()
+
+    def chunks(
+        self,
+        inputs: Any,
+        columns: Columns,
+        *,
+        n_columns: int | None = None,
+        differentiable: bool = False,
+    ) -> Iterator[Chunk]:
+        """One forward pass over the batch, then chunks of its features."""
+        outputs, features = self.features(inputs, differentiable=differentiable)
+        m, n_outputs = outputs.shape
+        per_column = 4 * n_outputs + features.shape[1]
+        size = outputs.element_size() * per_column * (n_outputs if n_columns is None else n_columns)
+        step = max(1, min(m, self.byte_budget // max(1, size)))
+        for start in range(0, m, step):
+            rows = slice(start, min(start + step, m))
+            yield self._chunk(outputs[rows], features[rows], rows, columns)
+
+    def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
+        to_pull = columns(outputs, rows)
+
+        def layer_rows(layer: Layer) -> LayerRows:
+            g = to_pull.transpose(1, 2).unsqueeze(2)  # [m, R, T=1, C]
+            return LayerRows(features.unsqueeze(1) if layer.weight is not None else None, g)
+
+        return Chunk(rows, outputs, (self.layer,), layer_rows)

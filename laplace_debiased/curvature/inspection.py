@@ -1,0 +1,106 @@
+"""What only a forward pass shows about a layer: unused, reused, or not what its rule assumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_debiased.curvature.coverage import REUSED, UNUSED
+from laplace_debiased.curvature.guards import batch_length, select_rows, to_device
+from laplace_debiased.curvature.kernels import weight_gradients
+from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.curvature.tape import LayerTape, record
+
+MISMATCH = (
+    "its gradient is not the sum over positions that its layer type implies: the layer's first "
+    "dimension is not the batch, or its parameters are used outside of the layer too"
+)
+_TOLERANCE = 2e-2
+"""Relative, norm-wise. Round-off of float32 stays below 1e-4; a wrong layout is off by order 1."""
+
+
+def layer_problems(model: nn.Module, layers: tuple[Layer, ...], inputs: Any) -> dict[str, str]:
+    """Reasons, by parameter name, why layers cannot be covered after all.
+
+    Two samples go through the network. For each layer, the gradient of the *first* sample's
+    outputs in the parameters must equal what the recorded inputs and pull-backs of the first
+    sample give. Layers with another dimension in front, weights that are also used elsewhere, and
+    layers that mix samples fail this.
+
+    Args:
+        model: the network.
+        layers: the layers to examine.
+        inputs: some model inputs; at most two samples are used.
+    """
+    device = next(model.parameters()).device
+    probe = select_rows(to_device(inputs, device), slice(0, min(2, batch_length(inputs))))
+    tape = record(model, layers, probe)
+    problems: dict[str, str] = {}
+    usable = []
+    for layer in layers:
+        reason = _call_problem(tape, layer)
+        if reason is None:
+            usable.append(layer)
+        else:
+            problems |= dict.fromkeys(layer.parameter_names, reason)
+    if usable:
+        problems |= _gradient_problems(tape, usable, model)
+    return problems
+
+
+def _call_problem(tape: LayerTape, layer: Layer) -> str | None:
+    calls = tape.calls.get(layer.name, 0)
+    if calls == 0 or layer.name not in tape.edges:
+        return UNUSED
+    return REUSED if calls > 1 else None
+
+
+def _gradient_problems(tape: LayerTape, layers: list[Layer], model: nn.Module) -> dict[str, str]:
+    outputs = tape.outputs
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+    cotangent = cotangent.to(outputs.device, outputs.dtype)
+    pulled = tape.pull_back(cotangent)
+    parameters = dict(model.named_parameters())
+    names = [name for layer in layers for name in layer.parameter_names]
+    first = torch.zeros_like(cotangent)
+    first[0] = cotangent[0]
+    gradients = torch.autograd.grad(
+        outputs, [parameters[name] for name in names], grad_outputs=first, allow_unused=True
+    )
+    expected = dict(zip(names, gradients, strict=True))
+    problems: dict[str, str] = {}
+    for layer in layers:
+        if layer.name not in pulled:
+            problems |= dict.fromkeys(layer.parameter_names, UNUSED)
+        elif not _matches(tape, layer, pulled[layer.name], expected):
+            problems |= dict.fromkeys(layer.parameter_names, MISMATCH)
+    return problems
+
+
+def _matches(
+    tape: LayerTape, layer: Layer, cotangents: Tensor, expected: dict[str, Tensor | None]
+) -> bool:
+    m = len(tape.outputs)
+    if cotangents.shape[0] != m or tape.inputs[layer.name].shape[0] != m:
+        return False
+    columns = layer.rule.output_positions(layer.module, cotangents)[:1].unsqueeze(1)
+    if layer.weight is not None:
+        inputs = layer.rule.input_positions(layer.module, tape.input_of(layer.name).detach())[:1]
+        if inputs.shape[1] != columns.shape[2]:
+            return False
+        if not _close(weight_gradients(inputs, columns), expected[layer.weight]):
+            return False
+    return layer.bias is None or _close(columns.sum(2), expected[layer.bias])
+
+
+def _close(actual: Tensor, expected: Tensor | None) -> bool:
+    if expected is None:
+        return False
+    actual, expected = actual.flatten().float(), expected.flatten().float()
+    if actual.numel() != expected.numel():
+        return False
+    scale = torch.maximum(actual.norm(), expected.norm())
+    return bool((actual - expected).norm() <= _TOLERANCE * scale)

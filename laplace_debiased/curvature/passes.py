@@ -1,0 +1,235 @@
+"""Passes over a batch, layer by layer, in chunks that fit a byte budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from laplace_debiased.curvature.guards import batch_length, select_rows, to_device
+from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.curvature.tape import LayerTape, record
+from laplace_debiased.errors import NumericalError
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+Columns = Callable[[Tensor, slice], Tensor]
+"""From outputs [m, C] of the given rows of a batch to the columns [m, C, R] to pull back."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRows:
+    """One layer's share of a chunk: inputs a, and columns g at its output, per position.
+
+    Attributes:
+        inputs: a [m, T, D_in]; None when the layer's weight is not covered.
+        columns: g [m, R, T, D_out].
+    """
+
+    inputs: Tensor | None
+    columns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """A chunk of a batch after one forward pass and R pull-backs.
+
+    Attributes:
+        rows: which samples of the batch.
+        outputs: network outputs [m, C].
+        layer_rows: computes one layer's rows on demand, so that only one layer's patches are held.
+        layers: the layers that affect the outputs.
+    """
+
+    rows: slice
+    outputs: Tensor
+    layers: tuple[Layer, ...]
+    layer_rows: Callable[[Layer], LayerRows]
+
+
+class CurvaturePass(Protocol):
+    """Walks a batch: forward, pull back columns, and hand over every layer's rows."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The covered layers."""
+
+    def chunks(
+        self,
+        inputs: Any,
+        columns: Columns,
+        *,
+        n_columns: int | None = None,
+        differentiable: bool = False,
+    ) -> Iterator[Chunk]:
+        """Chunks of the batch in order; each sample is in exactly one."""
+
+    def outputs(self, inputs: Any) -> Tensor:
+        """Network outputs [m, C] without a graph."""
+
+
+def identity_columns(outputs: Tensor, rows: slice) -> Tensor:
+    """One column per output: the pull-backs are the rows of the Jacobian."""
+    m, n_outputs = outputs.shape
+    eye = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
+    return eye.expand(m, -1, -1)
+
+
+def no_columns(outputs: Tensor, rows: slice) -> Tensor:
+    """Nothing to pull back."""
+    return outputs.new_zeros((*outputs.shape, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardPass:
+    """The general pass: one forward pass per chunk, one backward pass per column.
+
+    Memory of a chunk is that of its graph, of R gradients at every recorded output and of one
+    layer's patches and Jacobian; the chunk length follows from ``byte_budget``. No result depends
+    on it.
+
+    Args:
+        model: the network; left untouched.
+        layers: its covered layers.
+        byte_budget: working memory of one chunk, in bytes.
+    """
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    byte_budget: int = DEFAULT_BYTE_BUDGET
+    _bytes_per_sample: dict[tuple, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's parameters."""
+        return next(self.model.parameters()).device
+
+    def outputs(self, inputs: Any) -> Tensor:
+        """Network outputs [m, C] without a graph."""
+        return record(self.model, (), to_device(inputs, self.device)).outputs.detach()
+
+    def chunks(
+        self,
+        inputs: Any,
+        columns: Columns,
+        *,
+        n_columns: int | None = None,
+        differentiable: bool = False,
+    ) -> Iterator[Chunk]:
+        """Forward and pull back, chunk by chunk.
+
+        Args:
+            inputs: one batch of model inputs.
+            columns: what to pull back.
+            n_columns: R where the caller knows it; else the number of outputs is assumed.
+            differentiable: keep the graph, for gradients with respect to ``inputs``.
+        """
+        inputs = to_device(inputs, self.device)
+        length = batch_length(inputs)
+        step = self._chunk_length(inputs, length, n_columns)
+        for start in range(0, length, step):
+            rows = slice(start, min(start + step, length))
+            part = inputs if rows == slice(0, length) else select_rows(inputs, rows)
+            yield self._chunk(part, rows, columns, differentiable)
+
+    def _chunk(self, inputs: Any, rows: slice, columns: Columns, differentiable: bool) -> Chunk:
+        tape = record(self.model, self.layers, inputs)
+        check_outputs(tape.outputs, rows.stop - rows.start)
+        outputs = tape.outputs if differentiable else tape.outputs.detach()
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            to_pull = columns(outputs, rows)
+            stacks = _pull_back_all(tape, to_pull, differentiable)
+        present = tuple(layer for layer in self.layers if stacks.get(layer.name))
+
+        def layer_rows(layer: Layer) -> LayerRows:
+            stack = torch.stack(stacks.pop(layer.name), dim=1)
+            m, n = stack.shape[:2]
+            g = layer.rule.output_positions(layer.module, stack.flatten(0, 1))
+            a = None
+            if layer.weight is not None:
+                raw = tape.input_of(layer.name)
+                a = layer.rule.input_positions(
+                    layer.module, raw if differentiable else raw.detach()
+                )
+            return LayerRows(a, g.reshape(m, n, *g.shape[1:]))
+
+        return Chunk(rows, outputs, present, layer_rows)
+
+    def _chunk_length(self, inputs: Any, length: int, n_columns: int | None) -> int:
+        if length <= 1:
+            return max(length, 1)
+        key = (_shapes(inputs), n_columns)
+        if key not in self._bytes_per_sample:
+            tape = record(self.model, self.layers, select_rows(inputs, slice(0, 1)))
+            self._bytes_per_sample[key] = bytes_per_sample(tape, self.layers, n_columns)
+        return max(1, min(length, self.byte_budget // self._bytes_per_sample[key]))
+
+
+def _pull_back_all(
+    tape: LayerTape, columns: Tensor, differentiable: bool
+) -> dict[str, list[Tensor]]:
+    stacks: dict[str, list[Tensor]] = {}
+    n_columns = columns.shape[-1]
+    if not tape.edges:
+        return stacks
+    for r in range(n_columns):
+        pulled = tape.pull_back(
+            columns[..., r], create_graph=differentiable, retain_graph=r + 1 < n_columns
+        )
+        for name, gradient in pulled.items():
+            stacks.setdefault(name, []).append(gradient)
+    return stacks
+
+
+def check_outputs(outputs: Tensor, length: int) -> None:
+    """Check that outputs are finite, one row per sample.
+
+    Raises:
+        ValueError: if they are not [m, C].
+        NumericalError: if one is NaN or infinite.
+    """
+    if outputs.ndim != 2 or outputs.shape[0] != length:
+        raise ValueError(
+            f"the model must return outputs of shape (batch, outputs) = ({length}, C); got "
+            f"{tuple(outputs.shape)}."
+        )
+    if not bool(torch.isfinite(outputs.detach()).all()):
+        bad = int((~torch.isfinite(outputs.detach()).all(-1)).nonzero()[0])
+        raise NumericalError(
+            f"the model's outputs are NaN or infinite (first at sample {bad} of the batch). Check "
+            "the weights and the inputs for NaN."
+        )
+
+
+def bytes_per_sample(tape: LayerTape, layers: tuple[Layer, ...], n_columns: int | None) -> int:
+    """Working memory of one sample in a pass, from a tape of one sample.
+
+    The graph holds about two tensors per recorded output (before and after its non-linearity);
+    the columns one per output and column; one layer at a time holds its patches twice and two
+    arrays of the size of its rotated gradients.
+    """
+    size = tape.outputs.element_size()
+    columns = tape.outputs.shape[-1] if n_columns is None else n_columns
+    graph, largest = 0, 0
+    for layer in layers:
+        if layer.name not in tape.inputs:
+            continue
+        inputs = tape.inputs[layer.name]
+        weight = getattr(layer.module, "weight", None)
+        entries = weight.numel() if isinstance(weight, Tensor) else 0
+        outs = weight.shape[0] if isinstance(weight, Tensor) else 1
+        positions = layer.rule.input_positions(layer.module, inputs.detach())
+        n_outputs = positions.shape[1] * outs
+        graph += inputs.numel() + (2 + columns) * n_outputs
+        largest = max(largest, 2 * positions.numel() + 2 * columns * (entries + n_outputs))
+    return max(1, size * (graph + largest))
+
+
+def _shapes(inputs: Any) -> tuple:
+    if isinstance(inputs, Tensor):
+        return tuple(inputs.shape[1:])
+    return tuple(
+        (key, tuple(value.shape[1:])) for key, value in inputs.items() if isinstance(value, Tensor)
+    )

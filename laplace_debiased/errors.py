@@ -1,0 +1,15 @@
+"""Exceptions that are the library's own. Everything else is Python's ValueError and TypeError."""
+
+from __future__ import annotations
+
+
+class NotFittedError(ValueError, AttributeError):
+    """The posterior has no curvature yet: call ``fit`` first."""
+
+
+class NumericalError(FloatingPointError, ValueError):
+    """NaN or infinity where a finite number is needed, or a decomposition that fails."""
+
+
+class CoverageError(ValueError):
+    """A posterior cannot cover the parameters it was asked to cover."""

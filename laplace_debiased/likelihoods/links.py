@@ -1,0 +1,100 @@
+r"""From Gaussian network outputs to predictive probabilities.
+
+Given f ~ N(μ, Σ) per sample, these approximate E[softmax(f)]. They are laplace-torch's link
+approximations as pure functions: nothing is changed in place and every random draw comes from the
+caller's generator.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def probit(mean: Tensor, variance: Tensor) -> Tensor:
+    r"""Multi-class probit approximation (MacKay 1992; Daxberger et al. 2021, eq. 8).
+
+    softmax(μ / √(1 + π/8 · diag Σ)).
+
+    Args:
+        mean: μ [..., m, C].
+        variance: diag Σ [..., m, C].
+
+    Returns:
+        Probabilities [..., m, C].
+    """
+    return torch.softmax(mean / torch.sqrt(1.0 + math.pi / 8.0 * variance), dim=-1)
+
+
+def monte_carlo(
+    mean: Tensor, covariance: Tensor, n_samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Mean of softmax over draws of f.
+
+    Args:
+        mean: μ [m, C].
+        covariance: Σ [m, C, C], or its diagonal [m, C] for independent outputs.
+        n_samples: number of draws.
+        generator: source of the draws; None for torch's global one.
+
+    Returns:
+        Probabilities [m, C].
+    """
+    return torch.softmax(gaussian_samples(mean, covariance, n_samples, generator), -1).mean(0)
+
+
+def gaussian_samples(
+    mean: Tensor, covariance: Tensor, n_samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draws from N(μ_n, Σ_n) for every n, [n_samples, m, C], with one noise for all n.
+
+    Sharing the noise over n keeps draws of different inputs comparable, as in laplace-torch. The
+    square root is an eigendecomposition: a covariance of low rank (more outputs than weights)
+    has no Cholesky factor.
+    """
+    n_outputs = mean.shape[-1]
+    noise = torch.randn(
+        (n_outputs, n_samples), generator=generator, device=mean.device, dtype=mean.dtype
+    )
+    if covariance.shape == mean.shape:
+        scaled = covariance.clamp_min(0.0).sqrt().unsqueeze(-1) * noise
+    else:
+        scaled = _symmetric_root(covariance) @ noise
+    return (mean.unsqueeze(-1) + scaled).permute(2, 0, 1)
+
+
+def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False) -> Tensor:
+    r"""Laplace bridge: mean of the Dirichlet matched to N(μ, Σ) (Hobbhahn et al. 2022, eq. 6).
+
+    The Gaussian is first conditioned on Σ_c f_c = 0. ``normalise`` is laplace-torch's variance
+    correction ("bridge_norm").
+
+    Args:
+        mean: μ [m, C].
+        covariance: Σ [m, C, C].
+        normalise: divide by the mean variance first.
+
+    Returns:
+        Probabilities [m, C].
+    """
+    n_classes = mean.shape[-1]
+    row_sums = covariance.sum(-1)
+    total = row_sums.sum(-1)
+    mean = mean - row_sums * (mean.sum(-1) / total).unsqueeze(-1)
+    variance = covariance.diagonal(dim1=-2, dim2=-1) - row_sums.square() / total.unsqueeze(-1)
+    if normalise:
+        scale = variance.mean(-1, keepdim=True) / math.sqrt(n_classes / 2)
+        mean, variance = mean / scale.sqrt(), variance / scale
+    inverse_sum = torch.exp(-mean).sum(-1, keepdim=True)
+    alpha = (1 - 2 / n_classes + mean.exp() / n_classes**2 * inverse_sum) / variance
+    return torch.nan_to_num(alpha / alpha.sum(-1, keepdim=True), nan=1.0)
+
+
+def _symmetric_root(covariance: Tensor) -> Tensor:
+    try:
+        return torch.linalg.cholesky(covariance)
+    except torch.linalg.LinAlgError:
+        eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+        return eigenvectors * eigenvalues.clamp_min(0.0).sqrt().unsqueeze(-2)

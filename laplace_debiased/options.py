@@ -1,0 +1,165 @@
+"""The choices a user makes, as enums, and the rules between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeVar
+
+DEFAULT_BYTE_BUDGET = 512 * 2**20
+"""Working memory of one chunk of a pass, in bytes (beside the model and the results)."""
+
+
+class Scheme(str, Enum):
+    """Which data give the directions, and which the magnitudes along them."""
+
+    SINGLE = "single"
+    """One batch gives both: the biased baseline."""
+
+    TWO_BATCH = "two_batch"
+    """Directions from B, magnitudes from a disjoint B̃ (Tatzel et al. 2025)."""
+
+    CROSS_FIT = "cross_fit"
+    """Every fold is measured along the directions of the others; the folds are then joined."""
+
+
+class Magnitudes(str, Enum):
+    """How curvature along a direction is measured."""
+
+    KFAC = "kfac"
+    """Product of the two Kronecker factors' quadratic forms (Tatzel et al. 2025)."""
+
+    GGN = "ggn"
+    """The quadratic form of the generalized Gauss-Newton matrix itself (George et al. 2018)."""
+
+    RAYLEIGH_RITZ = "rayleigh_ritz"
+    """Low rank only: the whole matrix Uᵀ G U in place of its diagonal."""
+
+
+class Sampling(str, Enum):
+    """How a curvature budget is drawn from the training data."""
+
+    UNIFORM = "uniform"
+    """Every sample is as likely as any other; without replacement."""
+
+    CURVATURE = "curvature"
+    """In proportion to the trace of the loss Hessian, re-weighted to stay unbiased."""
+
+
+class Fisher(str, Enum):
+    """Which second moment of output gradients stands for the loss Hessian."""
+
+    TYPE2 = "type2"
+    """The exact loss Hessian: the generalized Gauss-Newton matrix."""
+
+    MC = "mc"
+    """Monte-Carlo estimate of it, with labels drawn from the model."""
+
+    EMPIRICAL = "empirical"
+    """Outer products of the gradients at the observed labels."""
+
+
+class HessianStructure(str, Enum):
+    """Structure of the posterior precision."""
+
+    KRON = "kron"
+    LOWRANK = "lowrank"
+
+
+class SubsetOfWeights(str, Enum):
+    """Which weights carry a posterior."""
+
+    ALL = "all"
+    LAST_LAYER = "last_layer"
+
+
+Choice = TypeVar("Choice", bound=Enum)
+
+
+def parse_choice(kind: type[Choice], value: object, argument: str) -> Choice:
+    """Turn a string (or the enum itself) into a member of ``kind``.
+
+    Raises:
+        ValueError: if it is none of them; the message lists the choices.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(repr(member.value) for member in kind)
+        raise ValueError(f"{argument} must be one of {choices}; got {value!r}.") from None
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """How a posterior estimates its curvature. Validated at construction.
+
+    Args:
+        scheme: which data give directions and which magnitudes.
+        magnitudes: how curvature along a direction is measured.
+        sampling: how a budget is drawn.
+        fisher: which second moment stands for the loss Hessian.
+        mc_samples: label draws per sample for ``Fisher.MC``.
+        folds: number of folds of ``Scheme.CROSS_FIT``.
+        direction_fraction: share of a budget that gives the directions in ``Scheme.TWO_BATCH``.
+        pool_size: size of the pool from which curvature sampling draws; None for all of the data
+            up to a cap.
+        ratio_step: whether curvature sampling rescales magnitudes by the ratio of the pool's mean
+            loss-Hessian trace to that of the draws.
+        byte_budget: working memory of one chunk, in bytes.
+
+    Raises:
+        ValueError: for a value out of range, or two options that exclude each other.
+    """
+
+    scheme: Scheme = Scheme.CROSS_FIT
+    magnitudes: Magnitudes = Magnitudes.GGN
+    sampling: Sampling = Sampling.UNIFORM
+    fisher: Fisher = Fisher.TYPE2
+    mc_samples: int = 1
+    folds: int = 2
+    direction_fraction: float = 0.5
+    pool_size: int | None = None
+    ratio_step: bool = False
+    byte_budget: int = DEFAULT_BYTE_BUDGET
+
+    def __post_init__(self) -> None:
+        for name in ("mc_samples", "byte_budget"):
+            _require_positive_int(name, getattr(self, name))
+        if self.pool_size is not None:
+            _require_positive_int("pool_size", self.pool_size)
+        if isinstance(self.folds, bool) or not isinstance(self.folds, int) or self.folds < 2:
+            raise ValueError(f"folds must be an integer of at least 2; got {self.folds!r}.")
+        if not 0.0 < self.direction_fraction < 1.0:
+            raise ValueError(
+                "direction_fraction must lie strictly between 0 and 1; "
+                f"got {self.direction_fraction!r}."
+            )
+        if self.magnitudes is Magnitudes.KFAC and self.sampling is Sampling.CURVATURE:
+            raise ValueError(
+                "sampling='curvature' needs magnitudes='ggn': a product of two weighted factors is "
+                "not an unbiased estimate of the curvature. Use magnitudes='ggn', or "
+                "sampling='uniform'."
+            )
+
+    @property
+    def n_folds(self) -> int:
+        """Number of disjoint parts into which a budget is split."""
+        match self.scheme:
+            case Scheme.SINGLE:
+                return 1
+            case Scheme.TWO_BATCH:
+                return 2
+            case Scheme.CROSS_FIT:
+                return self.folds
+
+    @property
+    def fold_fractions(self) -> tuple[float, ...] | None:
+        """Shares of the budget per fold; None for equal parts."""
+        if self.scheme is Scheme.TWO_BATCH:
+            return (self.direction_fraction, 1.0 - self.direction_fraction)
+        return None
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}.")

@@ -1,0 +1,210 @@
+"""Kronecker factors from laplace-torch's own curvature backends, checked and isolated.
+
+The backends differ in what they leave behind (hooks, gradients, reseeded generators) and in what
+they get silently wrong, so each runs on a copy of the model and its factors are checked block by
+block before they are used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from laplace.curvature.asdl import AsdlEF, AsdlInterface
+from laplace.curvature.backpack import BackPackInterface
+from laplace.curvature.curvature import CurvatureInterface, EFInterface
+from laplace.curvature.curvlinops import CurvlinopsGGN
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, layers_of
+from laplace_debiased.curvature.guards import select_rows, to_device
+from laplace_debiased.data import Batch, CurvaturePlan, preserved_rng
+from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.options import Fisher
+from laplace_debiased.posterior.estimation import FoldStatistics
+
+_SEED_STEP = 1_000_003
+"""Spreads the seeds of successive batches, so that no two share their label draws."""
+
+
+def backend_fisher(backend: type[CurvatureInterface], backend_kwargs: Mapping[str, Any]) -> Fisher:
+    """The Fisher type that a backend computes.
+
+    Raises:
+        ValueError: if it is neither a GGN, nor a Monte-Carlo nor an empirical Fisher.
+    """
+    if issubclass(backend, EFInterface):
+        return Fisher.EMPIRICAL
+    if "GGN" in backend.__name__:
+        return Fisher.MC if backend_kwargs.get("stochastic", False) else Fisher.TYPE2
+    raise ValueError(
+        f"backend {backend.__name__} has no Kronecker factors of a GGN or Fisher matrix; use "
+        "CurvlinopsGGN, CurvlinopsEF, BackPackGGN, AsdlGGN or AsdlEF, or backend=None."
+    )
+
+
+def check_backend(backend: type[CurvatureInterface], model: nn.Module, coverage: Coverage) -> None:
+    """Refuse combinations for which a backend is known to be wrong.
+
+    Raises:
+        ValueError: with the reason and what to use.
+    """
+    layers = layers_of(model, coverage.covered)
+    for layer in layers:
+        module = layer.module
+        if issubclass(backend, BackPackInterface) and isinstance(module, nn.Conv2d):
+            raise ValueError(
+                f"{backend.__name__}'s Kronecker factors are wrong for convolutions "
+                f"({layer.name!r}); use backend=None or CurvlinopsGGN."
+            )
+        has_bias = isinstance(getattr(module, "bias", None), nn.Parameter)
+        if layer.weight is None or (has_bias and layer.bias is None):
+            raise ValueError(
+                f"{backend.__name__} needs the weight and the bias of {layer.name!r} both "
+                "trainable or both frozen; use backend=None."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class BackendFactors:
+    """First walk over a plan through a laplace-torch backend.
+
+    Args:
+        backend: the backend class.
+        backend_kwargs: its keyword arguments.
+        kron_kwargs: arguments of every call of its ``kron``.
+        model: the user's model; a copy of it is used.
+        coverage: the covered parameters.
+        likelihood: "classification" or "regression".
+        loss: the loss model.
+        dict_keys: keys of inputs and labels in mapping batches.
+        seed: seed of label draws.
+        progress_bar: show progress over batches.
+    """
+
+    backend: type[CurvatureInterface]
+    backend_kwargs: Mapping[str, Any]
+    kron_kwargs: Mapping[str, Any]
+    model: nn.Module
+    coverage: Coverage
+    likelihood: str
+    loss: LossModel
+    dict_keys: tuple[str, str]
+    seed: int = 0
+    progress_bar: bool = False
+
+    def fold_statistics(self, plan: CurvaturePlan) -> FoldStatistics:
+        """Factors of every fold as means over its samples, and the loss.
+
+        Raises:
+            RuntimeError: if the backend returns blocks that do not fit the covered parameters.
+        """
+        model = isolated_copy(self.model, self.coverage)
+        key_x, key_y = self.dict_keys
+        engine = self.backend(
+            model, self.likelihood, dict_key_x=key_x, dict_key_y=key_y, **self.backend_kwargs
+        )
+        sums: list[list[KroneckerFactors]] = [[] for _ in plan.fold_sizes]
+        loss, n_outputs, n_calls = 0.0, 0, 0
+        for batch in tqdm(
+            plan.batches(),
+            total=len(plan),
+            disable=not self.progress_bar,
+            desc="[Kronecker factors]",
+        ):
+            for fold in batch.folds.unique().tolist():
+                part = _of_fold(batch, fold)
+                with preserved_rng(self.seed + _SEED_STEP * n_calls), torch.enable_grad():
+                    part_loss, factors, n_outputs = self._call(engine, model, part, n_calls)
+                n_calls += 1
+                sums[fold].append(factors)
+                loss += part_loss
+        return FoldStatistics(
+            tuple(KroneckerFactors.merge(parts) for parts in sums),
+            loss / sum(plan.fold_sizes),
+            n_outputs,
+        )
+
+    def _call(
+        self, engine: CurvatureInterface, model: nn.Module, part: Batch, n_calls: int
+    ) -> tuple[float, KroneckerFactors, int]:
+        device = next(model.parameters()).device
+        inputs, targets = to_device(part.inputs, device), part.targets.to(device)
+        with torch.no_grad():
+            outputs = model(inputs)
+        self.loss.check_targets(outputs, targets)
+        model.output_size = outputs.shape[-1]  # read by BackPACK's interface
+        kwargs = dict(self.kron_kwargs)
+        if isinstance(engine, CurvlinopsGGN) and engine.stochastic:
+            # Its own default is one fixed seed: every batch would draw the same labels.
+            kwargs.setdefault("seed", self.seed + _SEED_STEP * n_calls)
+        model.zero_grad()
+        loss, kron = engine.kron(inputs, targets, N=len(targets), **kwargs)
+        scale = 2.0 if self._doubles_regression_ef(engine) else 1.0
+        factors = self._checked(kron.kfacs, len(targets), scale)
+        return float(loss), factors, outputs.shape[-1]
+
+    def _doubles_regression_ef(self, engine: CurvatureInterface) -> bool:
+        """Every empirical-Fisher backend is twice the true one in regression."""
+        return isinstance(engine, EFInterface) and self.likelihood == "regression"
+
+    def _checked(self, kfacs: list[list[Tensor]], m: int, excess: float) -> KroneckerFactors:
+        names = self.coverage.covered
+        parameters = dict(self.model.named_parameters())
+        shapes = [tuple(len(factor) for factor in block) for block in kfacs]
+        expected = [_block_shape(parameters[name]) for name in names]
+        if shapes != expected:
+            raise RuntimeError(
+                f"{self.backend.__name__} returned Kronecker blocks {shapes} where the covered "
+                f"parameters need {expected}; use backend=None."
+            )
+        blocks = []
+        for name, factors in zip(names, kfacs, strict=True):
+            output = factors[0].detach() / (m * excess)
+            blocks.append(
+                BlockFactors(name, output, factors[1].detach() if len(factors) == 2 else None)
+            )
+        return KroneckerFactors(tuple(blocks), m)
+
+
+def isolated_copy(model: nn.Module, coverage: Coverage) -> nn.Module:
+    """A copy in evaluation mode in which only the covered parameters require gradients."""
+    duplicate = copy.deepcopy(model).eval()
+    covered = frozenset(coverage.covered)
+    for name, parameter in duplicate.named_parameters():
+        parameter.requires_grad_(name in covered)
+        parameter.grad = None
+    return duplicate
+
+
+def _block_shape(parameter: Tensor) -> tuple[int, ...]:
+    if parameter.ndim == 1:
+        return (len(parameter),)
+    return (len(parameter), parameter[0].numel())
+
+
+def _of_fold(batch: Batch, fold: int) -> Batch:
+    index = (batch.folds == fold).nonzero().squeeze(-1)
+    if len(index) == len(batch):
+        return batch
+    return Batch(
+        select_rows(batch.inputs, index),
+        batch.targets[index],
+        batch.folds[index],
+        batch.counts[index],
+        batch.weights[index],
+    )
+
+
+__all__ = [
+    "AsdlEF",
+    "AsdlInterface",
+    "BackendFactors",
+    "backend_fisher",
+    "check_backend",
+    "isolated_copy",
+]

@@ -1,0 +1,349 @@
+"""What all debiased posteriors share: checked hyper-parameters, coverage, prediction, tuning."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, MutableMapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torchmetrics
+from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
+
+from laplace_debiased.curvature import Coverage
+from laplace_debiased.data import preserved_rng
+from laplace_debiased.errors import NotFittedError
+from laplace_debiased.likelihoods import LossModel, gaussian_samples, loss_model
+from laplace_debiased.options import parse_choice
+from laplace_debiased.posterior.checks import positive_value
+from laplace_debiased.posterior.predict import (
+    class_probabilities,
+    needs_covariance,
+    network_samples,
+)
+from laplace_debiased.posterior.tuning import GridSearch, PriorGrid, maximise_marginal_likelihood
+from laplace_debiased.predictive import OutputCovariance
+
+Inputs = Tensor | MutableMapping[str, Any]
+
+
+class DebiasedPosterior:
+    """Mixin over a laplace-torch posterior: prediction without Jacobians, tuning in one pass.
+
+    A concrete posterior gives its output moments (``_moments``), the same for a grid of priors
+    (``_sweep``), and its fit.
+    """
+
+    model: nn.Module
+    likelihood: str
+    mean: Tensor
+    params: list[Tensor]
+    enable_backprop: bool
+    coverage: Coverage
+    tuned_link_approx: LinkApprox | None = None
+    _warned_about_link: bool = False
+
+    @abstractmethod
+    def _moments(self, inputs: Inputs, covariance: OutputCovariance) -> tuple[Tensor, Tensor]:
+        """Outputs [m, C] and their covariance under the posterior."""
+
+    @abstractmethod
+    def _sweep(self, inputs: Inputs, priors: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+        """Outputs [m, C] and their covariance under each of G scalar prior precisions."""
+
+    # -- hyper-parameters ------------------------------------------------------------------
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the likelihood, positive."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        self._temperature = positive_value("temperature", temperature)
+
+    @property
+    def _loss_model(self) -> LossModel:
+        return loss_model(self.likelihood)
+
+    def _set_coverage(self, coverage: Coverage) -> None:
+        """Restrict the posterior to the covered parameters."""
+        named = dict(self._covered_model.named_parameters())
+        self.coverage = coverage
+        self.params = [named[name] for name in coverage.covered]
+        self.n_params = sum(parameter.numel() for parameter in self.params)
+        self.n_layers = len(self.params)
+        self.is_subset_params = len(self.params) < len(named)
+
+    def _coverage_from_names(self, names: tuple[str, ...], excluded: Mapping[str, str]) -> Coverage:
+        """The coverage that a saved state describes."""
+        sizes = {name: p.numel() for name, p in self._covered_model.named_parameters()}
+        return Coverage(names, MappingProxyType(dict(excluded)), MappingProxyType(sizes))
+
+    @property
+    def _covered_model(self) -> nn.Module:
+        """The module whose parameter names the coverage speaks of."""
+        return self.model
+
+    def _map_estimate(self) -> Tensor:
+        return parameters_to_vector(self.params).detach().clone()
+
+    # -- prediction ------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: Inputs,
+        pred_type: PredType | str = PredType.GLM,
+        joint: bool = False,
+        link_approx: LinkApprox | str | None = None,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Posterior predictive on ``x``.
+
+        Args:
+            x: model inputs, m samples.
+            pred_type: "glm", the linearised network, or "nn", sampled networks.
+            joint: regression with "glm": covariance over all samples [m·C, m·C].
+            link_approx: "probit", "mc", "bridge" or "bridge_norm". By default the one that the
+                prior precision was tuned with, else "probit" ("mc" for "nn").
+            n_samples: draws for "mc" and "nn".
+            diagonal_output: regression: variances in place of covariances; "mc": independent
+                outputs.
+            generator: source of all draws; torch's global one by default.
+            fitting: unused; kept for laplace-torch.
+            model_kwargs: further arguments of the model, for "nn".
+
+        Returns:
+            Classification: probabilities [m, C]. Regression: the mean [m, C] and the *epistemic*
+            covariance [m, C, C], [m, C] with ``diagonal_output`` or "nn"; with ``joint`` the mean
+            [m·C] and covariance [m·C, m·C].
+
+        Raises:
+            NotFittedError: before ``fit``.
+            ValueError: for an unknown or impossible combination.
+        """
+        self._check_H_init()
+        pred = parse_choice(PredType, pred_type, "pred_type")
+        link = self._link(link_approx, pred)
+        self._check_generator(generator)
+        if pred is PredType.GLM:
+            return self._glm_predictive(x, joint, link, n_samples, diagonal_output, generator)
+        if pred is not PredType.NN:
+            raise ValueError("pred_type must be 'glm' or 'nn'.")
+        samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
+        if self.likelihood == Likelihood.REGRESSION:
+            return samples.mean(0), samples.var(0)
+        return torch.softmax(samples, dim=-1).mean(0)
+
+    def _glm_predictive(
+        self,
+        x: Inputs,
+        joint: bool,
+        link: LinkApprox,
+        n_samples: int,
+        diagonal_output: bool,
+        generator: torch.Generator | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.likelihood == Likelihood.REGRESSION:
+            return self._glm_predictive_distribution(x, joint, diagonal_output)
+        diagonal = not needs_covariance(link, diagonal_output)
+        mean, covariance = self._glm_predictive_distribution(x, diagonal_output=diagonal)
+        return class_probabilities(mean, covariance, link, n_samples, generator)
+
+    def _glm_predictive_distribution(
+        self, X: Inputs, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
+        self._check_H_init()
+        if joint:
+            mean, covariance = self._moments(X, OutputCovariance.JOINT)
+            return mean.flatten(), covariance
+        kind = OutputCovariance.DIAGONAL if diagonal_output else OutputCovariance.PER_SAMPLE
+        return self._moments(X, kind)
+
+    def _glm_functional_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        if diagonal_output and f_var.shape != f_mu.shape:
+            f_var = f_var.diagonal(dim1=-2, dim2=-1)
+        return gaussian_samples(f_mu, f_var, n_samples, generator)
+
+    def functional_samples(
+        self,
+        x: Inputs,
+        pred_type: PredType | str = PredType.GLM,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples of the outputs [n_samples, m, C]; arguments as in ``__call__``."""
+        self._check_H_init()
+        self._check_generator(generator)
+        if parse_choice(PredType, pred_type, "pred_type") is PredType.GLM:
+            moments = self._glm_predictive_distribution(x, diagonal_output=diagonal_output)
+            return self._glm_functional_samples(*moments, n_samples, diagonal_output, generator)
+        return self._nn_functional_samples(x, n_samples, generator)
+
+    def predictive_samples(
+        self,
+        x: Inputs,
+        pred_type: PredType | str = PredType.GLM,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples after the inverse link [n_samples, m, C]; arguments as in ``__call__``."""
+        samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
+        if self.likelihood == Likelihood.REGRESSION:
+            return samples
+        return torch.softmax(samples, dim=-1)
+
+    def _nn_functional_samples(
+        self,
+        X: Inputs,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        named = [
+            (name, p.detach()) for name, p in zip(self.coverage.covered, self.params, strict=True)
+        ]
+        weights = self.sample(n_samples, generator)
+        outputs = network_samples(
+            self.model, named, weights, X, differentiable=self.enable_backprop, **model_kwargs
+        )
+        return torch.stack(list(outputs))
+
+    def _link(self, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
+        if link_approx is None:
+            if pred is PredType.NN:
+                return LinkApprox.MC
+            return self.tuned_link_approx or LinkApprox.PROBIT
+        link = parse_choice(LinkApprox, link_approx, "link_approx")
+        if pred is PredType.NN and link is not LinkApprox.MC:
+            raise ValueError("pred_type='nn' averages sampled networks: use link_approx='mc'.")
+        tuned = self.tuned_link_approx
+        if pred is PredType.GLM and tuned not in (None, link) and not self._warned_about_link:
+            self._warned_about_link = True
+            warnings.warn(
+                f"the prior precision was tuned for link_approx={tuned.value!r}, but this "
+                f"prediction uses {link.value!r}.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return link
+
+    def _check_generator(self, generator: torch.Generator | None) -> None:
+        if generator is None:
+            return
+        if not isinstance(generator, torch.Generator) or generator.device.type != self._device.type:
+            raise ValueError(
+                f"generator must be a torch.Generator on the model's device {self._device}."
+            )
+
+    def _check_H_init(self) -> None:  # noqa: N802
+        if getattr(self, "H", None) is None:
+            raise NotFittedError("this posterior is not fitted: call fit(train_loader) first.")
+
+    # -- tuning ----------------------------------------------------------------------------
+
+    def optimize_prior_precision(
+        self,
+        pred_type: PredType | str = PredType.GLM,
+        method: TuningMethod | str | None = None,
+        n_steps: int = 100,
+        lr: float = 1e-1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        val_loader: DataLoader | None = None,
+        loss: torchmetrics.Metric | Callable[..., Tensor | float] | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+        *,
+        refine: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Choose the prior precision on validation data, or by the marginal likelihood.
+
+        Args:
+            pred_type: prediction whose loss is compared.
+            method: "gridsearch" or "marglik"; None means "gridsearch" with a ``val_loader``, else
+                "marglik".
+            n_steps: gradient steps of "marglik".
+            lr: their step size, on log prior precision.
+            init_prior_prec: where "marglik" starts.
+            prior_structure: "scalar" or "layerwise" (one entry per covered parameter tensor).
+            val_loader: validation data for "gridsearch".
+            loss: torchmetrics metric or callable. By default the mean negative log likelihood:
+                of the probabilities in classification, of a Gaussian with variance epistemic + σ²
+                in regression.
+            log_prior_prec_min: exponent of the grid's lower end.
+            log_prior_prec_max: exponent of its upper end.
+            grid_size: number of grid points.
+            link_approx: how probabilities are approximated; remembered for predictions.
+            n_samples: draws for "mc" and "nn".
+            verbose: print the result.
+            progress_bar: show progress.
+            log_prior_prec_base: base of the grid's exponents.
+            refine: search on between the best grid point's neighbours, at no further pass.
+            seed: seed of the draws for "mc" and "nn", the same at every grid point.
+
+        Raises:
+            ValueError: for impossible arguments.
+            NumericalError: if no grid point has a finite loss. The prior is left as it was.
+        """
+        self._check_H_init()
+        pred = parse_choice(PredType, pred_type, "pred_type")
+        if method is None:
+            method = TuningMethod.MARGLIK if val_loader is None else TuningMethod.GRIDSEARCH
+        match parse_choice(TuningMethod, method, "method"):
+            case TuningMethod.MARGLIK:
+                if val_loader is not None:
+                    warnings.warn(
+                        "method='marglik' does not read val_loader; use method='gridsearch'.",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+                best = maximise_marginal_likelihood(
+                    self, init_prior_prec, prior_structure, n_steps, lr, progress_bar
+                )
+                self.prior_precision = best
+            case TuningMethod.GRIDSEARCH:
+                link = parse_choice(LinkApprox, link_approx, "link_approx")
+                if pred is PredType.NN:
+                    link = LinkApprox.MC
+                if val_loader is None:
+                    raise ValueError("method='gridsearch' needs a val_loader.")
+                grid = PriorGrid(
+                    log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+                )
+                search = GridSearch(self, grid, pred, link, n_samples, loss, refine, seed)
+                with preserved_rng(None):
+                    result = search.run(val_loader, progress_bar)
+                result.warn_on_edge()
+                self.prior_precision = result.prior_precision
+                self.tuning_result = result
+                self.tuned_link_approx = link
+                self._warned_about_link = False
+        if verbose:
+            print(f"Optimized prior precision is {self.prior_precision}.")

@@ -1,0 +1,126 @@
+"""From a posterior's keyword arguments to checked settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from laplace.curvature.curvature import CurvatureInterface
+from laplace.utils.enums import Likelihood
+from torch import nn
+
+from laplace_debiased.options import (
+    CurvatureOptions,
+    Fisher,
+    Magnitudes,
+    Sampling,
+    Scheme,
+    parse_choice,
+)
+from laplace_debiased.posterior.backends import backend_fisher
+
+_ENUMS = {"scheme": Scheme, "magnitudes": Magnitudes, "sampling": Sampling, "fisher": Fisher}
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What a posterior was asked for.
+
+    Attributes:
+        likelihood: "classification" or "regression", a plain string (an enum would make saved
+            states unsafe to load).
+        scheme: as given; None leaves it to the fit.
+        options: the rest, with defaults.
+        strict: whether a trainable parameter without a posterior is an error.
+        backend: laplace-torch backend, or None for our own pass.
+        rank: number of directions of a low-rank posterior; None for all.
+    """
+
+    likelihood: str
+    scheme: Scheme | None
+    options: CurvatureOptions
+    strict: bool
+    backend: type[CurvatureInterface] | None
+    rank: int | None = None
+
+
+def settings_from(
+    model: nn.Module,
+    likelihood: object,
+    backend: type[CurvatureInterface] | None,
+    backend_kwargs: Mapping[str, Any] | None,
+    damping: bool,
+    options: Mapping[str, Any],
+    *,
+    low_rank: bool = False,
+) -> Settings:
+    """Check and complete a posterior's arguments.
+
+    Raises:
+        TypeError: for a model that is no module, or an unknown option.
+        ValueError: for values out of range or options that contradict each other.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    if damping:
+        raise ValueError(
+            "damping=True is not supported: the eigenvalue tables are no products of factors that "
+            "could be damped one by one (and laplace-torch drops its damping on scaling)."
+        )
+    name = parse_choice(Likelihood, likelihood, "likelihood").value
+    if name == Likelihood.REWARD_MODELING.value:
+        raise ValueError("likelihood must be 'classification' or 'regression' here.")
+    given = dict(options)
+    strict = given.pop("strict", False)
+    if not isinstance(strict, bool):
+        raise ValueError(f"strict must be True or False; got {strict!r}.")
+    rank = given.pop("rank", None)
+    if rank is not None and not low_rank:
+        raise ValueError("rank is for hessian_structure='lowrank' only.")
+    parsed = _parse_options(given)
+    parsed["fisher"] = _fisher(parsed.get("fisher"), backend, backend_kwargs or {})
+    scheme = parsed.pop("scheme", None)
+    if parsed.get("magnitudes") is Magnitudes.RAYLEIGH_RITZ and not low_rank:
+        raise ValueError("magnitudes='rayleigh_ritz' is for hessian_structure='lowrank' only.")
+    if parsed.get("magnitudes") is Magnitudes.KFAC and low_rank:
+        raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
+    complete = CurvatureOptions(**({} if scheme is None else {"scheme": scheme}), **parsed)
+    return Settings(name, scheme, complete, strict, backend, rank)
+
+
+def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(CurvatureOptions)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise TypeError(
+            f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}, rank and "
+            "strict."
+        )
+    return {
+        name: parse_choice(_ENUMS[name], value, name)
+        if name in _ENUMS and value is not None
+        else value
+        for name, value in given.items()
+        if value is not None or name == "pool_size"
+    }
+
+
+def _fisher(
+    asked: Fisher | None,
+    backend: type[CurvatureInterface] | None,
+    backend_kwargs: Mapping[str, Any],
+) -> Fisher:
+    if backend is None:
+        if backend_kwargs:
+            raise ValueError("backend_kwargs need a backend.")
+        return asked or Fisher.TYPE2
+    if not (isinstance(backend, type) and issubclass(backend, CurvatureInterface)):
+        raise TypeError("backend must be a laplace-torch CurvatureInterface class, or None.")
+    fixed = backend_fisher(backend, backend_kwargs)
+    if asked is not None and asked is not fixed:
+        raise ValueError(
+            f"backend {backend.__name__} computes fisher={fixed.value!r}, but "
+            f"fisher={asked.value!r} was asked for. Drop one of the two."
+        )
+    return fixed

@@ -1,0 +1,271 @@
+"""Two walks over a plan: Kronecker factors of its folds, then magnitudes along eigenbases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from laplace_debiased.curvature import (
+    Chunk,
+    CurvaturePass,
+    FactorAccumulator,
+    KroneckerFactors,
+    MagnitudeAccumulator,
+    select_samples,
+)
+from laplace_debiased.curvature.factors import BlockBasis
+from laplace_debiased.data import Batch, CurvaturePlan, magnitude_coefficients
+from laplace_debiased.debiasing import (
+    Measurement,
+    SchemePlan,
+    eigenbasis,
+    join_by_rank,
+    kfac_magnitudes,
+    own_magnitudes,
+    scheme_plan,
+)
+from laplace_debiased.likelihoods import LossModel, curvature_columns
+from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes, Scheme
+
+
+@dataclass(frozen=True, eq=False)
+class FoldStatistics:
+    """What the first walk over a plan gives.
+
+    Attributes:
+        factors: per fold, means over its draws.
+        mean_loss: mean loss over all draws, in nats.
+        n_outputs: C.
+    """
+
+    factors: tuple[KroneckerFactors, ...]
+    mean_loss: float
+    n_outputs: int
+
+
+@dataclass(frozen=True, eq=False)
+class KronEstimate:
+    """Kronecker curvature of a fit: *per-sample means*, before any scaling to N.
+
+    Attributes:
+        basis: the posterior's eigenbasis, one entry per covered parameter.
+        tables: magnitudes along it, one table per covered parameter.
+        folds: factors of every fold.
+        comparisons: per measured eigenbasis, K-FAC tables as its own folds report them and as the
+            held-out folds measure them, for the bias report; empty under ``single``.
+        mean_loss: mean loss over the draws, in nats.
+        n_outputs: C.
+        n_samples: draws over which all this was estimated.
+    """
+
+    basis: tuple[BlockBasis, ...]
+    tables: tuple[Tensor, ...]
+    folds: tuple[KroneckerFactors, ...]
+    comparisons: tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...]
+    mean_loss: float
+    n_outputs: int
+    n_samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class KronEstimator:
+    """Estimates Kronecker curvature with our own pass.
+
+    Args:
+        curvature_pass: the pass over the network.
+        names: covered parameters, in order.
+        loss: the loss model.
+        options: the choices.
+        seed: seed of label draws (``fisher="mc"``).
+        progress_bar: show progress over batches.
+    """
+
+    curvature_pass: CurvaturePass
+    names: tuple[str, ...]
+    loss: LossModel
+    options: CurvatureOptions
+    seed: int = 0
+    progress_bar: bool = False
+
+    def fold_statistics(self, plan: CurvaturePlan) -> FoldStatistics:
+        """First walk: factors of every fold, and the loss."""
+        summed_bias = self.options.magnitudes is not Magnitudes.KFAC
+        sums = [FactorAccumulator(self.names, summed_bias=summed_bias) for _ in plan.fold_sizes]
+        total_loss, n_outputs = 0.0, 0
+        for batch, chunk in self._walk(plan, "Kronecker factors"):
+            part = _rows_of(batch, chunk)
+            losses = self.loss.losses(chunk.outputs, part.targets).double()
+            total_loss += float((losses * (part.weights * part.counts).to(losses)).sum())
+            n_outputs = chunk.outputs.shape[-1]
+            for layer in chunk.layers:
+                rows = chunk.layer_rows(layer)
+                for fold, index in _fold_groups(part.folds):
+                    chosen = rows if index is None else select_samples(rows, index)
+                    weights, counts = _take(part, index)
+                    sums[fold].add(layer, chosen, weights.to(rows.columns), counts.to(rows.columns))
+        factors = tuple(
+            accumulator.means(size) for accumulator, size in zip(sums, plan.fold_sizes, strict=True)
+        )
+        return FoldStatistics(factors, total_loss / sum(plan.fold_sizes), n_outputs)
+
+    def exact_magnitudes(
+        self,
+        plan: CurvaturePlan,
+        measurements: Sequence[Measurement],
+        bases: Sequence[tuple[BlockBasis, ...]],
+    ) -> list[tuple[Tensor, ...]]:
+        """Second walk: directional curvatures along each measurement's eigenbasis."""
+        sums = [MagnitudeAccumulator(basis) for basis in bases]
+        for batch, chunk in self._walk(plan, "directional curvature"):
+            part = _rows_of(batch, chunk)
+            wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
+            for layer in chunk.layers:
+                rows = chunk.layer_rows(layer)
+                for accumulator, coefficients in zip(sums, wanted, strict=True):
+                    index = coefficients.nonzero().squeeze(-1)
+                    if len(index) == 0:
+                        continue
+                    whole = len(index) == len(coefficients)
+                    chosen = rows if whole else select_samples(rows, index.to(rows.columns.device))
+                    accumulator.add(layer, chosen, coefficients[index].to(rows.columns))
+        return [accumulator.tables() for accumulator in sums]
+
+    def _walk(self, plan: CurvaturePlan, what: str) -> Iterator[tuple[Batch, Chunk]]:
+        """Batches of the plan with their chunks; label draws repeat from walk to walk."""
+        generator = torch.Generator().manual_seed(self.seed)
+        batches: Iterable[Batch] = plan.batches()
+        if self.progress_bar:
+            batches = tqdm(batches, total=len(plan), desc=f"[{what}]")
+        for batch in batches:
+            columns = self._columns_of(batch, generator)
+            with torch.no_grad():
+                for chunk in self.curvature_pass.chunks(
+                    batch.inputs, columns, n_columns=self._n_columns
+                ):
+                    yield batch, chunk
+
+    @property
+    def _n_columns(self) -> int | None:
+        match self.options.fisher:
+            case Fisher.TYPE2:
+                return None
+            case Fisher.MC:
+                return self.options.mc_samples
+            case Fisher.EMPIRICAL:
+                return 1
+
+    def _columns_of(self, batch: Batch, generator: torch.Generator):
+        noise: Tensor | None = None
+
+        def columns(outputs: Tensor, rows: slice) -> Tensor:
+            nonlocal noise
+            targets = batch.targets[rows].to(outputs.device)
+            self.loss.check_targets(outputs, targets)
+            if self.options.fisher is Fisher.MC and noise is None:
+                shape = (len(batch), outputs.shape[-1], self.options.mc_samples)
+                noise = self.loss.label_noise(shape, generator)
+            drawn = None if noise is None else noise[rows]
+            return curvature_columns(self.loss, outputs, targets, self.options.fisher, noise=drawn)
+
+        return columns
+
+
+def _rows_of(batch: Batch, chunk: Chunk) -> Batch:
+    rows, device = chunk.rows, chunk.outputs.device
+    return Batch(
+        None,
+        batch.targets[rows].to(device),
+        batch.folds[rows],
+        batch.counts[rows],
+        batch.weights[rows],
+    )
+
+
+def _fold_groups(folds: Tensor) -> list[tuple[int, Tensor | None]]:
+    """Samples of each fold in a chunk; None stands for all of them."""
+    present = folds.unique().tolist()
+    if len(present) == 1:
+        return [(present[0], None)]
+    return [(fold, (folds == fold).nonzero().squeeze(-1)) for fold in present]
+
+
+def _take(part: Batch, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    if index is None:
+        return part.weights, part.counts
+    return part.weights[index], part.counts[index]
+
+
+def coefficients_of(plan: CurvaturePlan, measurement: Measurement, part: Batch) -> Tensor:
+    """Coefficients c [m] with λ = Σ_n c_n x_n along a measurement's directions.
+
+    Where directions and magnitudes share their folds (``single``) this is the plain mean over
+    the draws; else the estimate that is unbiased for the pool's mean given the directions.
+    """
+    if measurement.direction_folds == measurement.magnitude_folds:
+        inside = torch.isin(part.folds, torch.tensor(measurement.magnitude_folds))
+        size = sum(plan.fold_sizes[fold] for fold in measurement.magnitude_folds)
+        return inside * part.counts * part.weights / size
+    return magnitude_coefficients(plan, part, measurement.direction_folds)
+
+
+def joined_estimate(
+    statistics: FoldStatistics,
+    options: CurvatureOptions,
+    fold_sizes: tuple[int, ...],
+    estimator: KronEstimator | None,
+    plan: CurvaturePlan,
+) -> KronEstimate:
+    """Directions and magnitudes of a scheme from fold statistics, with a second walk if needed.
+
+    Args:
+        statistics: result of the first walk.
+        options: the choices.
+        fold_sizes: draws per fold.
+        estimator: measures exact magnitudes; None where ``options`` asks for ``kfac``.
+        plan: the plan of the second walk.
+    """
+    scheme_steps = scheme_plan(options.scheme, fold_sizes)
+    bases = [_basis_of(statistics, step.direction_folds) for step in scheme_steps.measurements]
+    held_out = [
+        kfac_magnitudes(basis, _merged(statistics, step.magnitude_folds))
+        for basis, step in zip(bases, scheme_steps.measurements, strict=True)
+    ]
+    if options.magnitudes is Magnitudes.KFAC or estimator is None:
+        tables = held_out
+    else:
+        tables = estimator.exact_magnitudes(plan, scheme_steps.measurements, bases)
+    biased = options.scheme is Scheme.SINGLE
+    return KronEstimate(
+        basis=bases[0]
+        if scheme_steps.posterior_basis_is_measured
+        else _basis_of(statistics, scheme_steps.posterior_folds),
+        tables=join_by_rank(tables, [step.share for step in scheme_steps.measurements]),
+        folds=statistics.factors,
+        comparisons=()
+        if biased
+        else tuple((own_magnitudes(b), held) for b, held in zip(bases, held_out, strict=True)),
+        mean_loss=statistics.mean_loss,
+        n_outputs=statistics.n_outputs,
+        n_samples=sum(fold_sizes),
+    )
+
+
+def _merged(statistics: FoldStatistics, folds: tuple[int, ...]) -> KroneckerFactors:
+    return KroneckerFactors.merge([statistics.factors[fold] for fold in folds])
+
+
+def _basis_of(statistics: FoldStatistics, folds: tuple[int, ...]) -> tuple[BlockBasis, ...]:
+    return eigenbasis(_merged(statistics, folds))
+
+
+__all__ = [
+    "FoldStatistics",
+    "KronEstimate",
+    "KronEstimator",
+    "SchemePlan",
+    "joined_estimate",
+]

@@ -1,0 +1,89 @@
+"""From output moments or weight samples to predictions: the calls of ``la(x)``, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from laplace.utils.enums import LinkApprox
+from torch import Tensor, nn
+
+from laplace_debiased.curvature.guards import evaluation_mode, to_device
+from laplace_debiased.likelihoods import laplace_bridge, monte_carlo, probit
+
+
+def needs_covariance(link: LinkApprox, diagonal_output: bool) -> bool:
+    """Whether a link approximation reads more than the output variances."""
+    match link:
+        case LinkApprox.PROBIT:
+            return False
+        case LinkApprox.MC:
+            return not diagonal_output
+        case LinkApprox.BRIDGE | LinkApprox.BRIDGE_NORM:
+            return True
+
+
+def class_probabilities(
+    mean: Tensor,
+    covariance: Tensor,
+    link: LinkApprox,
+    n_samples: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Predictive probabilities [m, C] from Gaussian outputs.
+
+    Args:
+        mean: μ [m, C].
+        covariance: Σ [m, C, C], or variances [m, C] where the link needs no more.
+        link: the approximation.
+        n_samples: draws for ``mc``.
+        generator: source of these draws.
+    """
+    match link:
+        case LinkApprox.PROBIT:
+            variance = (
+                covariance
+                if covariance.shape == mean.shape
+                else covariance.diagonal(dim1=-2, dim2=-1)
+            )
+            return probit(mean, variance)
+        case LinkApprox.MC:
+            return monte_carlo(mean, covariance, n_samples, generator)
+        case LinkApprox.BRIDGE:
+            return laplace_bridge(mean, covariance)
+        case LinkApprox.BRIDGE_NORM:
+            return laplace_bridge(mean, covariance, normalise=True)
+
+
+def network_samples(
+    model: nn.Module,
+    parameters: list[tuple[str, Tensor]],
+    weight_samples: Tensor,
+    inputs: Any,
+    *,
+    differentiable: bool,
+    **model_kwargs: Any,
+) -> Iterator[Tensor]:
+    """Outputs [m, C] of the network at each weight sample; its own weights are never written.
+
+    Args:
+        model: the network.
+        parameters: name and current value of every covered parameter, in order.
+        weight_samples: [S, P] samples of these, flattened and concatenated.
+        inputs: one batch of model inputs.
+        differentiable: keep the graph with respect to ``inputs``.
+        model_kwargs: further arguments of the model.
+    """
+    device = parameters[0][1].device
+    inputs = to_device(inputs, device)
+    sizes = [value.numel() for _, value in parameters]
+    for sample in weight_samples:
+        values = {
+            name: part.reshape(value.shape).to(value.dtype)
+            for (name, value), part in zip(parameters, sample.split(sizes), strict=True)
+        }
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            with evaluation_mode(model):
+                outputs = torch.func.functional_call(model, values, (inputs,), model_kwargs)
+        yield outputs

@@ -1,0 +1,125 @@
+"""Validation losses for tuning: one fresh scorer per prior precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torchmetrics
+from torch import Tensor
+
+Prediction = tuple[Tensor, ...]
+"""(probabilities [m, C],) in classification; (mean [m, C], variance) in regression."""
+
+
+class Scorer(Protocol):
+    """A running validation loss."""
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        """Add a batch."""
+
+    def value(self) -> float:
+        """The loss over all batches."""
+
+
+class CategoricalNLL:
+    """Mean negative log probability of the label, in nats."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        """Add a batch."""
+        chosen = prediction[0].gather(-1, targets.unsqueeze(-1)).double()
+        self._sum -= float(chosen.log().sum())
+        self._count += len(targets)
+
+    def value(self) -> float:
+        """The mean so far."""
+        return self._sum / self._count if self._count else math.nan
+
+
+class GaussianNLL:
+    """Mean over samples of −log N(y | f, var + σ²), summed over outputs, in nats.
+
+    Args:
+        noise_variance: σ²; the prediction's variance is epistemic only.
+    """
+
+    def __init__(self, noise_variance: float) -> None:
+        self._noise = noise_variance
+        self._sum, self._count = 0.0, 0
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        """Add a batch; the variance is [m, C] or a covariance [m, C, C]."""
+        mean, variance = prediction
+        if variance.ndim == 3:
+            variance = variance.diagonal(dim1=-2, dim2=-1)
+        total = variance.double() + self._noise
+        squares = (targets.double() - mean.double()).square()
+        self._sum += float(0.5 * (squares / total + (2 * math.pi * total).log()).sum())
+        self._count += len(targets)
+
+    def value(self) -> float:
+        """The mean so far."""
+        return self._sum / self._count if self._count else math.nan
+
+
+class MetricScorer:
+    """A torchmetrics metric, cloned and reset; vector-valued metrics are summed."""
+
+    def __init__(self, metric: torchmetrics.Metric) -> None:
+        self._metric = metric.clone()
+        self._metric.reset()
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        """Add a batch; metrics that take no variance get the mean only."""
+        try:
+            self._metric.update(*prediction, targets)
+        except TypeError:
+            self._metric.update(prediction[0], targets)
+
+    def value(self) -> float:
+        """The metric so far."""
+        return float(self._metric.compute().sum())
+
+
+class CallableScorer:
+    """A function of all predictions and targets, called once at the end."""
+
+    def __init__(self, function: Callable[..., Tensor | float]) -> None:
+        self._function = function
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        """Keep a batch."""
+        self._parts.append((*prediction, targets))
+
+    def value(self) -> float:
+        """The function of everything."""
+        return float(self._function(*(torch.cat(part) for part in zip(*self._parts, strict=True))))
+
+
+def scorer_factory(
+    loss: torchmetrics.Metric | Callable[..., Tensor | float] | None,
+    *,
+    regression: bool,
+    noise_variance: float,
+) -> Callable[[], Scorer]:
+    """Makes a fresh scorer for every prior precision.
+
+    Raises:
+        TypeError: if ``loss`` is neither a metric, nor callable, nor None.
+    """
+    match loss:
+        case None if regression:
+            return lambda: GaussianNLL(noise_variance)
+        case None:
+            return CategoricalNLL
+        case torchmetrics.Metric():
+            return lambda: MetricScorer(loss)
+        case _ if callable(loss):
+            return lambda: CallableScorer(loss)
+    raise TypeError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")

@@ -1,0 +1,343 @@
+"""Choosing the prior precision: one pass for a whole grid, or the marginal likelihood."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torchmetrics
+from laplace.utils.enums import LinkApprox, PredType, PriorStructure
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from laplace_debiased.data import split_batch
+from laplace_debiased.errors import NumericalError
+from laplace_debiased.options import parse_choice
+from laplace_debiased.posterior.predict import class_probabilities, needs_covariance
+from laplace_debiased.posterior.scores import Prediction, Scorer, scorer_factory
+from laplace_debiased.predictive.interpolation import CovarianceCurve
+
+if TYPE_CHECKING:
+    from laplace_debiased.posterior.base import DebiasedPosterior
+
+_MAX_NODE_SPACING = 0.25 * math.log(10.0)
+"""Refinement interpolates between nodes at most this far apart in log prior precision."""
+
+_MAX_STORED_BYTES = 2 * 2**30
+"""Moments of the validation set are kept for the refinement up to this size."""
+
+
+@dataclass(frozen=True)
+class PriorGrid:
+    """A logarithmic grid of prior precisions, ``base`` raised to ``size`` exponents.
+
+    Raises:
+        ValueError: if it is empty or its ends are out of order.
+    """
+
+    log_min: float
+    log_max: float
+    size: int
+    base: float = 10.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"grid_size must be a positive integer; got {self.size!r}.")
+        if not (math.isfinite(self.log_min) and math.isfinite(self.log_max)):
+            raise ValueError("log_prior_prec_min and log_prior_prec_max must be finite.")
+        if self.log_min > self.log_max or (self.log_min == self.log_max and self.size > 1):
+            raise ValueError(
+                f"log_prior_prec_min={self.log_min} must lie below "
+                f"log_prior_prec_max={self.log_max}."
+            )
+        if not (math.isfinite(self.base) and self.base > 1):
+            raise ValueError(f"log_prior_prec_base must be larger than 1; got {self.base!r}.")
+
+    def points(self) -> Tensor:
+        """Grid points δ [size], ascending, float64."""
+        return torch.logspace(
+            self.log_min, self.log_max, self.size, base=self.base, dtype=torch.float64
+        )
+
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        """Log prior precisions to evaluate, and which of them are grid points.
+
+        Between grid points that lie far apart further nodes are added, so that interpolation
+        between neighbours is accurate.
+        """
+        points = self.points().log()
+        if len(points) == 1:
+            return points, torch.tensor([0])
+        gap = float(points[1] - points[0])
+        pieces = max(1, math.ceil(gap / _MAX_NODE_SPACING))
+        steps = torch.arange(pieces, dtype=torch.float64) / pieces
+        inner = (points[:-1, None] + gap * steps).flatten()
+        return torch.cat([inner, points[-1:]]), torch.arange(len(points)) * pieces
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a grid search found.
+
+    Attributes:
+        prior_precisions: the grid [G].
+        losses: validation loss at every grid point [G]; NaN or infinite where it failed.
+        best_grid_point: the grid point of the lowest finite loss.
+        prior_precision: the refined optimum (or the best grid point, if nothing was lower).
+        loss: validation loss there.
+    """
+
+    prior_precisions: tuple[float, ...]
+    losses: tuple[float, ...]
+    best_grid_point: float
+    prior_precision: float
+    loss: float
+
+    @property
+    def on_edge(self) -> bool:
+        """Whether the best grid point is an end of the grid."""
+        ends = (self.prior_precisions[0], self.prior_precisions[-1])
+        return len(self.losses) > 1 and self.best_grid_point in ends
+
+    def warn_on_edge(self) -> None:
+        """Warn if the optimum may lie beyond the grid."""
+        if self.on_edge:
+            warnings.warn(
+                f"the best prior precision {self.best_grid_point:.3g} is an end of the grid; the "
+                "optimum may lie beyond. Widen log_prior_prec_min and log_prior_prec_max.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _StoredBatch:
+    """Moments of one validation batch at every node."""
+
+    mean: Tensor
+    covariances: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GridSearch:
+    """A grid search over scalar prior precisions with a refinement around the best point.
+
+    For the linearised network, all grid points share one pass over the validation set; for
+    sampled networks there is one pass per point, with the same random numbers.
+    """
+
+    posterior: DebiasedPosterior
+    grid: PriorGrid
+    pred_type: PredType
+    link: LinkApprox
+    n_samples: int
+    loss: torchmetrics.Metric | Callable[..., Tensor | float] | None
+    refine: bool
+    seed: int
+    _fresh_scorer: Callable[[], Scorer] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sigma = float(torch.as_tensor(self.posterior.sigma_noise).detach())
+        factory = scorer_factory(
+            self.loss, regression=self._regression, noise_variance=sigma * sigma
+        )
+        object.__setattr__(self, "_fresh_scorer", factory)
+
+    @property
+    def _regression(self) -> bool:
+        return self.posterior.likelihood == "regression"
+
+    @property
+    def _diagonal(self) -> bool:
+        """Whether variances are enough for the predictions that are compared."""
+        if self._regression:
+            return self.loss is None
+        return not needs_covariance(self.link, diagonal_output=False)
+
+    def run(self, val_loader: DataLoader, progress_bar: bool = False) -> TuningResult:
+        """Search.
+
+        Raises:
+            ValueError: if the loader is empty.
+            NumericalError: if no grid point has a finite loss.
+        """
+        if self.pred_type is PredType.NN:
+            points = self.grid.points()
+            losses = [
+                self._sampled_loss(float(prior), val_loader)
+                for prior in tqdm(points, disable=not progress_bar, desc="[Grid search]")
+            ]
+            return self._result(points, losses, None)
+        return self._linearised_search(val_loader, progress_bar)
+
+    def _linearised_search(self, val_loader: DataLoader, progress_bar: bool) -> TuningResult:
+        log_nodes, on_grid = self.grid.nodes()
+        scorers = [self._fresh_scorer() for _ in on_grid]
+        stored: list[_StoredBatch] | None = [] if self.refine and len(on_grid) > 1 else None
+        priors = log_nodes.exp().to(self.posterior._device, self.posterior.H.dtype)
+        if stored is None:
+            priors, on_grid = priors[on_grid], torch.arange(len(on_grid))
+        for index, (inputs, targets) in enumerate(self._batches(val_loader, progress_bar)):
+            mean, covariances = self.posterior._sweep(inputs, priors, self._diagonal)
+            self.posterior._loss_model.check_targets(mean, targets)
+            for scorer, node in zip(scorers, on_grid.tolist(), strict=True):
+                scorer.update(self._predict(mean, covariances[node], index), targets)
+            if stored is not None:
+                stored.append(_StoredBatch(mean, covariances, targets))
+                if sum(batch.covariances.nbytes for batch in stored) > _MAX_STORED_BYTES:
+                    stored = None
+        losses = [scorer.value() for scorer in scorers]
+        refined = None if stored is None else _Refinement(self, log_nodes, stored)
+        return self._result(self.grid.points(), losses, refined)
+
+    def _batches(self, loader: DataLoader, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
+        device, empty = self.posterior._device, True
+        for batch in tqdm(loader, disable=not progress_bar, desc="[Validation set]"):
+            empty = False
+            inputs, targets = split_batch(batch, self.posterior.dict_key_y)
+            yield inputs, targets.to(device)
+        if empty:
+            raise ValueError("val_loader is empty.")
+
+    def _predict(self, mean: Tensor, covariance: Tensor, batch: int) -> Prediction:
+        if self._regression:
+            return mean, covariance
+        generator = torch.Generator(mean.device).manual_seed(self.seed + batch)
+        return (class_probabilities(mean, covariance, self.link, self.n_samples, generator),)
+
+    def _sampled_loss(self, prior: float, loader: DataLoader) -> float:
+        """Validation loss of sampled networks at one prior precision."""
+        scorer = self._fresh_scorer()
+        generator = torch.Generator(self.posterior._device).manual_seed(self.seed)
+        with _temporary_prior(self.posterior, prior):
+            for inputs, targets in self._batches(loader, progress_bar=False):
+                prediction = self.posterior(
+                    inputs,
+                    pred_type=PredType.NN,
+                    n_samples=self.n_samples,
+                    generator=generator,
+                )
+                scorer.update(
+                    prediction if isinstance(prediction, tuple) else (prediction,), targets
+                )
+        return scorer.value()
+
+    def _result(
+        self, points: Tensor, losses: list[float], refinement: _Refinement | None
+    ) -> TuningResult:
+        finite = [index for index, loss in enumerate(losses) if math.isfinite(loss)]
+        if not finite:
+            raise NumericalError(
+                f"none of the {len(losses)} grid points has a finite validation loss. Check the "
+                "validation data and the loss for NaN; the prior precision is unchanged."
+            )
+        best = min(finite, key=lambda index: losses[index])
+        prior, loss = float(points[best]), losses[best]
+        if refinement is not None:
+            log_points = points.log()
+            low, high = max(best - 1, 0), min(best + 1, len(points) - 1)
+            found = refinement.minimise(float(log_points[low]), float(log_points[high]))
+            if math.isfinite(found[1]) and found[1] < loss:
+                prior, loss = found
+        return TuningResult(tuple(points.tolist()), tuple(losses), float(points[best]), prior, loss)
+
+
+@dataclass(frozen=True, eq=False)
+class _Refinement:
+    """Validation loss between grid points, from moments interpolated in log prior precision."""
+
+    search: GridSearch
+    log_nodes: Tensor
+    batches: list[_StoredBatch]
+
+    def minimise(self, low: float, high: float) -> tuple[float, float]:
+        """The best prior precision between two logarithms, and its loss."""
+        curves = [
+            CovarianceCurve.fit(
+                self.log_nodes, batch.covariances, low, high, diagonal=self.search._diagonal
+            )
+            for batch in self.batches
+        ]
+
+        def loss(log_prior: float) -> float:
+            scorer = self.search._fresh_scorer()
+            for index, (batch, curve) in enumerate(zip(self.batches, curves, strict=True)):
+                prediction = self.search._predict(batch.mean, curve(log_prior), index)
+                scorer.update(prediction, batch.targets)
+            return scorer.value()
+
+        found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-3})
+        return math.exp(found.x), float(found.fun)
+
+
+class _temporary_prior:  # noqa: N801
+    """Another prior precision inside, the old one outside."""
+
+    def __init__(self, posterior: DebiasedPosterior, prior: float | Tensor | None) -> None:
+        self._posterior, self._prior = posterior, prior
+
+    def __enter__(self) -> None:
+        self._old = self._posterior.prior_precision
+        if self._prior is not None:
+            self._posterior.prior_precision = self._prior
+
+    def __exit__(self, *exception: object) -> None:
+        self._posterior.prior_precision = self._old
+
+
+def maximise_marginal_likelihood(
+    posterior: DebiasedPosterior,
+    initial: float | Tensor,
+    structure: PriorStructure | str,
+    n_steps: int,
+    lr: float,
+    progress_bar: bool,
+) -> Tensor:
+    """Gradient ascent on the log marginal likelihood in log prior precision (laplace-torch's).
+
+    Returns:
+        The best prior precision met, [1] or one entry per covered parameter tensor. The posterior
+        keeps its own prior.
+
+    Raises:
+        ValueError: for a diagonal prior structure.
+        NumericalError: if the marginal likelihood is not finite.
+    """
+    start = torch.as_tensor(initial, dtype=posterior.mean.dtype, device=posterior.mean.device)
+    start = start.detach().clone().reshape(-1)
+    match parse_choice(PriorStructure, structure, "prior_structure"):
+        case PriorStructure.SCALAR:
+            pass
+        case PriorStructure.LAYERWISE:
+            start = start.expand(posterior.n_layers).clone() if len(start) == 1 else start
+        case PriorStructure.DIAG:
+            start = posterior._diagonal_prior(start)
+    with _temporary_prior(posterior, start):
+        log_prior = start.log().requires_grad_(True)
+        optimizer = torch.optim.Adam([log_prior], lr=lr)
+        best, best_value = start, -math.inf
+        for step in tqdm(
+            range(n_steps + 1), disable=not progress_bar, desc="[Marginal likelihood]"
+        ):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                value = posterior.log_marginal_likelihood(prior_precision=log_prior.exp())
+            current = float(value.detach())
+            if not math.isfinite(current):
+                raise NumericalError(
+                    f"the log marginal likelihood is {current} after {step} steps; lower lr, "
+                    "or start from another init_prior_prec."
+                )
+            if current > best_value:
+                best, best_value = log_prior.detach().exp(), current
+            if step < n_steps:
+                (-value).backward()
+                optimizer.step()
+    return best

@@ -1,0 +1,207 @@
+r"""Covariance of the linearised network's outputs under a Kronecker posterior, without Jacobians.
+
+For a block with eigenbasis U = U_B ⊗ U_A and precision table τ (= h·N·λ + δ),
+
+    Cov[f_c, f_c'] = Σ_ij J̃_c,ij J̃_c',ij / τ_ij,     J̃ = U_Bᵀ (Σ_t g aᵀ) U_A,
+
+summed over blocks: one forward pass and C backward passes, one layer at a time, chunked over
+samples. No array of size batch × C × P exists. A layer with a single position has
+J̃_c = (U_Bᵀ g_c)(U_Aᵀ a)ᵀ, so that the sum over j can be taken first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature.guards import batch_length
+from laplace_debiased.curvature.kernels import rotated_gradients
+from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.curvature.passes import (
+    Chunk,
+    CurvaturePass,
+    LayerRows,
+    identity_columns,
+)
+from laplace_debiased.operators import EigenBlock, EigenKron
+
+
+class OutputCovariance(str, Enum):
+    """How much of the covariance of the outputs is computed."""
+
+    DIAGONAL = "diagonal"
+    """Variances [m, C]."""
+
+    PER_SAMPLE = "per_sample"
+    """Covariances over the outputs of each sample [m, C, C]."""
+
+    JOINT = "joint"
+    """Covariance over all samples and outputs [m·C, m·C]."""
+
+
+@dataclass(frozen=True, eq=False)
+class NamedBlocks:
+    """A Kronecker posterior's blocks by parameter name, and the prior precision of each.
+
+    Args:
+        names: covered parameters, in the order of the blocks.
+        precision: the posterior precision (sum over data, prior added).
+    """
+
+    names: tuple[str, ...]
+    precision: EigenKron
+
+    def block(self, name: str) -> EigenBlock:
+        """Eigenbasis of a parameter's block."""
+        return self.precision.blocks[self.names.index(name)]
+
+    def table(self, name: str) -> Tensor:
+        """Posterior precision along each eigenvector of a parameter's block."""
+        index = self.names.index(name)
+        deltas = self.precision.deltas
+        delta = deltas[index] if deltas.numel() > 1 else deltas.reshape(())
+        return self.precision.blocks[index].eigenvalues + delta
+
+
+def rotated_jacobians(
+    layer: Layer, rows: LayerRows, blocks: NamedBlocks
+) -> Iterator[tuple[str, Tensor | tuple[Tensor, Tensor]]]:
+    """Jacobian rows of a layer's blocks in their eigenbases.
+
+    Yields:
+        The parameter's name with J̃ [m, C, D_out, D_in] (or [m, C, D_out] for a bias); for a weight
+        with a single position, its two factors g̃ [m, C, D_out] and ã [m, D_in] instead.
+    """
+    if layer.weight is not None and rows.inputs is not None:
+        block = blocks.block(layer.weight)
+        assert block.input_basis is not None
+        if rows.inputs.shape[1] == 1:
+            g = rows.columns[:, :, 0] @ block.output_basis
+            yield layer.weight, (g, rows.inputs[:, 0] @ block.input_basis)
+        else:
+            yield (
+                layer.weight,
+                rotated_gradients(rows.inputs, rows.columns, block.output_basis, block.input_basis),
+            )
+    if layer.bias is not None:
+        yield layer.bias, rows.columns.sum(2) @ blocks.block(layer.bias).output_basis
+
+
+def whitened_jacobians(
+    layer: Layer, rows: LayerRows, blocks: NamedBlocks
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Rows X with X Xᵀ the layer's share of the covariance, per block.
+
+    Yields:
+        (X [m, C, K], None) in general; (g̃ [m, C, K], s [m, K]) where the covariance is
+        g̃ diag(s) g̃ᵀ (single position).
+    """
+    for name, jacobian in rotated_jacobians(layer, rows, blocks):
+        table = blocks.table(name)
+        if isinstance(jacobian, tuple):
+            g, a = jacobian
+            yield g, a.square() @ table.reciprocal().T
+        else:
+            yield (jacobian * table.rsqrt()).flatten(2), None
+
+
+def functional_moments(
+    curvature_pass: CurvaturePass,
+    blocks: NamedBlocks,
+    inputs: Any,
+    covariance: OutputCovariance,
+    *,
+    differentiable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the linearised outputs.
+
+    Args:
+        curvature_pass: the pass over the network.
+        blocks: the posterior.
+        inputs: one batch of model inputs, m samples.
+        covariance: how much of it.
+        differentiable: keep the graph, for gradients with respect to ``inputs``.
+
+    Returns:
+        Outputs f [m, C], and their covariance in the shape that ``covariance`` says.
+    """
+    match covariance:
+        case OutputCovariance.JOINT:
+            return _joint(curvature_pass, blocks, inputs, differentiable)
+        case OutputCovariance.DIAGONAL | OutputCovariance.PER_SAMPLE:
+            diagonal = covariance is OutputCovariance.DIAGONAL
+    outputs, covariances = [], []
+    chunks = curvature_pass.chunks(inputs, identity_columns, differentiable=differentiable)
+    for chunk in chunks:
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            outputs.append(chunk.outputs)
+            covariances.append(_chunk_covariance(chunk, blocks, diagonal))
+    return torch.cat(outputs), torch.cat(covariances)
+
+
+def _chunk_covariance(chunk: Chunk, blocks: NamedBlocks, diagonal: bool) -> Tensor:
+    m, n_outputs = chunk.outputs.shape
+    shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
+    total = chunk.outputs.new_zeros(shape)
+    for layer in chunk.layers:
+        for rows, scale in whitened_jacobians(layer, chunk.layer_rows(layer), blocks):
+            if diagonal:
+                squares = rows.square()
+                part = squares.sum(-1) if scale is None else squares @ scale.unsqueeze(-1)
+                total = total + part.reshape(shape)
+            else:
+                left = rows if scale is None else rows * scale.unsqueeze(1)
+                total = total + left @ rows.transpose(1, 2)
+    return total
+
+
+def _joint(
+    curvature_pass: CurvaturePass, blocks: NamedBlocks, inputs: Any, differentiable: bool
+) -> tuple[Tensor, Tensor]:
+    """Covariance across samples; where they fill several chunks, every pair of chunks is visited.
+
+    Rows are recomputed for each pair: what is held at a time are the rows of two chunks.
+    """
+
+    def walk() -> Iterator[tuple[Chunk, list[Tensor]]]:
+        for chunk in curvature_pass.chunks(inputs, identity_columns, differentiable=differentiable):
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+                rows = _joint_rows(chunk, blocks)
+            yield chunk, rows
+
+    length = batch_length(inputs)
+    outputs, bands = [], []
+    for chunk, left in walk():
+        whole = chunk.rows == slice(0, length)
+        others = (left,) if whole else (right for _, right in walk())
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            outputs.append(chunk.outputs)
+            band = [sum_of_products(left, right) for right in others]
+            bands.append(torch.cat(band, dim=1))
+    return torch.cat(outputs), torch.cat(bands)
+
+
+def sum_of_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Σ_b left_b right_bᵀ over blocks."""
+    total = left[0] @ right[0].T
+    for x, y in zip(left[1:], right[1:], strict=True):
+        total = total + x @ y.T
+    return total
+
+
+def _joint_rows(chunk: Chunk, blocks: NamedBlocks) -> list[Tensor]:
+    """Whitened Jacobian rows [m·C, K] of every block of a chunk."""
+    rows = []
+    for layer in chunk.layers:
+        layer_rows = chunk.layer_rows(layer)
+        for name, jacobian in rotated_jacobians(layer, layer_rows, blocks):
+            if isinstance(jacobian, tuple):
+                g, a = jacobian
+                jacobian = torch.einsum("mci,mj->mcij", g, a)
+            rows.append((jacobian * blocks.table(name).rsqrt()).flatten(2).flatten(0, 1))
+    return rows

@@ -1,0 +1,107 @@
+r"""The last-layer predictive in closed form: features in, no Jacobian.
+
+With features φ of an input and a weight block of precision table τ [C, D],
+
+    Cov[f] = U_B diag_i(Σ_j (φᵀ u_A,j)² / τ_ij) U_Bᵀ + U_b diag(1/τ_b) U_bᵀ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature.features import FeaturePass
+from laplace_debiased.predictive.functional import NamedBlocks, OutputCovariance
+
+
+def last_layer_moments(
+    feature_pass: FeaturePass,
+    blocks: NamedBlocks,
+    inputs: Any,
+    covariance: OutputCovariance,
+    *,
+    differentiable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the outputs under a last-layer posterior.
+
+    Args and returns as :func:`functional_moments`.
+    """
+    outputs, features = feature_pass.features(inputs, differentiable=differentiable)
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        if not differentiable:
+            outputs, features = outputs.detach(), features.detach()
+        return outputs, covariance_of_features(feature_pass, blocks, features, covariance)
+
+
+def covariance_of_features(
+    feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor, covariance: OutputCovariance
+) -> Tensor:
+    """Covariance of the outputs that belong to the features φ [m, D]."""
+    match covariance:
+        case OutputCovariance.DIAGONAL:
+            return _variance(feature_pass, blocks, features)
+        case OutputCovariance.PER_SAMPLE:
+            return _covariance(feature_pass, blocks, features)
+        case OutputCovariance.JOINT:
+            return _joint_covariance(feature_pass, blocks, features)
+
+
+def _rotated_features(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
+    assert feature_pass.layer.weight is not None
+    basis = blocks.block(feature_pass.layer.weight).input_basis
+    assert basis is not None
+    return features @ basis
+
+
+def _variance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
+    layer = feature_pass.layer
+    total = features.new_zeros(())
+    if layer.weight is not None:
+        rotated = _rotated_features(feature_pass, blocks, features)
+        scale = rotated.square() @ blocks.table(layer.weight).reciprocal().T
+        total = total + scale @ blocks.block(layer.weight).output_basis.square().T
+    if layer.bias is not None:
+        basis = blocks.block(layer.bias).output_basis
+        total = total + basis.square() @ blocks.table(layer.bias).reciprocal()
+    return total.expand(len(features), -1)
+
+
+def _bias_covariance(feature_pass: FeaturePass, blocks: NamedBlocks) -> Tensor | None:
+    bias = feature_pass.layer.bias
+    if bias is None:
+        return None
+    basis = blocks.block(bias).output_basis
+    return (basis * blocks.table(bias).reciprocal()) @ basis.T
+
+
+def _covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
+    layer = feature_pass.layer
+    bias = _bias_covariance(feature_pass, blocks)
+    if layer.weight is None:
+        assert bias is not None
+        return bias.expand(len(features), -1, -1)
+    rotated = _rotated_features(feature_pass, blocks, features)
+    scale = rotated.square() @ blocks.table(layer.weight).reciprocal().T
+    basis = blocks.block(layer.weight).output_basis
+    weight = (basis * scale.unsqueeze(1)) @ basis.T
+    return weight if bias is None else weight + bias
+
+
+def _joint_covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
+    """[m·C, m·C]: the closed form with products φ̃_n,j φ̃_n',j in place of squares."""
+    layer = feature_pass.layer
+    m = len(features)
+    bias = _bias_covariance(feature_pass, blocks)
+    if layer.weight is None:
+        assert bias is not None
+        return bias.repeat(m, m)
+    rotated = _rotated_features(feature_pass, blocks, features)
+    basis = blocks.block(layer.weight).output_basis
+    n_outputs = len(basis)
+    scale = torch.einsum("nj,kj,ij->nki", rotated, rotated, blocks.table(layer.weight).reciprocal())
+    joint = torch.einsum("ci,nki,di->nckd", basis, scale, basis)
+    if bias is not None:
+        joint = joint + bias.reshape(1, n_outputs, 1, n_outputs)
+    return joint.reshape(m * n_outputs, m * n_outputs)
