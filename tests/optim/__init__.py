@@ -1,0 +1,1 @@
+"""Tests of debiased conjugate gradients and the Newton optimiser."""
