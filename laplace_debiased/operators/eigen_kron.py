@@ -39,8 +39,6 @@ class EigenKron:
 
     blocks: tuple[EigenBlock, ...]
     deltas: Tensor = field(default_factory=lambda: torch.zeros(()))
-    # Without it `np.float64(2) * kron` would try to turn the operator into an array.
-    __array_ufunc__ = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _checked_blocks(self.blocks))

@@ -189,7 +189,7 @@ class LowRank:
         """Return the diagonal of P⁻¹, [P]: the marginal variances.
 
         Never below 1 / diag(P), a bound that holds for every positive definite P and that
-        rounding alone could break.
+        rounding alone could break. Rounding is absolute, of the size of the prior variance 1 / d.
         """
         prior = self.prior_diagonal
         correction = self._factor().whiten(self.basis).square().sum(-1)
