@@ -10,7 +10,12 @@ import torch
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor
 
-from laplace_debiased.curvature.guards import batch_length, evaluation_mode, to_device
+from laplace_debiased.curvature.guards import (
+    batch_length,
+    evaluation_mode,
+    full_precision,
+    to_device,
+)
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import Chunk, Columns, LayerRows, check_outputs
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
@@ -51,6 +56,7 @@ class FeaturePass:
             with evaluation_mode(self.model):
                 outputs, features = self.model.forward_with_features(inputs)
         check_outputs(outputs, batch_length(inputs))
+        outputs, features = full_precision(outputs), full_precision(features)
         features = features.reshape(len(outputs), -1)
         width = self.layer.module.in_features
         if features.shape[1] != width:

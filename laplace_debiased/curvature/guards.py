@@ -14,6 +14,8 @@ from torch import Tensor, nn
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _REGISTRY_LOCK = threading.Lock()
 
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
 
 def model_lock(model: nn.Module) -> threading.RLock:
     """One re-entrant lock per model, held while its mode or hooks are changed."""
@@ -45,6 +47,14 @@ def to_device(inputs: Any, device: torch.device) -> Any:
             for key, value in inputs.items()
         }
     return inputs
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is of half precision, else as it is.
+
+    Sums of squares overflow in float16 and lose their digits in bfloat16.
+    """
+    return tensor.float() if tensor.dtype in HALF_DTYPES else tensor
 
 
 def batch_length(inputs: Any) -> int:

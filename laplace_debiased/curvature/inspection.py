@@ -11,6 +11,7 @@ from laplace_debiased.curvature.coverage import REUSED, UNUSED
 from laplace_debiased.curvature.guards import batch_length, select_rows, to_device
 from laplace_debiased.curvature.kernels import weight_gradients
 from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.curvature.passes import check_outputs
 from laplace_debiased.curvature.tape import LayerTape, record
 
 MISMATCH = (
@@ -33,10 +34,15 @@ def layer_problems(model: nn.Module, layers: tuple[Layer, ...], inputs: Any) -> 
         model: the network.
         layers: the layers to examine.
         inputs: some model inputs; at most two samples are used.
+
+    Raises:
+        ValueError: if the outputs are not [m, C].
+        NumericalError: if one is NaN or infinite.
     """
     device = next(model.parameters()).device
     probe = select_rows(to_device(inputs, device), slice(0, min(2, batch_length(inputs))))
     tape = record(model, layers, probe)
+    check_outputs(tape.outputs, batch_length(probe))
     problems: dict[str, str] = {}
     usable = []
     for layer in layers:
@@ -70,7 +76,7 @@ def _gradient_problems(tape: LayerTape, layers: list[Layer], model: nn.Module) -
     gradients = torch.autograd.grad(
         outputs, [parameters[name] for name in names], grad_outputs=first, allow_unused=True
     )
-    expected = dict(zip(names, gradients, strict=True))
+    expected: dict[str, Tensor | None] = dict(zip(names, gradients, strict=True))
     problems: dict[str, str] = {}
     for layer in layers:
         if layer.name not in pulled:

@@ -9,7 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import batch_length, select_rows, to_device
+from laplace_debiased.curvature.guards import (
+    batch_length,
+    full_precision,
+    select_rows,
+    to_device,
+)
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.tape import LayerTape, record
 from laplace_debiased.errors import NumericalError
@@ -108,7 +113,8 @@ class BackwardPass:
 
     def outputs(self, inputs: Any) -> Tensor:
         """Network outputs [m, C] without a graph."""
-        return record(self.model, (), to_device(inputs, self.device)).outputs.detach()
+        tape = record(self.model, (), to_device(inputs, self.device))
+        return full_precision(tape.outputs.detach())
 
     def chunks(
         self,
@@ -137,22 +143,21 @@ class BackwardPass:
     def _chunk(self, inputs: Any, rows: slice, columns: Columns, differentiable: bool) -> Chunk:
         tape = record(self.model, self.layers, inputs)
         check_outputs(tape.outputs, rows.stop - rows.start)
-        outputs = tape.outputs if differentiable else tape.outputs.detach()
+        outputs = full_precision(tape.outputs if differentiable else tape.outputs.detach())
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-            to_pull = columns(outputs, rows)
+            to_pull = columns(outputs, rows).to(tape.outputs.dtype)
             stacks = _pull_back_all(tape, to_pull, differentiable)
         present = tuple(layer for layer in self.layers if stacks.get(layer.name))
 
         def layer_rows(layer: Layer) -> LayerRows:
-            stack = torch.stack(stacks.pop(layer.name), dim=1)
+            stack = full_precision(torch.stack(stacks.pop(layer.name), dim=1))
             m, n = stack.shape[:2]
             g = layer.rule.output_positions(layer.module, stack.flatten(0, 1))
             a = None
             if layer.weight is not None:
                 raw = tape.input_of(layer.name)
-                a = layer.rule.input_positions(
-                    layer.module, raw if differentiable else raw.detach()
-                )
+                raw = full_precision(raw if differentiable else raw.detach())
+                a = layer.rule.input_positions(layer.module, raw)
             return LayerRows(a, g.reshape(m, n, *g.shape[1:]))
 
         return Chunk(rows, outputs, present, layer_rows)

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torchmetrics
@@ -16,6 +16,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.curvature.guards import HALF_DTYPES
 from laplace_debiased.data import preserved_rng
 from laplace_debiased.errors import NotFittedError
 from laplace_debiased.likelihoods import LossModel, gaussian_samples, loss_model
@@ -31,8 +32,13 @@ from laplace_debiased.predictive import OutputCovariance
 
 Inputs = Tensor | MutableMapping[str, Any]
 
+if TYPE_CHECKING:
+    from laplace.baselaplace import ParametricLaplace as _Host
+else:
+    _Host = object  # the concrete posterior brings laplace-torch's class
 
-class DebiasedPosterior:
+
+class DebiasedPosterior(_Host):
     """Mixin over a laplace-torch posterior: prediction without Jacobians, tuning in one pass.
 
     A concrete posterior gives its output moments (``_moments``), the same for a grid of priors
@@ -59,26 +65,36 @@ class DebiasedPosterior:
     # -- hyper-parameters ------------------------------------------------------------------
 
     @property
+    def _dtype(self) -> torch.dtype:
+        """Dtype of the posterior: the model's, but float32 for half precision."""
+        dtype = next(self.model.parameters()).dtype
+        return torch.float32 if dtype in HALF_DTYPES else dtype
+
+    @property
     def temperature(self) -> float:
         """Temperature of the likelihood, positive."""
         return self._temperature
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        self._temperature = positive_value("temperature", temperature)
+        self._temperature = float(torch.as_tensor(positive_value("temperature", temperature)))
 
     @property
     def _loss_model(self) -> LossModel:
         return loss_model(self.likelihood)
 
+    def _tensors_of(self, coverage: Coverage) -> list[Tensor]:
+        """The covered parameters, in order."""
+        named = dict(self._covered_model.named_parameters())
+        return [named[name] for name in coverage.covered]
+
     def _set_coverage(self, coverage: Coverage) -> None:
         """Restrict the posterior to the covered parameters."""
-        named = dict(self._covered_model.named_parameters())
         self.coverage = coverage
-        self.params = [named[name] for name in coverage.covered]
+        self.params = self._tensors_of(coverage)
         self.n_params = sum(parameter.numel() for parameter in self.params)
         self.n_layers = len(self.params)
-        self.is_subset_params = len(self.params) < len(named)
+        self.is_subset_params = bool(coverage.excluded)
 
     def _coverage_from_names(self, names: tuple[str, ...], excluded: Mapping[str, str]) -> Coverage:
         """The coverage that a saved state describes."""
@@ -91,7 +107,7 @@ class DebiasedPosterior:
         return self.model
 
     def _map_estimate(self) -> Tensor:
-        return parameters_to_vector(self.params).detach().clone()
+        return parameters_to_vector(self.params).detach().to(self._dtype, copy=True)
 
     # -- prediction ------------------------------------------------------------------------
 
@@ -341,7 +357,7 @@ class DebiasedPosterior:
                 with preserved_rng(None):
                     result = search.run(val_loader, progress_bar)
                 result.warn_on_edge()
-                self.prior_precision = result.prior_precision
+                self.prior_precision = torch.as_tensor(result.prior_precision)
                 self.tuning_result = result
                 self.tuned_link_approx = link
                 self._warned_about_link = False

@@ -1,0 +1,60 @@
+"""The kernels against plain einsums, in every order of rotation that they choose between."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature import kernels
+from tests.tolerances import assert_exact
+
+# (T, D_in, R, D_out): both rotations before the sum over positions, one of them, neither; T = 1.
+SHAPES = [(2, 4, 3, 5), (9, 10, 2, 3), (7, 2, 4, 3), (30, 3, 2, 4), (1, 4, 3, 5)]
+
+
+def arrays(shape: tuple[int, int, int, int], m: int = 6) -> tuple[Tensor, ...]:
+    positions, width, columns, outs = shape
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    u_b, u_a = torch.linalg.qr(normal(outs, outs)).Q, torch.linalg.qr(normal(width, width)).Q
+    return normal(m, positions, width), normal(m, columns, positions, outs), u_b, u_a, normal(m)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rotated_gradients(shape: tuple[int, int, int, int]) -> None:
+    a, g, u_b, u_a, _ = arrays(shape)
+    expected = torch.einsum("nrtd,dk,nte,el->nrkl", g, u_b, a, u_a)
+    assert_exact(kernels.rotated_gradients(a, g, u_b, u_a), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_curvature_sums_over_positions_before_it_squares(
+    shape: tuple[int, int, int, int],
+) -> None:
+    a, g, u_b, u_a, c = arrays(shape)
+    rows = torch.einsum("nrtd,nte->nrde", g, a)
+    expected = torch.einsum("n,nrij->ij", c, (u_b.T @ rows @ u_a).square())
+    assert_exact(kernels.weight_curvature(a, g, u_b, u_a, c), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bias_curvature_sums_over_positions_before_it_squares(
+    shape: tuple[int, int, int, int],
+) -> None:
+    _, g, u_b, _, c = arrays(shape)
+    expected = torch.einsum("n,nri->i", c, (g.sum(2) @ u_b).square())
+    assert_exact(kernels.bias_curvature(g, u_b, c), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_factors(shape: tuple[int, int, int, int], weighted: bool) -> None:
+    a, g, _, _, c = arrays(shape)
+    weights = c.abs() if weighted else torch.ones_like(c)
+    given = weights if weighted else None
+    inputs = torch.einsum("n,nte,ntf->ef", weights, a, a) / a.shape[1]
+    outputs = torch.einsum("n,nrtd,nrte->de", weights, g, g)
+    assert_exact(kernels.input_covariance(a, given), inputs)
+    assert_exact(kernels.output_covariance(g, given), outputs)

@@ -1,0 +1,114 @@
+"""Dense counterparts of the core's kernels by functorch, sharing no code with the library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev, vmap
+
+from laplace_debiased.operators import EigenKron
+from tests.zoo import Problem
+
+
+def loss_of(likelihood: str, outputs: Tensor, target: Tensor) -> Tensor:
+    """Negative log likelihood [...] without constants; classes are given as one-hot rows."""
+    if likelihood == "classification":
+        return torch.logsumexp(outputs, -1) - (outputs * target).sum(-1)
+    return 0.5 * (outputs - target).square().sum(-1)
+
+
+def _rows(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
+    if likelihood == "classification":
+        return torch.eye(outputs.shape[-1], dtype=outputs.dtype)[y]
+    return y
+
+
+def jacobian(model: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
+    """Jacobian of the outputs in the named parameters [m, C, P], in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    chosen = {name: values.pop(name) for name in names}
+
+    def outputs(theta: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, {**values, **theta}, (x,))
+
+    try:
+        blocks = jacrev(outputs)(chosen)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return torch.cat([blocks[name].flatten(2) for name in names], dim=-1)
+
+
+def loss_hessians(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
+    """∇²_f ℓ of every sample [m, C, C], by automatic differentiation."""
+    targets = _rows(likelihood, outputs, y)
+    return vmap(hessian(lambda f, t: loss_of(likelihood, f, t)))(outputs, targets)
+
+
+def _evaluated(model: nn.Module, x: Tensor) -> Tensor:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        outputs = model(x.clone())
+    for module, training in modes:
+        module.training = training
+    return outputs
+
+
+def sample_ggns(p: Problem, names: Sequence[str], fisher: str = "type2") -> Tensor:
+    """Curvature of every sample [m, P, P]: GGN, or the outer product of its gradient."""
+    jac = jacobian(p.model, p.x, names)
+    outputs = _evaluated(p.model, p.x)
+    if fisher == "type2":
+        middle = loss_hessians(p.likelihood, outputs, p.y)
+    else:
+        leaf = outputs.clone().requires_grad_()
+        total = loss_of(p.likelihood, leaf, _rows(p.likelihood, outputs, p.y)).sum()
+        (gradient,) = torch.autograd.grad(total, leaf)
+        middle = torch.einsum("mc,md->mcd", gradient, gradient)
+    return torch.einsum("mcp,mcd,mdq->mpq", jac, middle, jac)
+
+
+def ggn(p: Problem, names: Sequence[str], index: slice = slice(None), fisher: str = "type2"):
+    """Per-sample mean curvature [P, P] over some samples."""
+    part = Problem(p.model, p.x[index], p.y[index], p.likelihood)
+    return sample_ggns(part, names, fisher).mean(0)
+
+
+def dense_bases(operator: EigenKron) -> list[Tensor]:
+    """U of every block as a dense matrix, columns in the order of the flattened table."""
+    bases = []
+    for block in operator.blocks:
+        assert block.output_basis is not None
+        columns = torch.ones(1, 1, dtype=block.eigenvalues.dtype)
+        if block.input_basis is not None:
+            columns = block.input_basis.contiguous()
+        bases.append(torch.kron(block.output_basis.contiguous(), columns))
+    return bases
+
+
+def dense_basis(operator: EigenKron) -> Tensor:
+    return torch.block_diag(*dense_bases(operator))
+
+
+def table(operator: EigenKron) -> Tensor:
+    """All eigenvalues without prior, flattened [P]."""
+    return torch.cat([block.eigenvalues.flatten() for block in operator.blocks])
+
+
+def directional(operator: EigenKron, matrix: Tensor) -> Tensor:
+    """diag(Uᵀ M U) [P] along the operator's own directions."""
+    basis = dense_basis(operator)
+    return (basis * (matrix @ basis)).sum(0)
+
+
+def dense_precision(operator: EigenKron, deltas: Tensor, scale: float = 1.0) -> Tensor:
+    """U diag(scale·λ) Uᵀ + δ [P, P]; ``deltas`` are scalar or one per block."""
+    basis = dense_basis(operator)
+    sizes = torch.tensor([block.n_params for block in operator.blocks])
+    prior = deltas.expand(len(sizes)).repeat_interleave(sizes)
+    return (basis * (scale * table(operator))) @ basis.T + torch.diag(prior)
