@@ -1,1 +1,1 @@
-"""Calibrated uncertainty from a small curvature budget: directions from one batch, magnitudes from another."""
+"""Calibrated uncertainty from a small curvature budget, as a plugin for laplace-torch."""

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from laplace_debiased.options import HessianStructure, SubsetOfWeights, parse_choice
-from laplace_debiased.posterior import DebiasedKronLaplace
+from laplace_debiased.posterior import DebiasedKronLaplace, DebiasedKronLLLaplace
 
 _CLASSES: dict[tuple[SubsetOfWeights, HessianStructure], type] = {
     (SubsetOfWeights.ALL, HessianStructure.KRON): DebiasedKronLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): DebiasedKronLLLaplace,
 }
 
 
@@ -41,7 +42,7 @@ class DebiasedLaplace:
         ValueError: for an unknown structure or subset, and as the class says.
     """
 
-    def __new__(  # type: ignore[misc]
+    def __new__(
         cls,
         model: nn.Module,
         likelihood: str = "classification",

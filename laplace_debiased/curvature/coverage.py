@@ -15,6 +15,9 @@ FROZEN = "frozen by the user (requires_grad=False)"
 TIED = "shared by several modules (tied weights)"
 UNUSED = "its module was not called in the forward pass, or does not affect the outputs"
 REUSED = "its module is called several times in one forward pass"
+NOT_LAST = "not in the last layer"
+_CHOSEN = (FROZEN, NOT_LAST)
+"""Reasons that the user chose, which are no gaps."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Coverage:
 
     @property
     def gaps(self) -> Mapping[str, str]:
-        """Excluded parameters that the user did not freeze."""
-        return {name: why for name, why in self.excluded.items() if why != FROZEN}
+        """Excluded parameters that the user did not choose to leave out."""
+        return {name: why for name, why in self.excluded.items() if why not in _CHOSEN}
 
     def without(self, reasons: Mapping[str, str]) -> Coverage:
         """The same coverage with further parameters left out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +76,7 @@ class LayerTape:
 def _recording(layers: Iterable[Layer], tape: LayerTape) -> Iterator[None]:
     """Forward hooks on the covered layers; removed on the way out."""
 
-    def recorder(name: str):
+    def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             tape.calls[name] = tape.calls.get(name, 0) + 1
             inputs = args[0] if args else kwargs["input"]

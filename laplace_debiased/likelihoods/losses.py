@@ -128,8 +128,8 @@ class UnitGaussian:
             )
         if targets.shape != outputs.shape:
             raise ValueError(
-                f"regression targets have shape {tuple(targets.shape)} but the model's outputs have "
-                f"shape {tuple(outputs.shape)}. Give both the same shape, e.g. with "
+                f"regression targets have shape {tuple(targets.shape)} but the model's outputs "
+                f"have shape {tuple(outputs.shape)}. Give both the same shape, e.g. with "
                 "`targets.unsqueeze(-1)`."
             )
         if not targets.is_floating_point():

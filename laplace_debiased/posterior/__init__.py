@@ -1,5 +1,6 @@
 """The posteriors: subclasses of laplace-torch's with debiased curvature."""
 
 from laplace_debiased.posterior.kron import DebiasedKronLaplace
+from laplace_debiased.posterior.last_layer import DebiasedKronLLLaplace
 
-__all__ = ["DebiasedKronLaplace"]
+__all__ = ["DebiasedKronLLLaplace", "DebiasedKronLaplace"]

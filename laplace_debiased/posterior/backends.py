@@ -8,12 +8,11 @@ block before they are used.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from laplace.curvature.asdl import AsdlEF, AsdlInterface
 from laplace.curvature.backpack import BackPackInterface
 from laplace.curvature.curvature import CurvatureInterface, EFInterface
 from laplace.curvature.curvlinops import CurvlinopsGGN
@@ -77,8 +76,9 @@ class BackendFactors:
         backend: the backend class.
         backend_kwargs: its keyword arguments.
         kron_kwargs: arguments of every call of its ``kron``.
-        model: the user's model; a copy of it is used.
-        coverage: the covered parameters.
+        copy_model: gives a copy of the model that the backend may do with as it likes.
+        names: the covered parameters, in order.
+        shapes: sides of each parameter's Kronecker factors.
         likelihood: "classification" or "regression".
         loss: the loss model.
         dict_keys: keys of inputs and labels in mapping batches.
@@ -89,8 +89,9 @@ class BackendFactors:
     backend: type[CurvatureInterface]
     backend_kwargs: Mapping[str, Any]
     kron_kwargs: Mapping[str, Any]
-    model: nn.Module
-    coverage: Coverage
+    copy_model: Callable[[], nn.Module]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     likelihood: str
     loss: LossModel
     dict_keys: tuple[str, str]
@@ -103,7 +104,7 @@ class BackendFactors:
         Raises:
             RuntimeError: if the backend returns blocks that do not fit the covered parameters.
         """
-        model = isolated_copy(self.model, self.coverage)
+        model = self.copy_model()
         key_x, key_y = self.dict_keys
         engine = self.backend(
             model, self.likelihood, dict_key_x=key_x, dict_key_y=key_y, **self.backend_kwargs
@@ -153,17 +154,14 @@ class BackendFactors:
         return isinstance(engine, EFInterface) and self.likelihood == "regression"
 
     def _checked(self, kfacs: list[list[Tensor]], m: int, excess: float) -> KroneckerFactors:
-        names = self.coverage.covered
-        parameters = dict(self.model.named_parameters())
         shapes = [tuple(len(factor) for factor in block) for block in kfacs]
-        expected = [_block_shape(parameters[name]) for name in names]
-        if shapes != expected:
+        if shapes != list(self.shapes):
             raise RuntimeError(
                 f"{self.backend.__name__} returned Kronecker blocks {shapes} where the covered "
-                f"parameters need {expected}; use backend=None."
+                f"parameters need {list(self.shapes)}; use backend=None."
             )
         blocks = []
-        for name, factors in zip(names, kfacs, strict=True):
+        for name, factors in zip(self.names, kfacs, strict=True):
             output = factors[0].detach() / (m * excess)
             blocks.append(
                 BlockFactors(name, output, factors[1].detach() if len(factors) == 2 else None)
@@ -181,7 +179,8 @@ def isolated_copy(model: nn.Module, coverage: Coverage) -> nn.Module:
     return duplicate
 
 
-def _block_shape(parameter: Tensor) -> tuple[int, ...]:
+def block_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Sides of the Kronecker factors of a parameter tensor's block."""
     if parameter.ndim == 1:
         return (len(parameter),)
     return (len(parameter), parameter[0].numel())
@@ -198,13 +197,3 @@ def _of_fold(batch: Batch, fold: int) -> Batch:
         batch.counts[index],
         batch.weights[index],
     )
-
-
-__all__ = [
-    "AsdlEF",
-    "AsdlInterface",
-    "BackendFactors",
-    "backend_fisher",
-    "check_backend",
-    "isolated_copy",
-]

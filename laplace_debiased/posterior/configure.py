@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any
 
 from laplace.curvature.curvature import CurvatureInterface
@@ -20,7 +21,12 @@ from laplace_debiased.options import (
 )
 from laplace_debiased.posterior.backends import backend_fisher
 
-_ENUMS = {"scheme": Scheme, "magnitudes": Magnitudes, "sampling": Sampling, "fisher": Fisher}
+_ENUMS: dict[str, type[Enum]] = {
+    "scheme": Scheme,
+    "magnitudes": Magnitudes,
+    "sampling": Sampling,
+    "fisher": Fisher,
+}
 
 
 @dataclass(frozen=True, eq=False)

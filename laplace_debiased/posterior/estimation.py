@@ -18,6 +18,7 @@ from laplace_debiased.curvature import (
     select_samples,
 )
 from laplace_debiased.curvature.factors import BlockBasis
+from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.data import Batch, CurvaturePlan, magnitude_coefficients
 from laplace_debiased.debiasing import (
     Measurement,
@@ -158,7 +159,7 @@ class KronEstimator:
             case Fisher.EMPIRICAL:
                 return 1
 
-    def _columns_of(self, batch: Batch, generator: torch.Generator):
+    def _columns_of(self, batch: Batch, generator: torch.Generator) -> Columns:
         noise: Tensor | None = None
 
         def columns(outputs: Tensor, rows: slice) -> Tensor:

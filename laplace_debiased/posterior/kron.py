@@ -23,8 +23,13 @@ from laplace_debiased.curvature import (
 from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import EigenBlock, EigenKron
-from laplace_debiased.options import CurvatureOptions, Magnitudes, Scheme
-from laplace_debiased.posterior.backends import BackendFactors, check_backend
+from laplace_debiased.options import CurvatureOptions, Magnitudes
+from laplace_debiased.posterior.backends import (
+    BackendFactors,
+    block_shape,
+    check_backend,
+    isolated_copy,
+)
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.checks import (
     check_prior_length,
@@ -51,76 +56,8 @@ from laplace_debiased.predictive import (
 )
 
 
-class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
-    """Kronecker posterior whose directions and magnitudes come from different data.
-
-    Every covered parameter tensor has a block U diag(h·N·λ + δ) Uᵀ with a Kronecker eigenbasis
-    U = U_B ⊗ U_A and a full table λ of *per-sample mean* curvatures along it; h = 1/(σ²·temperature)
-    and δ is the prior precision.
-
-    Args:
-        model: trained network; never changed.
-        likelihood: "classification" (softmax cross-entropy) or "regression" (Gaussian).
-        sigma_noise: σ of the Gaussian likelihood.
-        prior_precision: δ, a scalar or one entry per covered parameter tensor.
-        prior_mean: mean of the prior, a scalar or one entry per covered parameter.
-        temperature: temperature of the likelihood.
-        enable_backprop: keep predictions differentiable with respect to the inputs.
-        dict_key_x: key of the inputs in mapping batches.
-        dict_key_y: key of the labels in mapping batches.
-        backend: a laplace-torch curvature backend for ``magnitudes="kfac"``; by default our own
-            pass. It fixes the Fisher type.
-        damping: not supported (without effect in laplace-torch); must be False.
-        backend_kwargs: arguments of the backend.
-        asdl_fisher_kwargs: arguments of every call of an ASDL backend.
-        **options: ``scheme``, ``magnitudes``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
-            ``direction_fraction``, ``pool_size``, ``ratio_step``, ``byte_budget``, ``strict``: see
-            :class:`~laplace_debiased.options.CurvatureOptions`.
-
-    Raises:
-        ValueError: for options that are unknown, out of range or contradictory.
-        CoverageError: if nothing is covered, or with ``strict=True`` if a trainable parameter is
-            not.
-    """
-
-    _key = ("all", "debiased_kron")
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "classification",
-        sigma_noise: float | Tensor = 1.0,
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
-        temperature: float = 1.0,
-        enable_backprop: bool = False,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
-        damping: bool = False,
-        backend_kwargs: dict[str, Any] | None = None,
-        asdl_fisher_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
-        coverage, _ = layer_coverage(model)
-        coverage.require(strict=settings.strict)
-        super().__init__(
-            model,
-            settings.likelihood,
-            temperature=temperature,
-            enable_backprop=enable_backprop,
-            dict_key_x=dict_key_x,
-            dict_key_y=dict_key_y,
-            backend=backend,
-            backend_kwargs=backend_kwargs,
-            asdl_fisher_kwargs=asdl_fisher_kwargs,
-        )
-        self._configure(settings, coverage)
-        self.sigma_noise = sigma_noise
-        self.prior_precision = prior_precision
-        self.prior_mean = prior_mean
-        self.mean = self.prior_mean
+class KronPosterior(DebiasedPosterior):
+    """What the Kronecker posteriors share, over all weights or the last layer."""
 
     def _configure(self, settings: Settings, coverage: Coverage) -> None:
         if settings.backend is not None:
@@ -144,8 +81,10 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
     @prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
         value = positive_value("prior_precision", prior_precision)
-        if hasattr(self, "coverage"):
-            check_prior_length(value, self.coverage.covered, self.n_params)
+        if not hasattr(self, "coverage"):  # under construction, or the last layer is not known yet
+            self._prior_precision = torch.as_tensor(value).detach().reshape(-1)
+            return
+        check_prior_length(value, self.coverage.covered, self.n_params)
         KronLaplace.prior_precision.fset(self, value)
 
     @property
@@ -214,11 +153,11 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         check_weights(self._covered_model)
         previous = None if override else self._fitted
         with preserved_rng(seed):
-            curvature_pass = self._full_pass(self._static_coverage)
+            curvature_pass = self._make_pass(self._candidates(request))
             exclude = previous.drawn if previous is not None and budget is not None else frozenset()
             plan = make_plan(request, options, exclude, scorer(curvature_pass, self._loss_model))
             coverage = self._inspected_coverage(plan)
-            curvature_pass = self._full_pass(coverage)
+            curvature_pass = self._make_pass(coverage)
             walk, estimator = self._walks(curvature_pass, coverage, options, request)
             fitted = fit_kron(plan, walk, estimator, options, request, coverage.covered, previous)
         self._adopt(fitted, coverage)
@@ -238,6 +177,10 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         folds = settings.options.folds if request.magnitude_loader is None else 2
         return replace(settings.options, scheme=scheme, folds=folds)
 
+    def _candidates(self, request: FitRequest) -> Coverage:
+        """Parameters that may be covered, as far as it is known before a forward pass."""
+        return self._static_coverage
+
     def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
         """Coverage after one look at how the network uses its layers."""
         batches = plan.batches()
@@ -252,7 +195,7 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         check_prior_length(self._prior_precision, coverage.covered, coverage.n_covered)
         return coverage
 
-    def _full_pass(self, coverage: Coverage) -> CurvaturePass:
+    def _make_pass(self, coverage: Coverage) -> CurvaturePass:
         layers = layers_of(self.model, coverage.covered)
         return BackwardPass(self.model, layers, self._settings.options.byte_budget)
 
@@ -283,8 +226,9 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
             self._settings.backend,
             self._backend_kwargs,
             self._asdl_fisher_kwargs,
-            self.model,
-            coverage,
+            lambda: isolated_copy(self.model, coverage),
+            coverage.covered,
+            tuple(block_shape(parameter) for parameter in self._tensors_of(coverage)),
             self.likelihood,
             self._loss_model,
             (self.dict_key_x, self.dict_key_y),
@@ -297,7 +241,7 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         estimate, n_data = fitted.estimate, fitted.n_data
         curvature_sum = EigenKron(_blocks(estimate, float(n_data)))
         factors = Kron(_host_factors(fitted))
-        curvature_pass = self._full_pass(coverage)
+        curvature_pass = self._make_pass(coverage)
         self._set_coverage(coverage)
         self.H, self.H_facs = curvature_sum, factors
         self._fitted, self._pass = fitted, curvature_pass
@@ -342,7 +286,7 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
             ValueError: for values that are not positive, or a sigma in classification.
         """
         self._check_H_init()
-        before = self._prior_precision, self._sigma_noise
+        before = self.prior_precision, self.sigma_noise
         try:
             return super().log_marginal_likelihood(prior_precision, sigma_noise)
         except Exception:
@@ -388,6 +332,78 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         kron_from_state(self, state_dict)
 
 
+class DebiasedKronLaplace(KronPosterior, KronLaplace):
+    """Kronecker posterior whose directions and magnitudes come from different data.
+
+    Every covered parameter tensor has a block U diag(h·N·λ + δ) Uᵀ with a Kronecker eigenbasis
+    U = U_B ⊗ U_A and a full table λ of *per-sample mean* curvatures along it;
+    h = 1/(σ²·temperature), and δ is the prior precision.
+
+    Args:
+        model: trained network; never changed.
+        likelihood: "classification" (softmax cross-entropy) or "regression" (Gaussian).
+        sigma_noise: σ of the Gaussian likelihood.
+        prior_precision: δ, a scalar or one entry per covered parameter tensor.
+        prior_mean: mean of the prior, a scalar or one entry per covered parameter.
+        temperature: temperature of the likelihood.
+        enable_backprop: keep predictions differentiable with respect to the inputs.
+        dict_key_x: key of the inputs in mapping batches.
+        dict_key_y: key of the labels in mapping batches.
+        backend: a laplace-torch curvature backend for ``magnitudes="kfac"``; by default our own
+            pass. It fixes the Fisher type.
+        damping: not supported (without effect in laplace-torch); must be False.
+        backend_kwargs: arguments of the backend.
+        asdl_fisher_kwargs: arguments of every call of an ASDL backend.
+        **options: ``scheme``, ``magnitudes``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
+            ``direction_fraction``, ``pool_size``, ``ratio_step``, ``byte_budget``, ``strict``: see
+            :class:`~laplace_debiased.options.CurvatureOptions`.
+
+    Raises:
+        ValueError: for options that are unknown, out of range or contradictory.
+        CoverageError: if nothing is covered, or with ``strict=True`` if a trainable parameter is
+            not.
+    """
+
+    _key = ("all", "debiased_kron")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str = "classification",
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        damping: bool = False,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
+        coverage, _ = layer_coverage(model)
+        coverage.require(strict=settings.strict)
+        super().__init__(
+            model,
+            settings.likelihood,
+            temperature=temperature,
+            enable_backprop=enable_backprop,
+            dict_key_x=dict_key_x,
+            dict_key_y=dict_key_y,
+            backend=backend,
+            backend_kwargs=backend_kwargs,
+            asdl_fisher_kwargs=asdl_fisher_kwargs,
+        )
+        self._configure(settings, coverage)
+        self.sigma_noise = sigma_noise
+        self.prior_precision = prior_precision
+        self.prior_mean = prior_mean
+        self.mean = torch.as_tensor(self.prior_mean)
+
+
 def _blocks(estimate: KronEstimate, scale: float) -> tuple[EigenBlock, ...]:
     """Eigenbasis and magnitudes times ``scale``."""
     return tuple(
@@ -411,6 +427,3 @@ def _host_factors(fitted: FittedKron) -> list[list[Tensor]]:
         else [block.output * fitted.n_data, block.input]
         for block in merged.blocks
     ]
-
-
-__all__ = ["DebiasedKronLaplace", "Scheme"]

@@ -22,6 +22,7 @@ def needs_covariance(link: LinkApprox, diagonal_output: bool) -> bool:
             return not diagonal_output
         case LinkApprox.BRIDGE | LinkApprox.BRIDGE_NORM:
             return True
+    raise ValueError(f"unknown link approximation {link!r}.")
 
 
 def class_probabilities(
@@ -54,6 +55,7 @@ def class_probabilities(
             return laplace_bridge(mean, covariance)
         case LinkApprox.BRIDGE_NORM:
             return laplace_bridge(mean, covariance, normalise=True)
+    raise ValueError(f"unknown link approximation {link!r}.")
 
 
 def network_samples(
@@ -83,7 +85,10 @@ def network_samples(
             name: part.reshape(value.shape).to(value.dtype)
             for (name, value), part in zip(parameters, sample.split(sizes), strict=True)
         }
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-            with evaluation_mode(model):
-                outputs = torch.func.functional_call(model, values, (inputs,), model_kwargs)
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(differentiable),
+            evaluation_mode(model),
+        ):
+            outputs = torch.func.functional_call(model, values, (inputs,), model_kwargs)
         yield outputs

@@ -286,7 +286,7 @@ class _temporary_prior:  # noqa: N801
     def __enter__(self) -> None:
         self._old = self._posterior.prior_precision
         if self._prior is not None:
-            self._posterior.prior_precision = self._prior
+            self._posterior.prior_precision = torch.as_tensor(self._prior)
 
     def __exit__(self, *exception: object) -> None:
         self._posterior.prior_precision = self._old

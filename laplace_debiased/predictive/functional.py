@@ -31,7 +31,7 @@ from laplace_debiased.curvature.passes import (
 from laplace_debiased.operators import EigenBlock, EigenKron
 
 
-class OutputCovariance(str, Enum):
+class OutputCovariance(Enum):
     """How much of the covariance of the outputs is computed."""
 
     DIAGONAL = "diagonal"
@@ -60,6 +60,18 @@ class NamedBlocks:
         """Eigenbasis of a parameter's block."""
         return self.precision.blocks[self.names.index(name)]
 
+    def output_basis(self, name: str) -> Tensor:
+        """U_B [D_out, D_out] of a parameter's block."""
+        basis = self.block(name).output_basis
+        assert basis is not None
+        return basis
+
+    def input_basis(self, name: str) -> Tensor:
+        """U_A [D_in, D_in] of a weight's block."""
+        basis = self.block(name).input_basis
+        assert basis is not None
+        return basis
+
     def table(self, name: str) -> Tensor:
         """Posterior precision along each eigenvector of a parameter's block."""
         index = self.names.index(name)
@@ -78,18 +90,13 @@ def rotated_jacobians(
         with a single position, its two factors g̃ [m, C, D_out] and ã [m, D_in] instead.
     """
     if layer.weight is not None and rows.inputs is not None:
-        block = blocks.block(layer.weight)
-        assert block.input_basis is not None
+        outputs, inputs = blocks.output_basis(layer.weight), blocks.input_basis(layer.weight)
         if rows.inputs.shape[1] == 1:
-            g = rows.columns[:, :, 0] @ block.output_basis
-            yield layer.weight, (g, rows.inputs[:, 0] @ block.input_basis)
+            yield layer.weight, (rows.columns[:, :, 0] @ outputs, rows.inputs[:, 0] @ inputs)
         else:
-            yield (
-                layer.weight,
-                rotated_gradients(rows.inputs, rows.columns, block.output_basis, block.input_basis),
-            )
+            yield layer.weight, rotated_gradients(rows.inputs, rows.columns, outputs, inputs)
     if layer.bias is not None:
-        yield layer.bias, rows.columns.sum(2) @ blocks.block(layer.bias).output_basis
+        yield layer.bias, rows.columns.sum(2) @ blocks.output_basis(layer.bias)
 
 
 def whitened_jacobians(

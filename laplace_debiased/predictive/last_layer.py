@@ -50,9 +50,7 @@ def covariance_of_features(
 
 def _rotated_features(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
     assert feature_pass.layer.weight is not None
-    basis = blocks.block(feature_pass.layer.weight).input_basis
-    assert basis is not None
-    return features @ basis
+    return features @ blocks.input_basis(feature_pass.layer.weight)
 
 
 def _variance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
@@ -61,9 +59,9 @@ def _variance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) 
     if layer.weight is not None:
         rotated = _rotated_features(feature_pass, blocks, features)
         scale = rotated.square() @ blocks.table(layer.weight).reciprocal().T
-        total = total + scale @ blocks.block(layer.weight).output_basis.square().T
+        total = total + scale @ blocks.output_basis(layer.weight).square().T
     if layer.bias is not None:
-        basis = blocks.block(layer.bias).output_basis
+        basis = blocks.output_basis(layer.bias)
         total = total + basis.square() @ blocks.table(layer.bias).reciprocal()
     return total.expand(len(features), -1)
 
@@ -72,7 +70,7 @@ def _bias_covariance(feature_pass: FeaturePass, blocks: NamedBlocks) -> Tensor |
     bias = feature_pass.layer.bias
     if bias is None:
         return None
-    basis = blocks.block(bias).output_basis
+    basis = blocks.output_basis(bias)
     return (basis * blocks.table(bias).reciprocal()) @ basis.T
 
 
@@ -84,7 +82,7 @@ def _covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor
         return bias.expand(len(features), -1, -1)
     rotated = _rotated_features(feature_pass, blocks, features)
     scale = rotated.square() @ blocks.table(layer.weight).reciprocal().T
-    basis = blocks.block(layer.weight).output_basis
+    basis = blocks.output_basis(layer.weight)
     weight = (basis * scale.unsqueeze(1)) @ basis.T
     return weight if bias is None else weight + bias
 
@@ -98,7 +96,7 @@ def _joint_covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: 
         assert bias is not None
         return bias.repeat(m, m)
     rotated = _rotated_features(feature_pass, blocks, features)
-    basis = blocks.block(layer.weight).output_basis
+    basis = blocks.output_basis(layer.weight)
     n_outputs = len(basis)
     scale = torch.einsum("nj,kj,ij->nki", rotated, rotated, blocks.table(layer.weight).reciprocal())
     joint = torch.einsum("ci,nki,di->nckd", basis, scale, basis)

@@ -1,0 +1,169 @@
+"""A network as a pure function of its covered parameters, left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from laplace_debiased.curvature.coverage import FROZEN, Coverage
+from laplace_debiased.curvature.guards import batch_length, evaluation_mode, to_device
+from laplace_debiased.curvature.passes import check_outputs
+
+Parameters = dict[str, Tensor]
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and kernels that forward mode and vmap support; all restored after.
+
+    The fused attention kernels and the encoder's fast path know neither, and automatic casts would
+    change the precision of a measurement.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(False),
+        torch.autocast(device, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def parameter_coverage(model: nn.Module) -> Coverage:
+    """Cover every parameter that requires gradients, whatever its layer; tied ones once."""
+    named = dict(model.named_parameters())
+    return Coverage(
+        tuple(name for name, p in named.items() if p.requires_grad),
+        MappingProxyType({name: FROZEN for name, p in named.items() if not p.requires_grad}),
+        MappingProxyType({name: p.numel() for name, p in named.items()}),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionalNetwork:
+    """Outputs as a function of the covered parameters, in float32 or better.
+
+    Args:
+        model: the network; only ever read, through ``functional_call``.
+        names: covered parameters; flat vectors [P] hold them in this order.
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+
+    def parameters(self) -> Parameters:
+        """Current values of the covered parameters, detached."""
+        named = dict(self.model.named_parameters())
+        return {name: _widened(named[name].detach()) for name in self.names}
+
+    def constants(self) -> Parameters:
+        """What has to replace the model's other entries: those in half precision."""
+        covered = frozenset(self.names)
+        entries = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {
+            name: value.detach().float()
+            for name, value in entries
+            if name not in covered and value.dtype in _HALF_DTYPES
+        }
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each covered parameter."""
+        named = dict(self.model.named_parameters())
+        return tuple(named[name].numel() for name in self.names)
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of covered parameter entries."""
+        return sum(self.sizes)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float64 if any covered parameter is, else float32."""
+        named = dict(self.model.named_parameters())
+        wide = any(named[name].dtype is torch.float64 for name in self.names)
+        return torch.float64 if wide else torch.float32
+
+    def prepare(self, inputs: Any) -> Any:
+        """Inputs on the model's device, as plain tensors that derivatives can be taken through."""
+        return _plain(to_device(inputs, self.device))
+
+    def call(self, parameters: Parameters, constants: Parameters, inputs: Any) -> Tensor:
+        """Network outputs at some parameters.
+
+        Raises:
+            TypeError: if the model does not return a tensor.
+        """
+        outputs = functional_call(self.model, {**constants, **parameters}, (inputs,))
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it "
+                "in a module whose forward returns the logits."
+            )
+        return outputs
+
+    def outputs(self, inputs: Any, *, differentiable: bool = False) -> Tensor:
+        """Outputs [m, C] of a batch, checked to be finite."""
+        inputs = self.prepare(inputs)
+        with differentiable_kernels(self.model), torch.set_grad_enabled(differentiable):
+            outputs = self.call(self.parameters(), self.constants(), inputs)
+        check_outputs(outputs, batch_length(inputs))
+        return outputs
+
+    def split(self, directions: Tensor) -> Parameters:
+        """Columns of ``directions`` [P, k] as one tensor [k, *shape] per parameter."""
+        parameters = self.parameters()
+        pieces = directions.T.split(self.sizes, dim=1)
+        return {
+            name: piece.reshape(-1, *value.shape).to(value)
+            for (name, value), piece in zip(parameters.items(), pieces, strict=True)
+        }
+
+
+def sample_axes(inputs: Any) -> Any:
+    """Which axis of a model's input runs over samples, for ``torch.vmap``."""
+    if isinstance(inputs, Tensor):
+        return 0
+    length = batch_length(inputs)
+    return {
+        key: 0 if isinstance(value, Tensor) and value.ndim and len(value) == length else None
+        for key, value in inputs.items()
+    }
+
+
+def with_batch_axis(sample: Any, axes: Any) -> Any:
+    """One sample's input as a batch of one."""
+    if isinstance(sample, Tensor):
+        return sample.unsqueeze(0)
+    return {k: v.unsqueeze(0) if axes[k] == 0 else v for k, v in sample.items()}
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in _HALF_DTYPES else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping) or (hasattr(value, "items") and not isinstance(value, Tensor)):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    return _widened(value.clone() if value.is_inference() else value)

@@ -1,0 +1,215 @@
+r"""Rows J_nᵀ s of any differentiable network, in tiles that fit a byte budget.
+
+One way for every architecture: a vector-Jacobian product per sample and column, vectorised over
+both. On a ResNet-20 it costs no more than a pass that knows its layers, and it takes BatchNorm,
+LayerNorm, attention and embeddings as they come. Where torch cannot vectorise a model, samples are
+walked one by one, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from laplace_debiased.curvature.guards import batch_length, select_rows
+from laplace_debiased.curvature.lowrank.network import (
+    FunctionalNetwork,
+    Parameters,
+    differentiable_kernels,
+    sample_axes,
+    with_batch_axis,
+)
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+_LIVE_GRADIENTS = 4
+"""A backward pass holds about so many gradients of its largest activation at a time."""
+
+_LIVE_ROWS = 3
+"""A tile of rows exists by parameter, flattened, and once more in what its reader makes of it."""
+
+_MIXING_TOLERANCE = 1e-3
+"""Relative. Other kernels for one sample than for two differ by round-off, up to 1e-5 of float32."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some samples and some columns of a batch.
+
+    Attributes:
+        samples: n of the m samples.
+        columns: r of the R columns.
+    """
+
+    samples: slice
+    columns: slice
+
+
+@dataclass(frozen=True, eq=False)
+class RowPass:
+    """Computes rows of a batch, tile by tile.
+
+    Args:
+        network: the network and its covered parameters.
+        byte_budget: working memory of one tile, in bytes. No result depends on it.
+    """
+
+    network: FunctionalNetwork
+    byte_budget: int = DEFAULT_BYTE_BUDGET
+    _saved: dict[tuple, tuple[int, int]] = field(default_factory=dict, repr=False)
+    _one_by_one: dict[str, bool] = field(default_factory=dict, repr=False)
+
+    def outputs(self, inputs: Any, *, differentiable: bool = False) -> Tensor:
+        """Network outputs [m, C]."""
+        return self.network.outputs(inputs, differentiable=differentiable)
+
+    def tiles(self, inputs: Any, n_columns: int) -> tuple[Tile, ...]:
+        """Cut a batch so that the rows of a tile fit the budget: by samples, then by columns."""
+        m = batch_length(inputs)
+        fixed, per_column = self._bytes(inputs)
+        per_sample = fixed + n_columns * per_column
+        step = max(1, min(m, self.byte_budget // per_sample))
+        width = n_columns
+        if step == 1 and per_sample > self.byte_budget:
+            width = max(1, min(n_columns, (self.byte_budget - fixed) // per_column))
+        return tuple(
+            Tile(slice(i, min(i + step, m)), slice(j, min(j + width, n_columns)))
+            for i in range(0, m, step)
+            for j in range(0, n_columns, width)
+        )
+
+    def rows(self, inputs: Any, columns: Tensor, *, differentiable: bool = False) -> Tensor:
+        """J_nᵀ s for every sample and every column s.
+
+        Args:
+            inputs: model inputs of n samples.
+            columns: cotangents [n, C, r].
+            differentiable: keep the graph, for gradients with respect to ``inputs``.
+
+        Returns:
+            Rows [n, r, P].
+        """
+        inputs = self.network.prepare(inputs)
+        with differentiable_kernels(self.network.model), torch.set_grad_enabled(differentiable):
+            if not self._one_by_one.get("always", False):
+                try:
+                    return self._vectorised(inputs, columns)
+                except RuntimeError:
+                    # Not every operation can be vectorised. If it was something else, it will
+                    # show again, with its own message.
+                    rows = self._looped(inputs, columns, differentiable)
+                    self._one_by_one["always"] = True
+                    return rows
+            return self._looped(inputs, columns, differentiable)
+
+    def tile_rows(
+        self, inputs: Any, columns: Tensor, tile: Tile, *, differentiable: bool = False
+    ) -> Tensor:
+        """Rows [n, r, P] of one tile of a batch with columns [m, C, R]."""
+        part = select_rows(inputs, tile.samples)
+        chosen = columns[tile.samples, :, tile.columns]
+        return self.rows(part, chosen, differentiable=differentiable)
+
+    def walk(self, inputs: Any, columns: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+        """All tiles of a batch with their rows."""
+        for tile in self.tiles(inputs, columns.shape[-1]):
+            yield tile, self.tile_rows(inputs, columns, tile)
+
+    def check_samples_are_independent(self, inputs: Any) -> None:
+        """Check on two samples that the outputs of one do not depend on the other.
+
+        Raises:
+            ValueError: if they do; per-sample curvature is then undefined.
+        """
+        pair = select_rows(inputs, slice(0, min(2, batch_length(inputs))))
+        together = self.outputs(pair)
+        alone = self.outputs(select_rows(pair, slice(0, 1)))
+        difference = (together[:1] - alone).abs().max()
+        if bool(difference > _MIXING_TOLERANCE * (1 + alone.abs().max())):
+            raise ValueError(
+                f"the outputs of one sample change by {float(difference):.2g} when another is added "
+                "to its batch, so that per-sample curvature is undefined. Normalisation over the "
+                "batch needs running statistics (track_running_stats=True)."
+            )
+
+    def _vectorised(self, inputs: Any, columns: Tensor) -> Tensor:
+        network, axes = self.network, sample_axes(inputs)
+        parameters, constants = network.parameters(), network.constants()
+
+        def rows_of_sample(sample: Any, cotangents: Tensor) -> Parameters:
+            single = with_batch_axis(sample, axes)
+            pull = vjp(lambda p: network.call(p, constants, single)[0], parameters)[1]
+            return vmap(lambda column: pull(column)[0], in_dims=1)(cotangents)
+
+        found = vmap(rows_of_sample, in_dims=(axes, 0))(inputs, columns)
+        return torch.cat([found[name].flatten(2) for name in network.names], -1).to(network.dtype)
+
+    def _looped(self, inputs: Any, columns: Tensor, differentiable: bool) -> Tensor:
+        network = self.network
+        constants = network.constants()
+        parameters = {k: v.requires_grad_(True) for k, v in network.parameters().items()}
+        n, _, width = columns.shape
+        rows = []
+        with torch.enable_grad():
+            for index in range(n):
+                sample = select_rows(inputs, slice(index, index + 1))
+                outputs = network.call(parameters, constants, sample)[0]
+                for r in range(width):
+                    found = torch.autograd.grad(
+                        outputs,
+                        list(parameters.values()),
+                        columns[index, :, r],
+                        retain_graph=differentiable or r + 1 < width,
+                        create_graph=differentiable,
+                        materialize_grads=True,
+                    )
+                    rows.append(torch.cat([entry.flatten() for entry in found]).to(network.dtype))
+        return torch.stack(rows).reshape(n, width, -1)
+
+    def saved_bytes(self, inputs: Any) -> int:
+        """What the graph of one sample's forward pass holds, without the weights."""
+        return self._bytes(inputs)[0]
+
+    def _bytes(self, inputs: Any) -> tuple[int, int]:
+        """Working memory of one sample: what its graph saves, and what each column adds."""
+        key = _shapes(inputs)
+        if key not in self._saved:
+            self._saved[key] = self._measure(select_rows(inputs, slice(0, 1)))
+        saved, largest = self._saved[key]
+        size = torch.finfo(self.network.dtype).bits // 8
+        return saved * size, size * (
+            _LIVE_ROWS * self.network.n_params + _LIVE_GRADIENTS * largest
+        )
+
+    def _measure(self, sample: Any) -> tuple[int, int]:
+        """Entries that a forward pass saves for its backward pass: in all, and the largest."""
+        network = self.network
+        parameters = {k: v.requires_grad_(True) for k, v in network.parameters().items()}
+        own = {value.data_ptr() for value in [*parameters.values(), *network.model.parameters()]}
+        saved: list[int] = [0]
+
+        def pack(tensor: Tensor) -> None:
+            if tensor.data_ptr() not in own:
+                saved.append(tensor.numel())
+
+        with (
+            differentiable_kernels(network.model),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, _refuse),
+        ):
+            network.call(parameters, network.constants(), network.prepare(sample))
+        return sum(saved), max(saved)
+
+
+def _refuse(packed: None) -> Tensor:
+    raise AssertionError("the graph of a size measurement is never walked")
+
+
+def _shapes(inputs: Any) -> tuple:
+    if isinstance(inputs, Tensor):
+        return tuple(inputs.shape[1:])
+    return tuple((key, tuple(v.shape[1:])) for key, v in inputs.items() if isinstance(v, Tensor))

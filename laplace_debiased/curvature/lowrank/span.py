@@ -1,0 +1,190 @@
+r"""Eigenpairs of matrices G = Zᵀ F Fᵀ Z [P, P] that live in the span of q rows Z [q, P].
+
+All of the algebra is done with the Gram matrix K = Z Zᵀ [q, q] in float64: an eigenvector is Zᵀ a
+with coefficients a [q], and products of eigenvectors with rows are entries of K a. Squaring the
+condition number then costs no digit that float32 rows ever had. Only the final basis is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.errors import NumericalError
+
+_BLOCK_ENTRIES = 2**22
+"""Entries of a float64 copy of some columns of the rows (32 MiB)."""
+
+_ORTHONORMAL = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """Leading eigenpairs of a positive semi-definite matrix, largest first.
+
+    Attributes:
+        basis: orthonormal U [P, k].
+        eigenvalues: λ [k], none negative, float64.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+
+    @property
+    def rank(self) -> int:
+        """k."""
+        return len(self.eigenvalues)
+
+
+@dataclass(frozen=True, eq=False)
+class SpanDirections:
+    """Orthonormal directions u_k = Zᵀ a_k by their coefficients.
+
+    Attributes:
+        coefficients: a_k as columns [q, k], float64.
+        eigenvalues: eigenvalue along each on the data that gave them [k], float64, descending.
+    """
+
+    coefficients: Tensor
+    eigenvalues: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedPart:
+    """One term share · U M Uᵀ of a matrix average.
+
+    Attributes:
+        basis: U [P, k], orthonormal columns.
+        core: M, its diagonal [k] or the whole matrix [k, k]; positive semi-definite.
+        share: weight of the term.
+    """
+
+    basis: Tensor
+    core: Tensor
+    share: float
+
+
+def relative_cutoff(dtype: torch.dtype) -> float:
+    """Eigenvalues of a Gram matrix below this share of the largest are rounding noise.
+
+    A row in floating point is off by about eps of its norm (100 eps after a backward pass through
+    many layers, to be safe), so singular values of the rows are known to 100 eps of the largest,
+    and eigenvalues, their squares, to the square of that: 1.4e-10 in float32. Float64 rows are
+    better than the float64 Gram matrix, whose own rounding (a few hundred eps) gives 1e-13.
+    """
+    return max((100 * torch.finfo(dtype).eps) ** 2, 1e-13)
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """K = Z Zᵀ [q, q] in float64, from rows Z [q, P] in blocks of columns."""
+    gram = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
+    for block in rows.split(_block_width(len(rows)), dim=1):
+        wide = block.double()
+        gram.addmm_(wide, wide.T)
+    return gram
+
+
+def span_eigenpairs(
+    gram: Tensor, factor: Tensor, *, rank: int | None = None, cutoff: float = 1e-13
+) -> SpanDirections:
+    """Eigenpairs of Zᵀ F Fᵀ Z, largest first.
+
+    The non-zero ones are those of Fᵀ K F = V Σ Vᵀ, with eigenvectors Zᵀ F V Σ^-½.
+
+    Args:
+        gram: K [q, q], float64.
+        factor: F, its diagonal [q] or the whole matrix [q, r].
+        rank: at most so many; None for all above the cutoff.
+        cutoff: share of the largest eigenvalue below which one counts as zero.
+
+    Raises:
+        NumericalError: if the matrix is not finite, or vanishes.
+    """
+    if factor.ndim == 1:
+        used = factor.nonzero().squeeze(-1)
+        small = factor[used, None] * gram[used][:, used] * factor[used]
+    else:
+        small = factor.T @ gram @ factor
+    if not bool(torch.isfinite(small).all()):
+        raise NumericalError(
+            "the curvature is NaN or infinite. Check the data and the weights for extreme values."
+        )
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    values, vectors = values.flip(0), vectors.flip(1)
+    if not len(values) or not bool(values[0] > 0):
+        raise NumericalError(
+            "the curvature of the drawn samples vanishes: no eigenvalue is positive. The outputs "
+            "may not depend on the covered parameters, or the predictions are saturated."
+        )
+    kept = int((values > cutoff * values[0]).sum())
+    kept = kept if rank is None else min(kept, rank)
+    scaled = vectors[:, :kept] * values[:kept].rsqrt()
+    if factor.ndim == 2:
+        return SpanDirections(factor @ scaled, values[:kept])
+    coefficients = scaled.new_zeros((len(gram), kept))
+    coefficients[used] = factor[used, None] * scaled
+    return SpanDirections(coefficients, values[:kept])
+
+
+def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
+    """Form the basis Zᵀ A, orthonormal to the precision of its dtype.
+
+    Directions of small eigenvalue come out of cancelling rows, so that the Gram matrix of what was
+    formed may be off the identity. Then the matrix U diag(λ) Uᵀ is decomposed once more.
+
+    Args:
+        rows: Z [q, P].
+        directions: coefficients and the eigenvalues that the result has.
+    """
+    basis = _combine(rows, directions.coefficients)
+    overlap = gram_matrix(basis.T)
+    identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
+    if float((overlap - identity).abs().max()) <= _ORTHONORMAL[basis.dtype]:
+        return Eigenpairs(basis, directions.eigenvalues)
+    # The leading directions are exact, so that almost nothing is lost by a cutoff of zero.
+    again = span_eigenpairs(overlap, directions.eigenvalues.sqrt().diag(), cutoff=1e-15)
+    return Eigenpairs(_combine(basis.T, again.coefficients), again.eigenvalues)
+
+
+def matrix_average(parts: Sequence[JoinedPart], rank: int | None = None) -> Eigenpairs:
+    """Eigenpairs of Σ_k share_k U_k M_k U_kᵀ, from the Gram matrix of all bases.
+
+    No direction is matched with another: a basis that has no direction where another has one counts
+    as zero there only in its own share.
+
+    Raises:
+        NumericalError: if the sum is not finite, or vanishes.
+    """
+    bases = torch.cat([part.basis for part in parts], dim=1)
+    roots = [core_root(part.core, part.share) for part in parts]
+    factor = torch.block_diag(*roots)
+    found = span_eigenpairs(
+        gram_matrix(bases.T), factor, rank=rank, cutoff=relative_cutoff(bases.dtype)
+    )
+    return orthonormal_pairs(bases.T, found)
+
+
+def core_root(core: Tensor, share: float) -> Tensor:
+    """R [k, k] with R Rᵀ = share · M, for M given by its diagonal [k] or whole [k, k]."""
+    core = core.double() * share
+    if core.ndim == 1:
+        return core.clamp_min(0.0).sqrt().diag()
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    return vectors * values.clamp_min(0.0).sqrt()
+
+
+def _combine(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """Zᵀ A [P, k] in the dtype of the rows, accumulated in float64."""
+    result = rows.new_empty((rows.shape[1], coefficients.shape[1]))
+    width = _block_width(len(rows))
+    for start in range(0, rows.shape[1], width):
+        block = rows[:, start : start + width].double()
+        result[start : start + width] = block.T @ coefficients
+    return result
+
+
+def _block_width(n_rows: int) -> int:
+    return max(1, _BLOCK_ENTRIES // max(1, n_rows))

@@ -1,0 +1,251 @@
+"""The debiased Kronecker posterior over the last layer, a laplace-torch ``KronLLLaplace``."""
+
+from __future__ import annotations
+
+import copy
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from laplace.curvature.curvature import CurvatureInterface
+from laplace.lllaplace import KronLLLaplace
+from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
+from torch import Tensor, nn
+
+from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
+from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
+from laplace_debiased.curvature.guards import evaluation_mode, select_rows, to_device
+from laplace_debiased.data import CurvaturePlan, split_batch
+from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
+from laplace_debiased.posterior.base import Inputs
+from laplace_debiased.posterior.checks import check_prior_length
+from laplace_debiased.posterior.configure import settings_from
+from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
+from laplace_debiased.posterior.kron import KronPosterior
+from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
+
+
+class DebiasedKronLLLaplace(KronPosterior, KronLLLaplace):
+    """Kronecker posterior over the last layer, whose predictive needs no Jacobian.
+
+    The network is copied, as laplace-torch does, and the last layer is found by its feature
+    extractor: by name, or by one forward pass at the first ``fit``. Everything else is as in
+    :class:`DebiasedKronLaplace`; magnitudes of the last layer need no backward pass.
+
+    Args:
+        model: trained network with a linear last layer; never changed.
+        likelihood: as in :class:`DebiasedKronLaplace`.
+        feature_reduction: how features of more than two dimensions are reduced, as the model does:
+            "pick_first", "pick_last" or "average".
+        last_layer_name: qualified name of the last layer; found at the first fit by default.
+        **kwargs: as in :class:`DebiasedKronLaplace`.
+
+    Raises:
+        ValueError: for options that are unknown, out of range or contradictory.
+    """
+
+    _key = ("last_layer", "debiased_kron")
+
+    model: Any  # laplace-torch's FeatureExtractor: its attributes are set past nn.Module's typing
+    _pass: FeaturePass
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str = "classification",
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        last_layer_name: str | None = None,
+        damping: bool = False,
+        backend_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
+        KronLLLaplace.__init__(
+            self,
+            model,
+            settings.likelihood,
+            temperature=temperature,
+            enable_backprop=enable_backprop,
+            feature_reduction=feature_reduction,
+            dict_key_x=dict_key_x,
+            dict_key_y=dict_key_y,
+            backend=backend,
+            last_layer_name=last_layer_name,
+            backend_kwargs=backend_kwargs,
+        )
+        self._settings = settings
+        self._fitted: FittedKron | None = None
+        self.H = None
+        self.sigma_noise = sigma_noise
+        if self.model.last_layer is not None:
+            self._configure(settings, self._last_layer_coverage())
+        self.prior_precision = prior_precision
+        self.prior_mean = prior_mean
+
+    @property
+    def _covered_model(self) -> nn.Module:
+        return self.model.model
+
+    # -- which layer -----------------------------------------------------------------------
+
+    def _last_layer_coverage(self) -> Coverage:
+        """The last layer's trainable parameters, and nothing else.
+
+        Raises:
+            CoverageError: if the last layer is frozen.
+        """
+        last = {id(parameter) for parameter in self.model.last_layer.parameters()}
+        covered, excluded, sizes = [], {}, {}
+        for name, parameter in self._covered_model.named_parameters():
+            sizes[name] = parameter.numel()
+            if id(parameter) not in last:
+                excluded[name] = NOT_LAST
+            elif not parameter.requires_grad:
+                excluded[name] = FROZEN
+            else:
+                covered.append(name)
+        coverage = Coverage(tuple(covered), MappingProxyType(excluded), MappingProxyType(sizes))
+        coverage.require(strict=self._settings.strict)
+        return coverage
+
+    def _candidates(self, request: FitRequest) -> Coverage:
+        """Find the last layer, if it is not known yet, from one sample of the loader."""
+        if self.model.last_layer is None:
+            batch = next(iter(request.train_loader), None)
+            if batch is None:
+                raise ValueError("train_loader is empty.")
+            inputs, _ = split_batch(batch, self.dict_key_y)
+            self.model.set_last_layer(self._find_last_layer_name(inputs))
+            coverage = self._last_layer_coverage()
+            if self._settings.backend is not None:
+                check_backend(self._settings.backend, self._covered_model, coverage)
+            self._static_coverage = coverage
+        return self._static_coverage
+
+    def _find_last_layer_name(self, inputs: Inputs) -> str:
+        # On a copy: a search that fails leaves its hooks behind.
+        probe = FeatureExtractor(copy.deepcopy(self._covered_model))
+        sample = select_rows(to_device(inputs, self._device), slice(0, 1))
+        with torch.no_grad(), evaluation_mode(probe):
+            probe.find_last_layer(sample)
+        return probe._last_layer_name
+
+    def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
+        coverage = self._static_coverage
+        check_prior_length(self._prior_precision, coverage.covered, coverage.n_covered)
+        return coverage
+
+    def _make_pass(self, coverage: Coverage) -> FeaturePass:
+        name, module = self.model._last_layer_name, self.model.last_layer
+        covered = frozenset(coverage.covered)
+        weight, bias = (
+            candidate if (candidate := f"{name}.{attribute}") in covered else None
+            for attribute in ("weight", "bias")
+        )
+        rule = rule_for(nn.Linear(1, 1))
+        assert rule is not None
+        layer = Layer(name, module, rule, weight, bias)
+        return FeaturePass(self.model, layer, self._settings.options.byte_budget)
+
+    def _backend_walk(self, coverage: Coverage, request: FitRequest) -> FirstWalk:
+        assert self._settings.backend is not None
+        return BackendFactors(
+            self._settings.backend,
+            self._backend_kwargs,
+            {},
+            self._isolated_extractor,
+            coverage.covered,
+            tuple(block_shape(parameter) for parameter in self._tensors_of(coverage)),
+            self.likelihood,
+            self._loss_model,
+            (self.dict_key_x, self.dict_key_y),
+            request.seed,
+            request.progress_bar,
+        )
+
+    def _isolated_extractor(self) -> FeatureExtractor:
+        """A new extractor around a copy: a copied one would write to the old one's features."""
+        inner = copy.deepcopy(self._covered_model).eval()
+        extractor = FeatureExtractor(
+            inner,
+            last_layer_name=self.model._last_layer_name,
+            feature_reduction=self.model.feature_reduction,
+        )
+        last = {id(parameter) for parameter in extractor.last_layer.parameters()}
+        for parameter in inner.parameters():
+            parameter.requires_grad_(id(parameter) in last)
+        return extractor.eval()
+
+    # -- prediction ------------------------------------------------------------------------
+
+    def _moments(self, inputs: Inputs, covariance: OutputCovariance) -> tuple[Tensor, Tensor]:
+        return last_layer_moments(
+            self._pass, self._blocks(), inputs, covariance, differentiable=self.enable_backprop
+        )
+
+    def _sweep(self, inputs: Inputs, priors: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+        return last_layer_sweep(
+            self._pass, self._likelihood_blocks(), priors, inputs, diagonal=diagonal
+        )
+
+    def _nn_functional_samples(
+        self,
+        X: Inputs,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Outputs [n_samples, m, C] of sampled last layers on features of one forward pass."""
+        if model_kwargs:
+            raise ValueError("last-layer sampling takes no further model arguments.")
+        features = self._pass.features(X, differentiable=self.enable_backprop)[1]
+        samples = self.sample(n_samples, generator)
+        layer, sizes = self._pass.layer, [parameter.numel() for parameter in self.params]
+        values = dict(zip(self.coverage.covered, samples.split(sizes, dim=-1), strict=True))
+        weight, bias = layer.module.weight.detach(), layer.module.bias
+        if layer.weight is not None:
+            weight = values[layer.weight].reshape(n_samples, *weight.shape)
+        outputs = features @ weight.transpose(-1, -2)
+        if bias is not None:
+            shift = bias.detach() if layer.bias is None else values[layer.bias].unsqueeze(1)
+            outputs = outputs + shift
+        return outputs.expand(n_samples, -1, -1)
+
+    @property
+    def prior_precision_diag(self) -> Tensor:
+        """Prior precision of every covered entry [P]; per-layer priors too, unlike the host's."""
+        prior = self.prior_precision.to(self.mean)
+        if len(prior) == 1:
+            return prior.expand(self.n_params)
+        sizes = torch.tensor([parameter.numel() for parameter in self.params], device=prior.device)
+        return prior.repeat_interleave(sizes)
+
+    # -- state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`DebiasedKronLaplace.state_dict`, with the last layer's name."""
+        return super().state_dict() | {"last_layer_name": self.model._last_layer_name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`DebiasedKronLaplace.load_state_dict`; finds the last layer by its name."""
+        name = state_dict.get("last_layer_name")
+        modules = dict(self._covered_model.named_modules())
+        if not isinstance(modules.get(str(name)), nn.Linear):
+            raise ValueError(f"the model has no linear layer {name!r}, which the state covers.")
+        if self.model.last_layer is None:
+            self.model.set_last_layer(name)
+            self._static_coverage = self._last_layer_coverage()
+        elif self.model._last_layer_name != name:
+            raise ValueError(
+                f"the state is for the last layer {name!r}, this posterior for "
+                f"{self.model._last_layer_name!r}."
+            )
+        super().load_state_dict(state_dict)

@@ -1,0 +1,236 @@
+r"""Covariance of the linearised network's outputs under a low-rank posterior.
+
+With the precision P = h U diag(Nλ) Uᵀ + D, whiten by the prior: J̄ = J D^-½. In the whitened space
+the curvature has orthonormal eigenvectors q_k and eigenvalues s_k, and
+
+    Cov[f] = J̄ Q diag(1/(1+s)) Qᵀ J̄ᵀ + (J̄ − J̄QQᵀ)(J̄ − J̄QQᵀ)ᵀ.
+
+The second term is what curvature says nothing about. It is formed explicitly and not as a
+difference of two variances: where curvature pins an output down a million times better than the
+prior, that difference is rounding error in float32, while this sum is exact and never negative.
+The rows of J are needed for it in any case, at C backward passes, so that J U is one matrix
+product: forward mode, at one pass per direction, could only add to this.
+
+With a scalar prior precision neither J Q nor the complement depends on it, and one pass serves a
+whole grid of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature.guards import batch_length
+from laplace_debiased.curvature.lowrank import Eigenpairs, RowPass, Tile
+from laplace_debiased.curvature.passes import identity_columns
+from laplace_debiased.errors import NumericalError
+from laplace_debiased.predictive.functional import OutputCovariance
+
+
+@dataclass(frozen=True, eq=False)
+class WhitenedFrame:
+    """Eigenvectors of the likelihood's precision in the prior's coordinates.
+
+    Attributes:
+        basis: U [P, k], orthonormal.
+        curvature: s [k], eigenvalues of D^-½ (h U diag(Nλ) Uᵀ) D^-½: summed over data.
+        prior: δ, what a scalar prior adds to s; 1 where the frame is whitened by D itself.
+        inverse_root: D^-½ [P]; None for a scalar prior (the coordinates are then the plain ones).
+        rotation: from J D⁻¹ U to coordinates along the q_k [k, k]; None for the identity.
+        normal: (Uᵀ D⁻¹ U)⁻¹ [k, k]; None for the identity.
+    """
+
+    basis: Tensor
+    curvature: Tensor
+    prior: Tensor
+    inverse_root: Tensor | None = None
+    rotation: Tensor | None = None
+    normal: Tensor | None = None
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates inside the span [n, r, k], and the remainder [n, r, P], of rows J."""
+        if self.inverse_root is None:
+            inside = rows @ self.basis
+            return inside, rows - inside @ self.basis.T
+        assert self.rotation is not None and self.normal is not None
+        whitened = rows * self.inverse_root
+        products = (whitened * self.inverse_root) @ self.basis
+        back = (products @ self.normal) @ self.basis.T
+        return products @ self.rotation, whitened - back * self.inverse_root
+
+
+def scalar_frame(pairs: Eigenpairs, curvature_scale: Tensor, prior: Tensor) -> WhitenedFrame:
+    """Frame of a scalar prior.
+
+    Args:
+        pairs: eigenpairs of the per-sample mean.
+        curvature_scale: h·N, 0-d.
+        prior: δ, 0-d.
+    """
+    curvature = pairs.eigenvalues.to(pairs.basis) * curvature_scale
+    return WhitenedFrame(pairs.basis, curvature, prior)
+
+
+def diagonal_frame(
+    pairs: Eigenpairs, curvature_scale: Tensor, prior_diagonal: Tensor
+) -> WhitenedFrame:
+    """Frame of a prior with one precision per parameter entry [P] (or per layer, expanded).
+
+    Raises:
+        NumericalError: if the directions are dependent in the prior's coordinates.
+    """
+    basis = pairs.basis
+    inverse_root = prior_diagonal.rsqrt()
+    whitened = basis * inverse_root.unsqueeze(-1)
+    overlap = (whitened.T @ whitened).double()
+    lower, info = torch.linalg.cholesky_ex(overlap)
+    if int(info) != 0:
+        raise NumericalError(
+            "the curvature's directions are dependent after division by the prior precision, whose "
+            f"entries reach from {float(prior_diagonal.min()):.3g} to "
+            f"{float(prior_diagonal.max()):.3g}; bring them closer together."
+        )
+    curvature = pairs.eigenvalues.to(lower) * curvature_scale.to(lower)
+    values, vectors = torch.linalg.eigh(lower.T @ (curvature.unsqueeze(-1) * lower))
+    rotation = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
+    return WhitenedFrame(
+        basis,
+        values.clamp_min(0.0).to(basis),
+        torch.ones((), dtype=basis.dtype, device=basis.device),
+        inverse_root,
+        rotation.to(basis),
+        torch.cholesky_inverse(lower).to(basis),
+    )
+
+
+def low_rank_moments(
+    row_pass: RowPass,
+    frame: WhitenedFrame,
+    inputs: Any,
+    covariance: OutputCovariance,
+    *,
+    differentiable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the linearised outputs.
+
+    Args:
+        row_pass: the network.
+        frame: the posterior.
+        inputs: one batch of model inputs, m samples.
+        covariance: how much of it.
+        differentiable: keep the graph, for gradients with respect to ``inputs``.
+
+    Returns:
+        Outputs f [m, C], and their covariance: [m, C], [m, C, C] or [m·C, m·C].
+    """
+    outputs = row_pass.outputs(inputs, differentiable=differentiable)
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        parts = _Parts(row_pass, frame, inputs, identity_columns(outputs, slice(None)))
+        scale = (frame.curvature + frame.prior).reciprocal()
+        if covariance is OutputCovariance.DIAGONAL:
+            inside, outside = parts.variances(differentiable)
+            return outputs, inside.square() @ scale + outside / frame.prior
+        joint = covariance is OutputCovariance.JOINT
+        inside, outside = parts.covariances(differentiable, joint=joint)
+        if joint:
+            flat = inside.flatten(0, 1)
+            return outputs, (flat * scale) @ flat.T + outside / frame.prior
+        return outputs, (inside * scale) @ inside.mT + outside / frame.prior
+
+
+def low_rank_sweep(
+    row_pass: RowPass,
+    frame: WhitenedFrame,
+    prior_precisions: Tensor,
+    inputs: Any,
+    *,
+    diagonal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean and output covariance under each of G scalar prior precisions, from one pass.
+
+    Args:
+        row_pass: the network.
+        frame: a scalar prior's frame; its own prior is not read.
+        prior_precisions: δ [G].
+        inputs: one batch of model inputs, m samples.
+        diagonal: variances only.
+
+    Returns:
+        Outputs f [m, C]; covariances [G, m, C] if ``diagonal``, else [G, m, C, C].
+    """
+    outputs = row_pass.outputs(inputs)
+    with torch.inference_mode(False), torch.no_grad():
+        parts = _Parts(row_pass, frame, inputs, identity_columns(outputs, slice(None)))
+        inside, outside = (
+            parts.variances(False) if diagonal else parts.covariances(False, joint=False)
+        )
+        swept = []
+        for prior in prior_precisions.to(outside):
+            scale = (frame.curvature + prior).reciprocal()
+            along = inside.square() @ scale if diagonal else (inside * scale) @ inside.mT
+            swept.append(along + outside / prior)
+    return outputs, torch.stack(swept)
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """The two parts of a batch's Jacobian, tile by tile."""
+
+    row_pass: RowPass
+    frame: WhitenedFrame
+    inputs: Any
+    columns: Tensor
+
+    def variances(self, differentiable: bool) -> tuple[Tensor, Tensor]:
+        """Coordinates [m, C, k], and squared norms of the remainders [m, C]."""
+        m, _, n_outputs = self.columns.shape
+        inside = self.columns.new_zeros(m, n_outputs, len(self.frame.curvature))
+        outside = self.columns.new_zeros(m, n_outputs)
+        for tile in self._tiles():
+            along, rest = self._split(tile, differentiable)
+            inside[tile.samples, tile.columns] = along
+            outside[tile.samples, tile.columns] = rest.square().sum(-1)
+        return inside, outside
+
+    def covariances(self, differentiable: bool, *, joint: bool) -> tuple[Tensor, Tensor]:
+        """Coordinates [m, C, k], and products of the remainders [m, C, C] ([m·C, m·C] if joint).
+
+        Rows are recomputed for each pair of tiles that meet: those of one sample if it has several,
+        all of them for the joint covariance. What is held at a time are the rows of two tiles.
+        """
+        m, _, n_outputs = self.columns.shape
+        inside = self.columns.new_zeros(m, n_outputs, len(self.frame.curvature))
+        shape = (m, n_outputs, m, n_outputs) if joint else (m, n_outputs, n_outputs)
+        outside = self.columns.new_zeros(shape)
+        tiles = self._tiles()
+        for index, tile in enumerate(tiles):
+            along, rest = self._split(tile, differentiable)
+            inside[tile.samples, tile.columns] = along
+            for other in tiles[index:]:
+                if not (joint or other.samples == tile.samples):
+                    continue
+                right = rest if other is tile else self._split(other, differentiable)[1]
+                if joint:
+                    block = torch.einsum("ncp,mdp->ncmd", rest, right)
+                    outside[tile.samples, tile.columns, other.samples, other.columns] = block
+                    mirrored = block.permute(2, 3, 0, 1)
+                    outside[other.samples, other.columns, tile.samples, tile.columns] = mirrored
+                else:
+                    block = rest @ right.mT
+                    outside[tile.samples, tile.columns, other.columns] = block
+                    outside[tile.samples, other.columns, tile.columns] = block.mT
+        return inside, outside.flatten(2).flatten(0, 1) if joint else outside
+
+    def _tiles(self) -> tuple[Tile, ...]:
+        if batch_length(self.inputs) == 0:
+            return ()
+        return self.row_pass.tiles(self.inputs, self.columns.shape[-1])
+
+    def _split(self, tile: Tile, differentiable: bool) -> tuple[Tensor, Tensor]:
+        rows = self.row_pass.tile_rows(
+            self.inputs, self.columns, tile, differentiable=differentiable
+        )
+        return self.frame.split(rows)
