@@ -103,8 +103,8 @@ class CurvatureOptions:
         direction_fraction: share of a budget that gives the directions in ``Scheme.TWO_BATCH``.
         pool_size: size of the pool from which curvature sampling draws; None for all of the data
             up to a cap.
-        ratio_step: whether curvature sampling rescales magnitudes by the ratio of the pool's mean
-            loss-Hessian trace to that of the draws.
+        ratio_step: whether curvature sampling rescales held-out magnitudes by the ratio of the
+            pool's mean loss-Hessian trace to that of the draws: consistent, no longer unbiased.
         byte_budget: working memory of one chunk, in bytes.
 
     Raises:
@@ -139,6 +139,14 @@ class CurvatureOptions:
                 "sampling='curvature' needs magnitudes='ggn': a product of two weighted factors is "
                 "not an unbiased estimate of the curvature. Use magnitudes='ggn', or "
                 "sampling='uniform'."
+            )
+
+        if self.ratio_step and (
+            self.sampling is not Sampling.CURVATURE or self.scheme is Scheme.SINGLE
+        ):
+            raise ValueError(
+                "ratio_step=True rescales magnitudes of held-out draws by curvature: use it with "
+                "sampling='curvature' and scheme='two_batch' or 'cross_fit'."
             )
 
     @property

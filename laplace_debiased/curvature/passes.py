@@ -131,9 +131,14 @@ class BackwardPass:
             columns: what to pull back.
             n_columns: R where the caller knows it; else the number of outputs is assumed.
             differentiable: keep the graph, for gradients with respect to ``inputs``.
+
+        Raises:
+            ValueError: if ``inputs`` hold no sample.
         """
         inputs = to_device(inputs, self.device)
         length = batch_length(inputs)
+        if length == 0:
+            raise ValueError("the model inputs hold no sample.")
         step = self._chunk_length(inputs, length, n_columns)
         for start in range(0, length, step):
             rows = slice(start, min(start + step, length))

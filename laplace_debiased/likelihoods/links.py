@@ -51,9 +51,14 @@ def gaussian_samples(
     """Draws from N(μ_n, Σ_n) for every n, [n_samples, m, C], with one noise for all n.
 
     Sharing the noise over n keeps draws of different inputs comparable, as in laplace-torch. The
-    square root is an eigendecomposition: a covariance of low rank (more outputs than weights)
-    has no Cholesky factor.
+    square root is a Cholesky factor, or an eigendecomposition where a covariance of low rank (more
+    outputs than weights) has none.
+
+    Raises:
+        ValueError: if ``n_samples`` is not positive.
     """
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1; got {n_samples}.")
     n_outputs = mean.shape[-1]
     noise = torch.randn(
         (n_outputs, n_samples), generator=generator, device=mean.device, dtype=mean.dtype
@@ -87,9 +92,10 @@ def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False)
     if normalise:
         scale = variance.mean(-1, keepdim=True) / math.sqrt(n_classes / 2)
         mean, variance = mean / scale.sqrt(), variance / scale
-    inverse_sum = torch.exp(-mean).sum(-1, keepdim=True)
-    alpha = (1 - 2 / n_classes + mean.exp() / n_classes**2 * inverse_sum) / variance
-    return torch.nan_to_num(alpha / alpha.sum(-1, keepdim=True), nan=1.0)
+    # α_c ∝ (1 − 2/C + e^{μ_c} Σ_k e^{−μ_k} / C²) / Σ_cc, in logarithms: e^μ overflows at μ = 89.
+    ratio = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2 * math.log(n_classes)
+    constant = torch.full_like(ratio, 1 - 2 / n_classes).log()
+    return torch.softmax(torch.logaddexp(constant, ratio) - variance.log(), dim=-1)
 
 
 def _symmetric_root(covariance: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.guards import HALF_DTYPES
 from laplace_debiased.data import preserved_rng
+from laplace_debiased.data.checks import checked_count
 from laplace_debiased.errors import NotFittedError
 from laplace_debiased.likelihoods import LossModel, gaussian_samples, loss_model
 from laplace_debiased.options import parse_choice
@@ -155,6 +156,8 @@ class DebiasedPosterior(_Host):
             return self._glm_predictive(x, joint, link, n_samples, diagonal_output, generator)
         if pred is not PredType.NN:
             raise ValueError("pred_type must be 'glm' or 'nn'.")
+        if self.likelihood == Likelihood.REGRESSION and n_samples == 1:
+            raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
         samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
         if self.likelihood == Likelihood.REGRESSION:
             return samples.mean(0), samples.var(0)
@@ -238,7 +241,7 @@ class DebiasedPosterior(_Host):
         named = [
             (name, p.detach()) for name, p in zip(self.coverage.covered, self.params, strict=True)
         ]
-        weights = self.sample(n_samples, generator)
+        weights = self.sample(checked_count(n_samples, "n_samples"), generator)
         outputs = network_samples(
             self.model, named, weights, X, differentiable=self.enable_backprop, **model_kwargs
         )
@@ -344,6 +347,7 @@ class DebiasedPosterior(_Host):
                     self, init_prior_prec, prior_structure, n_steps, lr, progress_bar
                 )
                 self.prior_precision = best
+                self.tuned_link_approx = None
             case TuningMethod.GRIDSEARCH:
                 link = parse_choice(LinkApprox, link_approx, "link_approx")
                 if pred is PredType.NN:

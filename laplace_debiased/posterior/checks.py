@@ -48,6 +48,21 @@ def check_prior_length(value: object, names: Sequence[str], n_params: int) -> No
     )
 
 
+def check_prior_mean(value: Tensor, n_params: int) -> None:
+    """Check that a prior mean is finite, and scalar or one entry per covered parameter.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"prior_mean must be finite; got {_short(value.detach())}.")
+    if value.numel() not in (1, n_params):
+        raise ValueError(
+            f"prior_mean has {value.numel()} entries; {n_params} parameter entries are covered. "
+            "Pass a scalar, or one entry per covered parameter entry (see la.coverage)."
+        )
+
+
 def check_weights(model: nn.Module) -> None:
     """Check that every weight is finite.
 

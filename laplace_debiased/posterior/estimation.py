@@ -19,7 +19,13 @@ from laplace_debiased.curvature import (
 )
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.passes import Columns
-from laplace_debiased.data import Batch, CurvaturePlan, magnitude_coefficients
+from laplace_debiased.data import (
+    Batch,
+    CurvaturePlan,
+    draw_coefficients,
+    magnitude_coefficients,
+    ratio_factor,
+)
 from laplace_debiased.debiasing import (
     Measurement,
     SchemePlan,
@@ -41,11 +47,15 @@ class FoldStatistics:
         factors: per fold, means over its draws.
         mean_loss: mean loss over all draws, in nats.
         n_outputs: C.
+        effective_samples: (Σ w h)² / Σ (w h)² over draws, with h the trace of a sample's loss
+            Hessian and w its importance weight: how many samples of equal curvature would give
+            as steady an estimate of the scale; None where it was not computed.
     """
 
     factors: tuple[KroneckerFactors, ...]
     mean_loss: float
     n_outputs: int
+    effective_samples: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +71,7 @@ class KronEstimate:
         mean_loss: mean loss over the draws, in nats.
         n_outputs: C.
         n_samples: draws over which all this was estimated.
+        effective_samples: see :class:`FoldStatistics`; of the latest fit, where fits were added.
     """
 
     basis: tuple[BlockBasis, ...]
@@ -70,6 +81,7 @@ class KronEstimate:
     mean_loss: float
     n_outputs: int
     n_samples: int
+    effective_samples: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +109,16 @@ class KronEstimator:
         summed_bias = self.options.magnitudes is not Magnitudes.KFAC
         sums = [FactorAccumulator(self.names, summed_bias=summed_bias) for _ in plan.fold_sizes]
         total_loss, n_outputs = 0.0, 0
+        shares: list[Tensor] = []
         for batch, chunk in self._walk(plan, "Kronecker factors"):
             part = _rows_of(batch, chunk)
             losses = self.loss.losses(chunk.outputs, part.targets).double()
-            total_loss += float((losses * (part.weights * part.counts).to(losses)).sum())
+            weights = (part.weights * part.counts).to(losses)
+            total_loss += float((losses * weights).sum())
+            traces = self.loss.hessian_trace(chunk.outputs).double()
+            shares += [
+                (traces * part.weights.to(traces)).repeat_interleave(part.counts.to(traces.device))
+            ]
             n_outputs = chunk.outputs.shape[-1]
             for layer in chunk.layers:
                 rows = chunk.layer_rows(layer)
@@ -111,7 +129,12 @@ class KronEstimator:
         factors = tuple(
             accumulator.means(size) for accumulator, size in zip(sums, plan.fold_sizes, strict=True)
         )
-        return FoldStatistics(factors, total_loss / sum(plan.fold_sizes), n_outputs)
+        return FoldStatistics(
+            factors,
+            total_loss / sum(plan.fold_sizes),
+            n_outputs,
+            _effective_samples(torch.cat(shares)),
+        )
 
     def exact_magnitudes(
         self,
@@ -133,7 +156,18 @@ class KronEstimator:
                     whole = len(index) == len(coefficients)
                     chosen = rows if whole else select_samples(rows, index.to(rows.columns.device))
                     accumulator.add(layer, chosen, coefficients[index].to(rows.columns))
-        return [accumulator.tables() for accumulator in sums]
+        factors = [self._ratio(plan, measurement) for measurement in measurements]
+        return [
+            tuple(table * factor for table in accumulator.tables())
+            for accumulator, factor in zip(sums, factors, strict=True)
+        ]
+
+    def _ratio(self, plan: CurvaturePlan, measurement: Measurement) -> float:
+        """Factor of the ratio step: the pool's mean of tr ∇²_f ℓ over the draws' estimate of it."""
+        held_out = measurement.direction_folds != measurement.magnitude_folds
+        if not self.options.ratio_step or plan.pool is None or not held_out:
+            return 1.0
+        return ratio_factor(plan, measurement.direction_folds)
 
     def _walk(self, plan: CurvaturePlan, what: str) -> Iterator[tuple[Batch, Chunk]]:
         """Batches of the plan with their chunks; label draws repeat from walk to walk."""
@@ -175,6 +209,12 @@ class KronEstimator:
         return columns
 
 
+def _effective_samples(shares: Tensor) -> float:
+    """(Σ s)² / Σ s² of non-negative shares."""
+    squares = float(shares.square().sum())
+    return float(shares.sum()) ** 2 / squares if squares > 0 else float(len(shares))
+
+
 def _rows_of(batch: Batch, chunk: Chunk) -> Batch:
     rows, device = chunk.rows, chunk.outputs.device
     return Batch(
@@ -207,9 +247,7 @@ def coefficients_of(plan: CurvaturePlan, measurement: Measurement, part: Batch) 
     the draws; else the estimate that is unbiased for the pool's mean given the directions.
     """
     if measurement.direction_folds == measurement.magnitude_folds:
-        inside = torch.isin(part.folds, torch.tensor(measurement.magnitude_folds))
-        size = sum(plan.fold_sizes[fold] for fold in measurement.magnitude_folds)
-        return inside * part.counts * part.weights / size
+        return draw_coefficients(plan, part, measurement.magnitude_folds)
     return magnitude_coefficients(plan, part, measurement.direction_folds)
 
 
@@ -239,6 +277,11 @@ def joined_estimate(
         tables = held_out
     else:
         tables = estimator.exact_magnitudes(plan, scheme_steps.measurements, bases)
+        if options.ratio_step and plan.pool is not None:
+            tables = [
+                _scaled(table, ratio_factor(plan, step.direction_folds))
+                for table, step in zip(tables, scheme_steps.measurements, strict=True)
+            ]
     biased = options.scheme is Scheme.SINGLE
     return KronEstimate(
         basis=bases[0]
@@ -252,7 +295,12 @@ def joined_estimate(
         mean_loss=statistics.mean_loss,
         n_outputs=statistics.n_outputs,
         n_samples=sum(fold_sizes),
+        effective_samples=statistics.effective_samples,
     )
+
+
+def _scaled(tables: Sequence[Tensor], factor: float) -> tuple[Tensor, ...]:
+    return tuple(table * factor for table in tables)
 
 
 def _merged(statistics: FoldStatistics, folds: tuple[int, ...]) -> KroneckerFactors:

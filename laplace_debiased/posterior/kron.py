@@ -21,6 +21,7 @@ from laplace_debiased.curvature import (
     layers_of,
 )
 from laplace_debiased.data import CurvaturePlan, preserved_rng
+from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import CurvatureOptions, Magnitudes
@@ -33,6 +34,7 @@ from laplace_debiased.posterior.backends import (
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.checks import (
     check_prior_length,
+    check_prior_mean,
     check_weights,
     positive_value,
 )
@@ -144,7 +146,7 @@ class KronPosterior(DebiasedPosterior):
             magnitude_loader,
             budget,
             n_data,
-            seed,
+            checked_seed(seed),
             override,
             progress_bar,
             self.dict_key_y,
@@ -192,7 +194,8 @@ class KronPosterior(DebiasedPosterior):
         layers = layers_of(model, self._static_coverage.covered)
         coverage = self._static_coverage.without(layer_problems(model, layers, first.inputs))
         coverage.require(strict=self._settings.strict)
-        check_prior_length(self._prior_precision, coverage.covered, coverage.n_covered)
+        check_prior_length(self.prior_precision, coverage.covered, coverage.n_covered)
+        check_prior_mean(self.prior_mean, coverage.n_covered)
         return coverage
 
     def _make_pass(self, coverage: Coverage) -> CurvaturePass:
@@ -249,6 +252,20 @@ class KronPosterior(DebiasedPosterior):
         self.loss = estimate.mean_loss * n_data
         self.n_data, self.n_outputs = n_data, estimate.n_outputs
         self._posterior_scale = None
+
+    @property
+    def effective_sample_size(self) -> float | None:
+        """How many samples of equal curvature would estimate its scale as steadily.
+
+        (Σ w h)² / Σ (w h)² over the draws of the latest fit, h = tr ∇²_f ℓ and w the importance
+        weight; None where a laplace-torch backend made the fit or the state was loaded.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        self._check_H_init()
+        assert self._fitted is not None
+        return self._fitted.estimate.effective_samples
 
     def bias_report(self) -> BiasReport:
         """Own-batch against other-batch curvature along the posterior's directions.
