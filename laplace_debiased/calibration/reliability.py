@@ -96,17 +96,16 @@ def plot_reliability_bins(bins: ReliabilityBins, ax: "Axes | None" = None) -> "F
     bar(
         confidence - accuracy,
         bottom=accuracy,
-        color=(_RED, 0.25),
+        color=("white", 0.6),
         edgecolor=_RED,
         hatch="////",
         label="gap to confidence",
     )
     main.plot([0, 1], [0, 1], color=_GRAY, linestyle="--", linewidth=1, label="calibrated")
     _unit_square(main, ylabel="accuracy")
-    main.set_title(f"ECE {100 * bins.expected_error:.2f} %, {counts.sum()} samples")
-    main.legend(loc="upper left", framealpha=0.8, edgecolor="none")
+    _head(main, f"ECE {100 * bins.expected_error:.2f} %, {counts.sum()} samples")
     main.tick_params(labelbottom=False)
-    below = main.inset_axes((0.0, -0.34, 1.0, 0.28), sharex=main)
+    below = _axes_below(main)
     share = 100 * counts / counts.sum()
     below.bar(edges[:-1], share, np.diff(edges), align="edge", color=_GRAY, edgecolor="white")
     below.set(xlabel="confidence", ylabel="samples (%)", xlim=(0, 1))
@@ -128,8 +127,7 @@ def plot_interval_curve(curve: IntervalCurve, ax: "Axes | None" = None) -> "Figu
     main.plot(nominal, observed, color=_BLUE, marker="o", markersize=3.5, label="observed")
     _unit_square(main, ylabel="share of targets inside")
     main.set(xlabel="nominal level of the central interval")
-    main.set_title(f"95 % intervals hold {100 * curve.interval_coverage:.1f} % of targets")
-    main.legend(loc="upper left", framealpha=0.8, edgecolor="none")
+    _head(main, f"95 % intervals hold {100 * curve.interval_coverage:.1f} % of targets")
     return _figure_of(main)
 
 
@@ -137,7 +135,21 @@ def _new_axes() -> "Axes":
     # Not through pyplot: it would register the figure globally and keep it alive.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(4.6, 5.2), dpi=120, layout="constrained").add_subplot()
+    return Figure(figsize=(4.6, 6.0), dpi=120, layout="constrained").add_subplot()
+
+
+def _axes_below(main: "Axes") -> "Axes":
+    """Room for a second panel, cut out of the place of the first."""
+    from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+    place = main.get_subplotspec()
+    if place is None:
+        divider = make_axes_locatable(main)
+        return divider.append_axes("bottom", size="28%", pad=0.12, sharex=main)
+    # A nested grid and not a divider: layout engines leave room for the labels of a grid's axes.
+    grid = place.subgridspec(2, 1, height_ratios=(1.0, 0.28), hspace=0.08)
+    main.set_subplotspec(grid[0])
+    return main.figure.add_subplot(grid[1], sharex=main)
 
 
 def _figure_of(ax: "Axes") -> "Figure":
@@ -150,8 +162,22 @@ def _figure_of(ax: "Axes") -> "Figure":
 
 
 def _unit_square(ax: "Axes", ylabel: str) -> None:
-    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel=ylabel, aspect="equal")
+    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel=ylabel)
     _despine(ax)
+
+
+def _head(ax: "Axes", title: str) -> None:
+    # The legend goes above the square: an underconfident model's bars fill all of it.
+    ax.set_title(title, pad=24)
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.99),
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+        columnspacing=1.0,
+        handletextpad=0.5,
+    )
 
 
 def _despine(ax: "Axes") -> None:

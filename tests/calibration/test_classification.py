@@ -168,6 +168,12 @@ def test_invalid_probabilities_name_their_row(row, message, as_posterior):
         evaluate(source, loader_of(probs, labels, batch_size=3))
 
 
+def test_negative_probability_is_an_error_though_the_rest_makes_up_for_it():
+    probs = np.array([[0.5, 0.3, 0.2], [0.6, 0.6, -0.2]])
+    with pytest.raises(ValueError, match=r"non-negative.*row 1"):
+        evaluate(probs, np.array([0, 1]))
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 2, 2)])
 def test_probabilities_have_one_row_per_sample_and_two_classes(shape):
     with pytest.raises(ValueError, match="at least two classes"):

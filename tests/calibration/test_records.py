@@ -62,7 +62,7 @@ def test_table_has_a_row_for_every_number():
 def test_reliability_plot_draws_each_bins_accuracy_and_confidence(classes):
     record = evaluate(*classes, n_bins=10)
     figure = record.plot_reliability()
-    ax = figure.axes[0]
+    ax, below = figure.axes
     filled = [i for i, count in enumerate(record.curve.counts) if count]
     accuracy, gap = ax.containers
     assert [bar.get_height() for bar in accuracy] == [record.curve.accuracy[i] for i in filled]
@@ -70,7 +70,7 @@ def test_reliability_plot_draws_each_bins_accuracy_and_confidence(classes):
         [record.curve.confidence[i] for i in filled], rel=RTOL
     )
     assert f"ECE {100 * record.ece:.2f} %" in ax.get_title()
-    histogram = ax.child_axes[0].containers[0]
+    histogram = below.containers[0]
     assert sum(bar.get_height() for bar in histogram) == pytest.approx(100.0)
 
 
@@ -81,6 +81,25 @@ def test_regression_plot_draws_coverage_against_level(gaussians):
     assert tuple(x) == record.curve.nominal
     assert tuple(y) == record.curve.observed
     assert f"{100 * record.interval_coverage:.1f} %" in ax.get_title()
+
+
+@pytest.mark.parametrize("layout", ["constrained", "tight"])
+def test_labels_stay_inside_the_figure(classes, gaussians, layout):
+    left, right = Figure(figsize=(9, 5), layout=layout).subplots(1, 2)
+    evaluate(*classes).plot_reliability(left)
+    shared = evaluate(*gaussians).plot_reliability(right)
+    for figure in (evaluate(*classes).plot_reliability(), shared):
+        figure.savefig(io.BytesIO(), format="png")
+        tight, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert min(tight.x0, tight.y0, width - tight.x1, height - tight.y1) > -0.05
+
+
+def test_axes_outside_a_grid_are_shared_with_the_histogram(classes):
+    ax = Figure().add_axes((0.2, 0.2, 0.6, 0.6))
+    figure = evaluate(*classes).plot_reliability(ax)
+    figure.savefig(io.BytesIO(), format="png")
+    upper, lower = (panel.get_window_extent() for panel in figure.axes)
+    assert lower.y1 < upper.y0
 
 
 def test_plots_go_into_given_axes_and_leave_pyplot_alone(classes, gaussians):
