@@ -202,6 +202,7 @@ def fit_kron(
         ),
         (old_weight * old.mean_loss + new_weight * new.mean_loss) / (old_weight + new_weight),
         new.n_outputs,
+        new.effective_samples,
     )
     estimate = joined_estimate(merged, options, plan.fold_sizes, estimator, plan)
     if estimator is not None:

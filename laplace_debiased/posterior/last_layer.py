@@ -210,7 +210,8 @@ class DebiasedKronLLLaplace(KronPosterior, KronLLLaplace):
         samples = self.sample(n_samples, generator)
         layer, sizes = self._pass.layer, [parameter.numel() for parameter in self.params]
         values = dict(zip(self.coverage.covered, samples.split(sizes, dim=-1), strict=True))
-        weight, bias = layer.module.weight.detach(), layer.module.bias
+        linear: Any = layer.module
+        weight, bias = linear.weight.detach(), linear.bias
         if layer.weight is not None:
             weight = values[layer.weight].reshape(n_samples, *weight.shape)
         outputs = features @ weight.transpose(-1, -2)

@@ -174,7 +174,10 @@ class LowRankEstimator:
                 shape = (len(batch), outputs[-1].shape[-1], self.options.mc_samples)
                 noises.append(self.loss.label_noise(shape, generator))
         draws = Draws(
-            *(torch.cat([getattr(b, name) for b in parts]) for name in ("folds", "counts", "weights"))
+            *(
+                torch.cat([getattr(b, name) for b in parts])
+                for name in ("folds", "counts", "weights")
+            )
         )
         noise = torch.cat(noises) if noises else None
         return Survey(
@@ -237,9 +240,7 @@ class LowRankEstimator:
             return projections.T @ (coefficients[:, None] * projections)
         return coefficients @ projections.square()
 
-    def _coefficients(
-        self, plan: CurvaturePlan, step: Measurement, part: Batch | Draws
-    ) -> Tensor:
+    def _coefficients(self, plan: CurvaturePlan, step: Measurement, part: Batch | Draws) -> Tensor:
         """Coefficients c [m] with λ = Σ_n c_n x_n along a measurement's directions."""
         if step.direction_folds == step.magnitude_folds:
             return draw_coefficients(plan, part, step.magnitude_folds)
@@ -330,9 +331,7 @@ class LowRankEstimator:
 
     # -- walks -----------------------------------------------------------------------------
 
-    def _positioned(
-        self, plan: CurvaturePlan, what: str | None
-    ) -> Iterator[tuple[int, Batch]]:
+    def _positioned(self, plan: CurvaturePlan, what: str | None) -> Iterator[tuple[int, Batch]]:
         """Batches with the position of their first sample in the walk."""
         start = 0
         for batch in self._batches(plan, what):
@@ -363,5 +362,3 @@ def _rows_in_budget(row_pass: RowPass, byte_budget: int) -> int:
 def _per_row(per_sample: Tensor, survey: Survey, like: Tensor) -> Tensor:
     """One value per row [M·R] from one per sample [M]."""
     return per_sample.repeat_interleave(survey.n_columns).to(like)
-
-
