@@ -156,18 +156,7 @@ class KronEstimator:
                     whole = len(index) == len(coefficients)
                     chosen = rows if whole else select_samples(rows, index.to(rows.columns.device))
                     accumulator.add(layer, chosen, coefficients[index].to(rows.columns))
-        factors = [self._ratio(plan, measurement) for measurement in measurements]
-        return [
-            tuple(table * factor for table in accumulator.tables())
-            for accumulator, factor in zip(sums, factors, strict=True)
-        ]
-
-    def _ratio(self, plan: CurvaturePlan, measurement: Measurement) -> float:
-        """Factor of the ratio step: the pool's mean of tr ∇²_f ℓ over the draws' estimate of it."""
-        held_out = measurement.direction_folds != measurement.magnitude_folds
-        if not self.options.ratio_step or plan.pool is None or not held_out:
-            return 1.0
-        return ratio_factor(plan, measurement.direction_folds)
+        return [accumulator.tables() for accumulator in sums]
 
     def _walk(self, plan: CurvaturePlan, what: str) -> Iterator[tuple[Batch, Chunk]]:
         """Batches of the plan with their chunks; label draws repeat from walk to walk."""
@@ -277,7 +266,8 @@ def joined_estimate(
         tables = held_out
     else:
         tables = estimator.exact_magnitudes(plan, scheme_steps.measurements, bases)
-        if options.ratio_step and plan.pool is not None:
+        held_out_data = options.scheme is not Scheme.SINGLE
+        if options.ratio_step and plan.pool is not None and held_out_data:
             tables = [
                 _scaled(table, ratio_factor(plan, step.direction_folds))
                 for table, step in zip(tables, scheme_steps.measurements, strict=True)
