@@ -1,0 +1,1 @@
+"""How close a posterior from a small budget comes to one from all of the data, in KL."""

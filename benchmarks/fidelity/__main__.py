@@ -1,0 +1,98 @@
+"""Run the fidelity benchmark: ``python -m benchmarks.fidelity --help``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.fidelity.measure import Row, log_predictive, measure
+from benchmarks.fidelity.methods import ABLATIONS, KRON, LOW_RANK, Method
+from benchmarks.fidelity.problems import Problem, digits, resnet20
+from benchmarks.fidelity.references import dense_reference, kronecker_reference
+from benchmarks.fidelity.report import markdown, write
+from laplace_debiased import DebiasedLaplace
+
+_SUITES = {"kron": KRON, "lowrank": LOW_RANK, "ablations": ABLATIONS}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one problem and write its table, JSON and figure."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    priors = torch.tensor(options.priors)
+    if options.problem == "digits":
+        problem = digits()
+    else:
+        problem = resnet20(options.images, options.weights, options.test_inputs)
+    references = {
+        "Kronecker posterior with exact magnitudes on all data": kronecker_reference(
+            problem, priors, options.cache
+        )
+    }
+    if problem.dense:
+        references["posterior with the dense GGN of all data"] = dense_reference(problem, priors)
+    methods = [m for suite in options.suites for m in _SUITES[suite]]
+    if options.only:
+        methods = [m for m in methods if any(part in m.name for part in options.only)]
+    rows: list[Row] = []
+    name = f"fidelity_{options.problem}" + (f"_{options.tag}" if options.tag else "")
+    for budget in options.budgets:
+        for method in tqdm(methods, desc=f"m={budget}"):
+            fit = _fitter(problem, method, budget, priors)
+            rows.append(measure(method.name, budget, range(options.draws), fit, references))
+            write(options.output, name, rows, options.priors, _notes(problem, options))
+    print(markdown(rows, options.priors, next(iter(references))))
+    return 0
+
+
+def _fitter(
+    problem: Problem, method: Method, budget: int, priors: Tensor
+) -> Callable[[int], Callable[[], Tensor]]:
+    samples = min(budget * method.samples_per_budget, len(problem.train.dataset))  # type: ignore[arg-type]
+
+    def fit(seed: int) -> Callable[[], Tensor]:
+        la = DebiasedLaplace(problem.model, **method.options)
+        la.fit(problem.train, n_samples=samples, seed=seed)
+        return lambda: log_predictive(*la._sweep(problem.test_inputs, priors, diagonal=True))
+
+    return fit
+
+
+def _notes(problem: Problem, options: argparse.Namespace) -> str:
+    return (
+        f"{problem.name}: fits draw from {len(problem.train.dataset)} training samples "  # type: ignore[arg-type]
+        f"(N the same), probit predictive on {len(problem.test_inputs)} test inputs, "
+        f"{options.draws} draws, {options.threads} threads."
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
+    parser.add_argument("--problem", choices=["digits", "resnet20"], default="digits")
+    parser.add_argument("--images", type=Path, help="ImageFolder (or a zip of it) for resnet20")
+    parser.add_argument("--weights", type=Path, help="state dict for resnet20")
+    parser.add_argument("--suites", nargs="+", choices=sorted(_SUITES), default=["kron"])
+    parser.add_argument("--only", nargs="+", help="keep methods whose name holds one of these")
+    parser.add_argument("--budgets", nargs="+", type=int, default=[16, 64, 256])
+    parser.add_argument("--priors", nargs="+", type=float, default=None)
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--test-inputs", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache", type=Path, help="keeps the reference fit between runs")
+    parser.add_argument("--tag", default="", help="suffix of the result files")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args(arguments)
+    if options.problem == "resnet20" and (options.images is None or options.weights is None):
+        parser.error("--problem resnet20 needs --images and --weights")
+    if options.priors is None:
+        options.priors = [0.1, 1.0, 10.0] if options.problem == "digits" else [1.0, 10.0, 100.0]
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
