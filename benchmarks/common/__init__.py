@@ -1,0 +1,1 @@
+"""What the benchmarks share: networks and images, measured worker processes, tables."""
