@@ -49,6 +49,14 @@ def debiased_cg(
     Returns:
         The solution with slopes, curvatures and step sizes.
 
+    Example:
+        >>> gradient = torch.tensor([1.0, -2.0])
+        >>> own = Quadratic(torch.diag(torch.tensor([1.0, 4.0])), gradient)
+        >>> other = Quadratic(torch.diag(torch.tensor([2.0, 3.0])), gradient, damping=0.1)
+        >>> result = debiased_cg(own, other)
+        >>> result.n_iterations, bool((result.values.diff() <= 0).all())
+        (2, True)
+
     Raises:
         TypeError: If a quadratic is none.
         ValueError: If shapes, precisions or devices differ, ``initial`` is not finite, or the

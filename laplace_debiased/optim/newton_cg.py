@@ -39,9 +39,14 @@ class NewtonCG(torch.optim.Optimizer):
     disjoint mini-batches ``(X, y)``; a plain pair of them will do. ``MiniBatches(batch)`` is single
     mode: textbook Newton-CG on one batch.
 
-        >>> optimizer = NewtonCG(model.parameters(), model, nn.CrossEntropyLoss())  # doctest: +SKIP
-        >>> for first, second in zip(loader, other_loader):  # doctest: +SKIP
+        >>> X = torch.linspace(-1, 1, 32).view(-1, 1)
+        >>> model = nn.Linear(1, 1)
+        >>> optimizer = NewtonCG(model.parameters(), model, nn.MSELoss(), damping=1e-6)
+        >>> first, second = (X[::2], 3 * X[::2]), (X[1::2], 3 * X[1::2])
+        >>> for _ in range(5):
         ...     loss = optimizer.step(lambda: MiniBatches(first, second))
+        >>> loss < 1e-6
+        True
 
     The model runs in evaluation mode inside a step (a quadratic needs one fixed function): no
     dropout, and batch normalisation with its running statistics, which a step does not update.

@@ -326,6 +326,18 @@ def test_absolute_steps_by_the_absolute_curvature():
     assert last.stop_reason is StopReason.NON_POSITIVE_CURVATURE
 
 
+@pytest.mark.parametrize("tiny", [1e-17, -1e-17])
+def test_curvature_within_rounding_of_zero_counts_as_none(tiny):
+    # Along e₂ the product has length 1 and the curvature is its rounding error.
+    own = Quadratic(torch.eye(2).double(), torch.tensor([0.0, 1.0]).double())
+    H = torch.tensor([[1.0, 1.0], [1.0, tiny]], dtype=torch.float64)
+    other = Quadratic(H, own.gradient)
+    stopped = debiased_cg(own, other)
+    assert stopped.stop_reason is StopReason.NON_POSITIVE_CURVATURE
+    assert stopped.n_iterations == 0
+    assert not debiased_cg(own, other, nonpositive_curvature="absolute").solution.any()
+
+
 def test_absolute_takes_no_step_along_zero_curvature():
     flat = Quadratic(torch.zeros(3, 3, dtype=torch.float64), G)
     found = debiased_cg(bent(CONVEX), flat, nonpositive_curvature="absolute")
