@@ -17,78 +17,20 @@ from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.curvature.guards import evaluation_mode, select_rows, to_device
 from laplace_debiased.data import CurvaturePlan, split_batch
 from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
-from laplace_debiased.posterior.base import Inputs
+from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.checks import check_prior_length
-from laplace_debiased.posterior.configure import settings_from
+from laplace_debiased.posterior.configure import Settings, settings_from
 from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
 from laplace_debiased.posterior.kron import KronPosterior
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
 
 
-class DebiasedKronLLLaplace(KronPosterior, KronLLLaplace):
-    """Kronecker posterior over the last layer, whose predictive needs no Jacobian.
-
-    The network is copied, as laplace-torch does, and the last layer is found by its feature
-    extractor: by name, or by one forward pass at the first ``fit``. Everything else is as in
-    :class:`DebiasedKronLaplace`; magnitudes of the last layer need no backward pass.
-
-    Args:
-        model: trained network with a linear last layer; never changed.
-        likelihood: as in :class:`DebiasedKronLaplace`.
-        feature_reduction: how features of more than two dimensions are reduced, as the model does:
-            "pick_first", "pick_last" or "average".
-        last_layer_name: qualified name of the last layer; found at the first fit by default.
-        **kwargs: as in :class:`DebiasedKronLaplace`.
-
-    Raises:
-        ValueError: for options that are unknown, out of range or contradictory.
-    """
-
-    _key = ("last_layer", "debiased_kron")
+class LastLayerPosterior(DebiasedPosterior):
+    """What last-layer posteriors share: which layer it is, its features, its sampled outputs."""
 
     model: Any  # laplace-torch's FeatureExtractor: its attributes are set past nn.Module's typing
-    _pass: FeaturePass
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "classification",
-        sigma_noise: float | Tensor = 1.0,
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
-        temperature: float = 1.0,
-        enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
-        last_layer_name: str | None = None,
-        damping: bool = False,
-        backend_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
-        KronLLLaplace.__init__(
-            self,
-            model,
-            settings.likelihood,
-            temperature=temperature,
-            enable_backprop=enable_backprop,
-            feature_reduction=feature_reduction,
-            dict_key_x=dict_key_x,
-            dict_key_y=dict_key_y,
-            backend=backend,
-            last_layer_name=last_layer_name,
-            backend_kwargs=backend_kwargs,
-        )
-        self._settings = settings
-        self._fitted: FittedKron | None = None
-        self.H = None
-        self.sigma_noise = sigma_noise
-        if self.model.last_layer is not None:
-            self._configure(settings, self._last_layer_coverage())
-        self.prior_precision = prior_precision
-        self.prior_mean = prior_mean
+    _settings: Settings
+    _static_coverage: Coverage
 
     @property
     def _covered_model(self) -> nn.Module:
@@ -138,12 +80,8 @@ class DebiasedKronLLLaplace(KronPosterior, KronLLLaplace):
             probe.find_last_layer(sample)
         return probe._last_layer_name
 
-    def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
-        coverage = self._static_coverage
-        check_prior_length(self._prior_precision, coverage.covered, coverage.n_covered)
-        return coverage
-
-    def _make_pass(self, coverage: Coverage) -> FeaturePass:
+    def _feature_pass(self, coverage: Coverage) -> FeaturePass:
+        """The pass over the last layer alone."""
         name, module = self.model._last_layer_name, self.model.last_layer
         covered = frozenset(coverage.covered)
         weight, bias = (
@@ -154,6 +92,137 @@ class DebiasedKronLLLaplace(KronPosterior, KronLLLaplace):
         assert rule is not None
         layer = Layer(name, module, rule, weight, bias)
         return FeaturePass(self.model, layer, self._settings.options.byte_budget)
+
+    def _nn_functional_samples(
+        self,
+        X: Inputs,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Outputs [n_samples, m, C] of sampled last layers on features of one forward pass."""
+        if model_kwargs:
+            raise ValueError("last-layer sampling takes no further model arguments.")
+        feature_pass = self._feature_pass(self.coverage)
+        features = feature_pass.features(X, differentiable=self.enable_backprop)[1]
+        samples = self.sample(n_samples, generator)
+        layer, sizes = feature_pass.layer, [parameter.numel() for parameter in self.params]
+        values = dict(zip(self.coverage.covered, samples.split(sizes, dim=-1), strict=True))
+        linear: Any = layer.module
+        weight, bias = linear.weight.detach(), linear.bias
+        if layer.weight is not None:
+            weight = values[layer.weight].reshape(n_samples, *weight.shape)
+        outputs = features @ weight.transpose(-1, -2)
+        if bias is not None:
+            shift = bias.detach() if layer.bias is None else values[layer.bias].unsqueeze(1)
+            outputs = outputs + shift
+        return outputs.expand(n_samples, -1, -1)
+
+    @property
+    def prior_precision_diag(self) -> Tensor:
+        """Prior precision of every covered entry [P]; per-layer priors too, unlike the host's."""
+        prior = self.prior_precision.to(self.mean)
+        if len(prior) == 1:
+            return prior.expand(self.n_params)
+        if len(prior) == self.n_params:
+            return prior
+        sizes = torch.tensor([parameter.numel() for parameter in self.params], device=prior.device)
+        return prior.repeat_interleave(sizes)
+
+    # -- state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As over all weights, with the last layer's name."""
+        return super().state_dict() | {"last_layer_name": self.model._last_layer_name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As over all weights; finds the last layer by its name."""
+        name = state_dict.get("last_layer_name")
+        modules = dict(self._covered_model.named_modules())
+        if not isinstance(modules.get(str(name)), nn.Linear):
+            raise ValueError(f"the model has no linear layer {name!r}, which the state covers.")
+        if self.model.last_layer is None:
+            self.model.set_last_layer(name)
+            self._static_coverage = self._last_layer_coverage()
+        elif self.model._last_layer_name != name:
+            raise ValueError(
+                f"the state is for the last layer {name!r}, this posterior for "
+                f"{self.model._last_layer_name!r}."
+            )
+        super().load_state_dict(state_dict)
+
+
+class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
+    """Kronecker posterior over the last layer, whose predictive needs no Jacobian.
+
+    The network is copied, as laplace-torch does, and the last layer is found by its feature
+    extractor: by name, or by one forward pass at the first ``fit``. Everything else is as in
+    :class:`DebiasedKronLaplace`; magnitudes of the last layer need no backward pass.
+
+    Args:
+        model: trained network with a linear last layer; never changed.
+        likelihood: as in :class:`DebiasedKronLaplace`.
+        feature_reduction: how features of more than two dimensions are reduced, as the model does:
+            "pick_first", "pick_last" or "average".
+        last_layer_name: qualified name of the last layer; found at the first fit by default.
+        **kwargs: as in :class:`DebiasedKronLaplace`.
+
+    Raises:
+        ValueError: for options that are unknown, out of range or contradictory.
+    """
+
+    _key = ("last_layer", "debiased_kron")
+
+    _pass: FeaturePass
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str = "classification",
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        last_layer_name: str | None = None,
+        damping: bool = False,
+        backend_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
+        KronLLLaplace.__init__(
+            self,
+            model,
+            settings.likelihood,
+            temperature=temperature,
+            enable_backprop=enable_backprop,
+            feature_reduction=feature_reduction,
+            dict_key_x=dict_key_x,
+            dict_key_y=dict_key_y,
+            backend=backend,
+            last_layer_name=last_layer_name,
+            backend_kwargs=backend_kwargs,
+        )
+        self._settings = settings
+        self._fitted: FittedKron | None = None
+        self.H = None
+        self.sigma_noise = sigma_noise
+        if self.model.last_layer is not None:
+            self._configure(settings, self._last_layer_coverage())
+        self.prior_precision = prior_precision
+        self.prior_mean = prior_mean
+
+    def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
+        coverage = self._static_coverage
+        check_prior_length(self._prior_precision, coverage.covered, coverage.n_covered)
+        return coverage
+
+    def _make_pass(self, coverage: Coverage) -> FeaturePass:
+        return self._feature_pass(coverage)
 
     def _backend_walk(self, coverage: Coverage, request: FitRequest) -> FirstWalk:
         assert self._settings.backend is not None
@@ -195,58 +264,3 @@ class DebiasedKronLLLaplace(KronPosterior, KronLLLaplace):
         return last_layer_sweep(
             self._pass, self._likelihood_blocks(), priors, inputs, diagonal=diagonal
         )
-
-    def _nn_functional_samples(
-        self,
-        X: Inputs,
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        """Outputs [n_samples, m, C] of sampled last layers on features of one forward pass."""
-        if model_kwargs:
-            raise ValueError("last-layer sampling takes no further model arguments.")
-        features = self._pass.features(X, differentiable=self.enable_backprop)[1]
-        samples = self.sample(n_samples, generator)
-        layer, sizes = self._pass.layer, [parameter.numel() for parameter in self.params]
-        values = dict(zip(self.coverage.covered, samples.split(sizes, dim=-1), strict=True))
-        linear: Any = layer.module
-        weight, bias = linear.weight.detach(), linear.bias
-        if layer.weight is not None:
-            weight = values[layer.weight].reshape(n_samples, *weight.shape)
-        outputs = features @ weight.transpose(-1, -2)
-        if bias is not None:
-            shift = bias.detach() if layer.bias is None else values[layer.bias].unsqueeze(1)
-            outputs = outputs + shift
-        return outputs.expand(n_samples, -1, -1)
-
-    @property
-    def prior_precision_diag(self) -> Tensor:
-        """Prior precision of every covered entry [P]; per-layer priors too, unlike the host's."""
-        prior = self.prior_precision.to(self.mean)
-        if len(prior) == 1:
-            return prior.expand(self.n_params)
-        sizes = torch.tensor([parameter.numel() for parameter in self.params], device=prior.device)
-        return prior.repeat_interleave(sizes)
-
-    # -- state -----------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """As :meth:`DebiasedKronLaplace.state_dict`, with the last layer's name."""
-        return super().state_dict() | {"last_layer_name": self.model._last_layer_name}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`DebiasedKronLaplace.load_state_dict`; finds the last layer by its name."""
-        name = state_dict.get("last_layer_name")
-        modules = dict(self._covered_model.named_modules())
-        if not isinstance(modules.get(str(name)), nn.Linear):
-            raise ValueError(f"the model has no linear layer {name!r}, which the state covers.")
-        if self.model.last_layer is None:
-            self.model.set_last_layer(name)
-            self._static_coverage = self._last_layer_coverage()
-        elif self.model._last_layer_name != name:
-            raise ValueError(
-                f"the state is for the last layer {name!r}, this posterior for "
-                f"{self.model._last_layer_name!r}."
-            )
-        super().load_state_dict(state_dict)
