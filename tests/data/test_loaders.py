@@ -4,7 +4,7 @@ from collections import UserDict
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Subset, SubsetRandomSampler
 
 from laplace_debiased.data import (
     loader_length,
@@ -41,6 +41,13 @@ def test_one_dataset_with_two_samplers_needs_no_n_data():
         DataLoader(DATA, sampler=SubsetRandomSampler([3, 4])),
     )
     assert (plan.n_data, plan.fold_sizes) == (20, (3, 2))
+
+
+@pytest.mark.filterwarnings("ignore:loader and magnitude_loader share")
+def test_two_random_samplers_do_not_draw_the_same_samples():
+    loaders = [DataLoader(DATA, sampler=RandomSampler(DATA, num_samples=8)) for _ in range(2)]
+    first, second = targets_by_fold(plan_from_two_loaders(*loaders))
+    assert set(first) != set(second)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from laplace_debiased.data import plan_from_pool, sampling_probabilities, score_pool
-from tests.data.toys import Numbers, NumberStream, peek, same_walk, targets_by_fold, walk
+from tests.data.toys import Numbers, NumberStream, flat, peek, same_walk, targets_by_fold, walk
 
 
 def score(inputs, targets):
@@ -67,6 +67,7 @@ def test_pool_is_capped_to_a_subset_of_the_samplers_indices():
     for plan in plans:
         assert plan.population == len(plan.pool) == 9
         assert set(plan.pool.indices.tolist()) <= set(part)
+        assert set(flat(targets_by_fold(plan))) <= set(plan.pool.indices.tolist())
         assert plan.n_data == 40
     assert not torch.equal(plans[0].pool.indices, plans[1].pool.indices)
 
