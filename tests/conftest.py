@@ -13,7 +13,7 @@ from tests.untouched import untouched as _untouched
 
 @pytest.fixture
 def untouched() -> Callable[..., AbstractContextManager[None]]:
-    """``with untouched(model, *loaders): ...`` asserts that nothing of the user's changed."""
+    """A context manager that asserts that nothing of the user's changed inside it."""
     return _untouched
 
 

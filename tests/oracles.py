@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -27,19 +28,14 @@ def _rows(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
 
 def jacobian(model: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
     """Jacobian of the outputs in the named parameters [m, C, P], in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model = copy.deepcopy(model).eval()
     values = {name: p.detach() for name, p in model.named_parameters()}
     chosen = {name: values.pop(name) for name in names}
 
     def outputs(theta: dict[str, Tensor]) -> Tensor:
         return functional_call(model, {**values, **theta}, (x,))
 
-    try:
-        blocks = jacrev(outputs)(chosen)
-    finally:
-        for module, training in modes:
-            module.training = training
+    blocks = jacrev(outputs)(chosen)
     return torch.cat([blocks[name].flatten(2) for name in names], dim=-1)
 
 
@@ -50,13 +46,8 @@ def loss_hessians(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _evaluated(model: nn.Module, x: Tensor) -> Tensor:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     with torch.no_grad():
-        outputs = model(x.clone())
-    for module, training in modes:
-        module.training = training
-    return outputs
+        return copy.deepcopy(model).eval()(x.clone())
 
 
 def sample_ggns(p: Problem, names: Sequence[str], fisher: str = "type2") -> Tensor:
@@ -73,7 +64,9 @@ def sample_ggns(p: Problem, names: Sequence[str], fisher: str = "type2") -> Tens
     return torch.einsum("mcp,mcd,mdq->mpq", jac, middle, jac)
 
 
-def ggn(p: Problem, names: Sequence[str], index: slice = slice(None), fisher: str = "type2"):
+def ggn(
+    p: Problem, names: Sequence[str], index: slice = slice(None), fisher: str = "type2"
+) -> Tensor:
     """Per-sample mean curvature [P, P] over some samples."""
     part = Problem(p.model, p.x[index], p.y[index], p.likelihood)
     return sample_ggns(part, names, fisher).mean(0)

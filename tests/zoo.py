@@ -77,8 +77,6 @@ KINDS = {
 }
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A model, its data and its likelihood."""

@@ -9,7 +9,7 @@ import torch
 from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import evaluation_mode, to_device
+from laplace_debiased.curvature.guards import call_with, evaluation_mode, to_device
 from laplace_debiased.likelihoods import laplace_bridge, monte_carlo, probit
 
 
@@ -90,5 +90,5 @@ def network_samples(
             torch.set_grad_enabled(differentiable),
             evaluation_mode(model),
         ):
-            outputs = torch.func.functional_call(model, values, (inputs,), model_kwargs)
+            outputs = call_with(model, values, (inputs,), model_kwargs)
         yield outputs

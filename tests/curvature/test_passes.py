@@ -58,7 +58,7 @@ def test_input_overwritten_after_the_layer_read_it_is_refused() -> None:
     model = Overwriting().double()
     for parameter in (model.second.weight, model.first.weight, model.first.bias):
         parameter.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="modified in place|inplace"):
+    with pytest.raises(RuntimeError, match=r"in ?place"):
         DebiasedKronLaplace(model).fit(p.loader())
 
 
@@ -111,6 +111,7 @@ def test_half_precision_models_get_float32_curvature(dtype: torch.dtype) -> None
     la = DebiasedKronLaplace(half.model, scheme="single")
     la.fit(half.loader())
     assert la.H.blocks[0].eigenvalues.dtype is torch.float32
-    assert torch.allclose(la.H.diag(), expected.H.diag(), rtol=0.1, atol=0.02 * expected.H.diag().max())
+    diagonal = expected.H.diag()
+    assert torch.allclose(la.H.diag(), diagonal, rtol=0.1, atol=0.02 * float(diagonal.max()))
     assert torch.isfinite(la(half.x[:4])).all()
     assert la(half.x[:4]).sum(-1) == pytest.approx(1.0, abs=1e-2)

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_debiased.curvature.coverage import FROZEN, Coverage
-from laplace_debiased.curvature.guards import batch_length, evaluation_mode, to_device
+from laplace_debiased.curvature.guards import (
+    batch_length,
+    call_with,
+    evaluation_mode,
+    to_device,
+)
 from laplace_debiased.curvature.passes import check_outputs
 
 Parameters = dict[str, Tensor]
@@ -58,7 +62,7 @@ class FunctionalNetwork:
     """Outputs as a function of the covered parameters, in float32 or better.
 
     Args:
-        model: the network; only ever read, through ``functional_call``.
+        model: the network; only ever read, through ``call_with``.
         names: covered parameters; flat vectors [P] hold them in this order.
     """
 
@@ -113,7 +117,7 @@ class FunctionalNetwork:
         Raises:
             TypeError: if the model does not return a tensor.
         """
-        outputs = functional_call(self.model, {**constants, **parameters}, (inputs,))
+        outputs = call_with(self.model, {**constants, **parameters}, (inputs,))
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it "

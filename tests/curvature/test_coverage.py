@@ -1,0 +1,264 @@
+"""What carries a posterior, what is left out and why, and who is told."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased.curvature import layer_coverage
+from laplace_debiased.curvature.guards import call_with
+from laplace_debiased.errors import CoverageError
+from laplace_debiased.posterior import DebiasedKronLaplace
+from tests import oracles
+from tests.tolerances import assert_exact
+from tests.zoo import Problem, problem
+
+INDICES = DataLoader(TensorDataset(torch.randint(7, (12, 4)), torch.arange(12) % 3), batch_size=5)
+
+
+class Mixed(nn.Module):
+    """Supported and unsupported layers side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.norm = nn.LayerNorm(4)
+        self.hidden = nn.Linear(4, 5)
+        self.batch_norm = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(self.norm(self.embedding(x).mean(1)))
+        return self.head(torch.tanh(self.batch_norm(hidden)))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class Reused(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = self.first
+
+
+class Unused(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.second(x)
+        return self.head(torch.tanh(self.first(x)))
+
+
+class Functional(Unused):
+    """Uses a layer's weight outside of the layer too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x) + x @ self.first.weight)
+        return self.head(self.second(hidden))
+
+
+class TimeFirst(Unused):
+    """A layer that sees positions in front of the samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stacked = torch.stack([x, 2 * x, -x])
+        return self.head(self.second(torch.tanh(self.first(stacked))).mean(0))
+
+
+def fitted(model: nn.Module, **options: object) -> DebiasedKronLaplace:
+    la = DebiasedKronLaplace(model.double(), **options)
+    la.fit(problem("mlp").loader())
+    return la
+
+
+def test_normalisation_and_embedding_layers_are_left_out_and_named() -> None:
+    model = Mixed()
+    la = DebiasedKronLaplace(model)
+    assert la.coverage.covered == ("hidden.weight", "hidden.bias", "head.weight", "head.bias")
+    reasons = la.coverage.excluded
+    assert reasons["embedding.weight"] == "Embedding layers are not supported"
+    assert {name.split(".")[0] for name in reasons} == {"embedding", "norm", "batch_norm"}
+    la.fit(INDICES)
+    covered = sum(dict(model.named_parameters())[name].numel() for name in la.coverage.covered)
+    assert la.n_params == len(la.mean) == covered
+    assert la.n_layers == len(la.params) == 4
+    assert la.coverage.share == pytest.approx(covered / sum(p.numel() for p in model.parameters()))
+    assert "LayerNorm layers are not supported" in str(la.coverage)
+
+
+def test_left_out_parameters_stay_at_the_map_in_samples_of_the_network() -> None:
+    la = DebiasedKronLaplace(Mixed())
+    la.fit(INDICES)
+    x = next(iter(INDICES))[0]
+    la.prior_precision, expected = 1e12, torch.softmax(la.model.eval()(x), -1)
+    for n_samples in (1, 5):
+        actual = la(x, pred_type="nn", n_samples=n_samples)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_covered_layers_among_left_out_ones_have_the_dense_curvature() -> None:
+    torch.manual_seed(0)
+    x, y = next(iter(DataLoader(INDICES.dataset, batch_size=12)))
+    p = Problem(Mixed().double(), x, y, "classification")
+    p.model.eval()
+    la = DebiasedKronLaplace(p.model, scheme="single")
+    la.fit(p.loader(), n_data=1)
+    names = la.coverage.covered
+    assert_exact(oracles.table(la.H), oracles.directional(la.H, oracles.ggn(p, names)))
+
+
+@pytest.mark.parametrize(
+    ("model", "excluded", "why"),
+    [
+        (Tied(), {"first.weight"}, "tied weights"),
+        (Reused(), {"first.weight", "first.bias"}, "tied weights|several times"),
+        (Unused(), {"second.weight", "second.bias"}, "not called|does not affect"),
+        (Functional(), {"first.weight", "first.bias"}, "not the sum over positions"),
+        (
+            TimeFirst(),
+            {"first.weight", "first.bias", "second.weight", "second.bias"},
+            "not the sum over positions",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_only_a_forward_pass_shows_is_left_out_at_fit(
+    model: nn.Module, excluded: set[str], why: str
+) -> None:
+    la = fitted(model)
+    assert set(la.coverage.excluded) == excluded
+    data = problem("mlp")
+    p = Problem(model, data.x, data.y, data.likelihood)
+    single = fitted(model, scheme="single")
+    expected = oracles.directional(single.H, oracles.ggn(p, single.coverage.covered))
+    assert_exact(oracles.table(single.H), len(p.x) * expected)
+    with pytest.raises(CoverageError, match=why):
+        fitted(model, strict=True)
+
+
+def test_reused_module_is_named_as_reused() -> None:
+    model = nn.Sequential(shared := nn.Linear(4, 4), nn.Tanh(), shared, nn.Linear(4, 3))
+    la = fitted(model)
+    assert "several times" in la.coverage.excluded["0.weight"]
+
+
+def test_grouped_and_reparametrised_layers_are_left_out() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 3, groups=2),
+        nn.Flatten(),
+        parametrizations.weight_norm(nn.Linear(32, 4)),
+        nn.Linear(4, 3),
+    )
+    coverage, layers = layer_coverage(model)
+    assert coverage.covered == ("3.weight", "3.bias")
+    assert [layer.name for layer in layers] == ["3"]
+    assert "groups=2" in coverage.excluded["0.weight"]
+    assert "re-parametrised" in coverage.excluded["2.bias"]
+    assert "ParametrizationList" in coverage.excluded["2.parametrizations.weight.original1"]
+
+
+def test_strict_raises_at_construction_and_names_the_gaps() -> None:
+    with pytest.raises(CoverageError, match=r"embedding\.weight: Embedding layers"):
+        DebiasedKronLaplace(Mixed(), strict=True)
+
+
+def test_frozen_parameters_are_no_gap_under_strict() -> None:
+    model = Mixed()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("hidden", "head")))
+    la = DebiasedKronLaplace(model, strict=True)
+    la.fit(INDICES)
+    assert la.coverage.gaps == {}
+    assert "frozen by the user" in la.coverage.excluded["norm.weight"]
+
+
+def test_nothing_to_cover_is_an_error_that_names_every_parameter() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.requires_grad_(False)
+    with pytest.raises(CoverageError, match=r"0\.bias: frozen"):
+        DebiasedKronLaplace(model)
+
+
+def test_vector_prior_that_no_longer_fits_names_the_tensors_and_loses_nothing() -> None:
+    la = DebiasedKronLaplace(Unused().double(), prior_precision=torch.arange(1.0, 7.0))
+    with pytest.raises(ValueError, match=r"4 here: first\.weight, first\.bias, head\.weight"):
+        la.fit(problem("mlp").loader())
+    assert la.n_layers == 6
+
+
+def test_vector_prior_mean_that_no_longer_fits_is_refused() -> None:
+    model = Unused().double()
+    n = sum(p.numel() for p in model.parameters())
+    la = DebiasedKronLaplace(model, prior_mean=torch.zeros(n))
+    with pytest.raises(ValueError, match=f"prior_mean has {n} entries"):
+        la.fit(problem("mlp").loader())
+
+
+def test_order_of_the_covered_parameters_is_the_models() -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.first = nn.Linear(5, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.first(x)))
+
+    p = problem("mlp")
+    la = fitted(model := Reversed(), scheme="single")
+    assert la.coverage.covered == tuple(name for name, _ in model.named_parameters())
+    q = Problem(model, p.x, p.y, p.likelihood)
+    expected = len(p.x) * oracles.directional(la.H, oracles.ggn(q, la.coverage.covered))
+    assert_exact(oracles.table(la.H), expected)
+
+
+def test_dead_relu_is_covered_with_zero_curvature() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la = fitted(model)
+    assert la.n_layers == 4
+    assert float(la.H.blocks[0].eigenvalues.max()) == 0.0
+    assert torch.isfinite(la.log_marginal_likelihood())
+
+
+def test_module_with_two_names_is_covered_once_and_survives_sampled_networks(untouched) -> None:
+    class Alias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+            self.head = self.layers[-1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    la = fitted(model := Alias(), strict=True)
+    assert la.coverage.covered[-1] == "layers.2.bias"
+    x, generator = problem("mlp").x, torch.Generator().manual_seed(0)
+    with untouched(model):
+        la(x, pred_type="nn", n_samples=2, generator=generator)
+    assert all(isinstance(p, nn.Parameter) for p in model.head.parameters())
+
+
+def test_values_reach_every_place_of_a_tied_parameter() -> None:
+    p, model = problem("mlp"), Tied().double()
+    values = {name: torch.randn_like(q) for name, q in model.named_parameters()}
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, q in expected.named_parameters():
+            q.copy_(values[name])
+    assert torch.equal(call_with(model, values, (p.x,)), expected(p.x))
