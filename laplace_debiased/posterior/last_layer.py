@@ -21,7 +21,7 @@ from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.checks import check_prior_length
 from laplace_debiased.posterior.configure import Settings, settings_from
 from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
-from laplace_debiased.posterior.kron import KronPosterior
+from laplace_debiased.posterior.kron_base import KronPosterior
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
 
 

@@ -15,7 +15,7 @@ from laplace_debiased.posterior.estimation import KronEstimate
 from laplace_debiased.posterior.fitting import FittedKron
 
 if TYPE_CHECKING:
-    from laplace_debiased.posterior.kron import DebiasedKronLaplace
+    from laplace_debiased.posterior.kron_base import KronPosterior
 
 STATE_VERSION = 1
 
@@ -95,7 +95,7 @@ def adopt_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
     posterior.tuned_link_approx = None if link is None else LinkApprox(link)
 
 
-def kron_to_state(posterior: DebiasedKronLaplace) -> dict[str, Any]:
+def kron_to_state(posterior: KronPosterior) -> dict[str, Any]:
     """State of a Kronecker posterior."""
     fitted = posterior._fitted
     assert fitted is not None
@@ -112,7 +112,7 @@ def kron_to_state(posterior: DebiasedKronLaplace) -> dict[str, Any]:
     }
 
 
-def kron_from_state(posterior: DebiasedKronLaplace, state: Mapping[str, Any]) -> None:
+def kron_from_state(posterior: KronPosterior, state: Mapping[str, Any]) -> None:
     """Restore a Kronecker posterior.
 
     Raises:

@@ -1,0 +1,371 @@
+"""What the Kronecker posteriors share: fitting, the precision operator, moments, state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from laplace.baselaplace import KronLaplace
+from laplace.utils.matrix import Kron
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from laplace_debiased.curvature import (
+    BackwardPass,
+    Coverage,
+    CurvaturePass,
+    KroneckerFactors,
+    layer_problems,
+    layers_of,
+)
+from laplace_debiased.data import CurvaturePlan, preserved_rng
+from laplace_debiased.data.checks import checked_seed
+from laplace_debiased.debiasing import scheme_plan
+from laplace_debiased.diagnostics.bias import BiasReport, bias_report
+from laplace_debiased.operators import EigenBlock, EigenKron
+from laplace_debiased.options import CurvatureOptions, Magnitudes
+from laplace_debiased.posterior.backends import (
+    BackendFactors,
+    block_shape,
+    check_backend,
+    isolated_copy,
+)
+from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
+from laplace_debiased.posterior.checks import (
+    check_prior_length,
+    check_prior_mean,
+    check_weights,
+    positive_value,
+)
+from laplace_debiased.posterior.configure import Settings
+from laplace_debiased.posterior.estimation import KronEstimate, KronEstimator
+from laplace_debiased.posterior.fitting import (
+    FirstWalk,
+    FitRequest,
+    FittedKron,
+    fit_kron,
+    make_plan,
+    resolve_scheme,
+    scorer,
+)
+from laplace_debiased.posterior.state import kron_from_state, kron_to_state
+from laplace_debiased.predictive import (
+    NamedBlocks,
+    OutputCovariance,
+    functional_moments,
+    prior_sweep,
+)
+
+
+class KronPosterior(DebiasedPosterior):
+    """What the Kronecker posteriors share, over all weights or the last layer."""
+
+    def _configure(self, settings: Settings, coverage: Coverage) -> None:
+        if settings.backend is not None:
+            check_backend(settings.backend, self._covered_model, coverage)
+        self._settings = settings
+        self._static_coverage = coverage
+        self._fitted: FittedKron | None = None
+        self._set_coverage(coverage)
+
+    def _init_H(self) -> None:  # noqa: N802
+        # laplace-torch allocates dense zero factors here; before a fit there is nothing to hold.
+        self.H: EigenKron | None = None
+
+    # -- hyper-parameters ------------------------------------------------------------------
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Prior precision δ: [1], or one entry per covered parameter tensor."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, prior_precision: float | Tensor) -> None:
+        value = positive_value("prior_precision", prior_precision)
+        if not hasattr(self, "coverage"):  # under construction, or the last layer is not known yet
+            self._prior_precision = torch.as_tensor(value).detach().reshape(-1)
+            return
+        check_prior_length(value, self.coverage.covered, self.n_params)
+        KronLaplace.prior_precision.fset(self, value)
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """Noise standard deviation σ of the Gaussian likelihood."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, sigma_noise: float | Tensor) -> None:
+        value = positive_value("sigma_noise", sigma_noise)
+        if self.likelihood != "regression" and float(torch.as_tensor(value).detach().sum()) != 1.0:
+            raise ValueError("sigma_noise other than 1 is for likelihood='regression' only.")
+        KronLaplace.sigma_noise.fset(self, value)
+
+    def _diagonal_prior(self, start: Tensor) -> Tensor:
+        raise ValueError(
+            "a Kronecker posterior takes a scalar or layer-wise prior; use "
+            "prior_structure='scalar' or 'layerwise'."
+        )
+
+    # -- fitting ---------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train_loader: DataLoader,
+        override: bool = True,
+        progress_bar: bool = False,
+        *,
+        magnitude_loader: DataLoader | None = None,
+        n_samples: int | str | None = "auto",
+        n_data: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Estimate the curvature at the model's weights.
+
+        Args:
+            train_loader: training data; B with a ``magnitude_loader``.
+            override: replace an earlier fit; False adds to it. With ``n_samples`` further samples
+                are drawn and N stays; without, the new data extend the training set.
+            progress_bar: show progress.
+            magnitude_loader: B̃; both loaders are then walked whole.
+            n_samples: curvature budget in all, drawn from the training set behind the loader; None
+                for everything that the loader yields; "auto" for the recommended budget.
+            n_data: N, when it is not the size of the training set behind the loader.
+            seed: seed of every draw. The global generators are left as they are.
+
+        Raises:
+            ValueError: for bad data, budgets, or arguments that contradict each other.
+            NumericalError: for NaN or infinite weights, outputs or curvature.
+            CoverageError: if the forward pass shows that nothing can be covered.
+            An exception of the loader passes through. In all cases the earlier posterior and the
+            model are left as they were.
+        """
+        budget = self._budget(n_samples, magnitude_loader)
+        request = FitRequest(
+            train_loader,
+            magnitude_loader,
+            budget,
+            n_data,
+            checked_seed(seed),
+            override,
+            progress_bar,
+            self.dict_key_y,
+        )
+        options = self._resolved_options(request)
+        check_weights(self._covered_model)
+        previous = None if override else self._fitted
+        with preserved_rng(seed):
+            curvature_pass = self._make_pass(self._candidates(request))
+            exclude = previous.drawn if previous is not None and budget is not None else frozenset()
+            plan = make_plan(request, options, exclude, scorer(curvature_pass, self._loss_model))
+            coverage = self._inspected_coverage(plan)
+            curvature_pass = self._make_pass(coverage)
+            walk, estimator = self._walks(curvature_pass, coverage, options, request)
+            fitted = fit_kron(plan, walk, estimator, options, request, coverage.covered, previous)
+        self._adopt(fitted, coverage)
+
+    def _budget(self, n_samples: int | str | None, magnitude_loader: object) -> int | None:
+        if isinstance(n_samples, str):
+            if n_samples != "auto":
+                raise ValueError(
+                    f"n_samples must be a positive integer, None or 'auto'; got {n_samples!r}."
+                )
+            return None
+        return n_samples
+
+    def _resolved_options(self, request: FitRequest) -> CurvatureOptions:
+        settings = self._settings
+        scheme = resolve_scheme(settings.scheme, settings.options.scheme, request)
+        folds = settings.options.folds if request.magnitude_loader is None else 2
+        return replace(settings.options, scheme=scheme, folds=folds)
+
+    def _candidates(self, request: FitRequest) -> Coverage:
+        """Parameters that may be covered, as far as it is known before a forward pass."""
+        return self._static_coverage
+
+    def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
+        """Coverage after one look at how the network uses its layers."""
+        batches = plan.batches()
+        try:
+            first = next(batches)
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+        model = self._covered_model
+        layers = layers_of(model, self._static_coverage.covered)
+        coverage = self._static_coverage.without(layer_problems(model, layers, first.inputs))
+        coverage.require(strict=self._settings.strict)
+        check_prior_length(self.prior_precision, coverage.covered, coverage.n_covered)
+        check_prior_mean(self.prior_mean, coverage.n_covered)
+        return coverage
+
+    def _make_pass(self, coverage: Coverage) -> CurvaturePass:
+        layers = layers_of(self.model, coverage.covered)
+        return BackwardPass(self.model, layers, self._settings.options.byte_budget)
+
+    def _walks(
+        self,
+        curvature_pass: CurvaturePass,
+        coverage: Coverage,
+        options: CurvatureOptions,
+        request: FitRequest,
+    ) -> tuple[FirstWalk, KronEstimator | None]:
+        estimator = KronEstimator(
+            curvature_pass,
+            coverage.covered,
+            self._loss_model,
+            options,
+            request.seed,
+            request.progress_bar,
+        )
+        if options.magnitudes is not Magnitudes.KFAC:
+            return estimator, estimator
+        if self._settings.backend is None:
+            return estimator, None
+        return self._backend_walk(coverage, request), None
+
+    def _backend_walk(self, coverage: Coverage, request: FitRequest) -> FirstWalk:
+        assert self._settings.backend is not None
+        return BackendFactors(
+            self._settings.backend,
+            self._backend_kwargs,
+            self._asdl_fisher_kwargs,
+            lambda: isolated_copy(self.model, coverage),
+            coverage.covered,
+            tuple(block_shape(parameter) for parameter in self._tensors_of(coverage)),
+            self.likelihood,
+            self._loss_model,
+            (self.dict_key_x, self.dict_key_y),
+            request.seed,
+            request.progress_bar,
+        )
+
+    def _adopt(self, fitted: FittedKron, coverage: Coverage) -> None:
+        """Take over a finished estimate; nothing here can fail half-way."""
+        estimate, n_data = fitted.estimate, fitted.n_data
+        curvature_sum = EigenKron(_blocks(estimate, float(n_data)))
+        factors = Kron(_host_factors(fitted))
+        curvature_pass = self._make_pass(coverage)
+        self._set_coverage(coverage)
+        self.H, self.H_facs = curvature_sum, factors
+        self._fitted, self._pass = fitted, curvature_pass
+        self.mean = self._map_estimate()
+        self.loss = estimate.mean_loss * n_data
+        self.n_data, self.n_outputs = n_data, estimate.n_outputs
+        self._posterior_scale = None
+
+    @property
+    def effective_sample_size(self) -> float | None:
+        """How many samples of equal curvature would estimate its scale as steadily.
+
+        (Σ w h)² / Σ (w h)² over the draws of the latest fit, h = tr ∇²_f ℓ and w the importance
+        weight; None where a laplace-torch backend made the fit or the state was loaded.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        self._check_H_init()
+        assert self._fitted is not None
+        return self._fitted.estimate.effective_samples
+
+    def bias_report(self) -> BiasReport:
+        """Own-batch against other-batch curvature along the posterior's directions.
+
+        From the folds of the fit alone, no further pass.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            ValueError: under ``scheme="single"``, which has no other batch.
+        """
+        self._check_H_init()
+        assert self._fitted is not None
+        return bias_report(self._fitted.estimate.comparisons, self._fitted.names)
+
+    # -- the posterior ---------------------------------------------------------------------
+
+    @property
+    def posterior_precision(self) -> EigenKron:
+        """h·N·λ + δ in its eigenbasis, per block (a sum over the training set)."""
+        self._check_H_init()
+        assert self.H is not None
+        return self.H * self._H_factor + self.prior_precision
+
+    def log_marginal_likelihood(
+        self,
+        prior_precision: Tensor | None = None,
+        sigma_noise: Tensor | None = None,
+    ) -> Tensor:
+        """Laplace approximation of the log marginal likelihood, differentiable in both arguments.
+
+        As in laplace-torch, values that are passed stay set; not so if they are refused.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            ValueError: for values that are not positive, or a sigma in classification.
+        """
+        self._check_H_init()
+        before = self.prior_precision, self.sigma_noise
+        try:
+            return super().log_marginal_likelihood(prior_precision, sigma_noise)
+        except Exception:
+            self._prior_precision, self._sigma_noise = before
+            raise
+
+    def _blocks(self) -> NamedBlocks:
+        return NamedBlocks(self.coverage.covered, self.posterior_precision)
+
+    def _likelihood_blocks(self) -> NamedBlocks:
+        assert self.H is not None
+        return NamedBlocks(self.coverage.covered, self.H * self._H_factor)
+
+    def _moments(self, inputs: Inputs, covariance: OutputCovariance) -> tuple[Tensor, Tensor]:
+        blocks = self._blocks()
+        if not self.enable_backprop:
+            blocks = NamedBlocks(blocks.names, blocks.precision.detach())
+        return functional_moments(
+            self._pass, blocks, inputs, covariance, differentiable=self.enable_backprop
+        )
+
+    def _sweep(self, inputs: Inputs, priors: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+        return prior_sweep(self._pass, self._likelihood_blocks(), priors, inputs, diagonal=diagonal)
+
+    # -- state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a posterior needs beside its model: tensors and plain values only.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        self._check_H_init()
+        return kron_to_state(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: if it belongs to another class, likelihood or set of parameters. Nothing is
+                changed then.
+        """
+        kron_from_state(self, state_dict)
+
+
+def _blocks(estimate: KronEstimate, scale: float) -> tuple[EigenBlock, ...]:
+    """Eigenbasis and magnitudes times ``scale``."""
+    return tuple(
+        EigenBlock(block.output_basis, block.input_basis, table * scale)
+        for block, table in zip(estimate.basis, estimate.tables, strict=True)
+    )
+
+
+def _host_factors(fitted: FittedKron) -> list[list[Tensor]]:
+    """The posterior directions' factors as laplace-torch keeps them: [N·B, A] and [N·B]."""
+    folds = fitted.estimate.folds
+    sizes = tuple(int(fold.n_samples) for fold in folds)
+    chosen = scheme_plan(fitted.scheme, sizes).posterior_folds
+    merged = KroneckerFactors.merge([folds[index] for index in chosen])
+    return [
+        [block.output * fitted.n_data]
+        if block.input is None
+        else [block.output * fitted.n_data, block.input]
+        for block in merged.blocks
+    ]
