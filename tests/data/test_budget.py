@@ -22,7 +22,7 @@ from laplace_debiased.data import plan_from_loader
 from tests.data.toys import Numbers, NumberStream, flat, peek, same_walk, targets_by_fold, walk
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), n=st.integers(1, 40), folds=st.integers(1, 5), seed=st.integers(0, 9))
 def test_budget_gives_disjoint_balanced_repeatable_folds(data, n, folds, seed):
     m = data.draw(st.integers(1, n))

@@ -128,13 +128,13 @@ def test_unbiased_given_each_directions_batch_not_only_on_average():
 
 
 def test_statistically_unbiased_in_both_directions_with_the_code_that_draws():
-    # Seed 3, 800 draws, 15 + 15 of 60, heavy-tailed h. |z| < 4 twice: error rate 1.3e-4. Plain
-    # weights without Z lie more than 10 standard errors off.
+    # Seed 3, 500 draws, 15 + 15 of 60, heavy-tailed h. |z| < 4 twice: error rate 1.3e-4. Plain
+    # weights without Z lie more than 6 standard errors off.
     pool = rows(60, seed=1) * torch.linspace(0.2, 4, 60)[:, None]
     h, generator = (pool**2).sum(1), torch.Generator().manual_seed(3)
     q = sampling_probabilities(h, 0.1)
     found = []
-    for _ in range(800):
+    for _ in range(500):
         counts = torch.zeros(2, 60, dtype=torch.int64)
         parts = draw_weighted_folds(h, (15, 15), 0.1, generator, symmetric=True, sweeps=2)
         for k, part in enumerate(parts):
@@ -144,7 +144,7 @@ def test_statistically_unbiased_in_both_directions_with_the_code_that_draws():
     stacked = torch.stack(found)
     z = stacked.mean(0) / (stacked.std(0) / len(found) ** 0.5)
     assert z[:, 0].abs().max() < 4
-    assert z[:, 1].max() < -10
+    assert z[:, 1].max() < -6
 
 
 def test_constant_curvature_needs_no_draw_at_all():

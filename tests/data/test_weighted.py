@@ -159,7 +159,7 @@ def test_code_draws_one_after_the_other_when_not_symmetric():
     assert abs(chi_square_sd(found, law, 600)) < 4.5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     h=st.lists(st.floats(0, 1e6), min_size=4, max_size=12),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
@@ -189,7 +189,7 @@ def test_folds_are_disjoint_of_the_right_size_with_bounded_weights(
         assert torch.equal(draw.positions, other.positions)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     h=st.lists(st.floats(0, 1e300), min_size=1, max_size=9),
     epsilon=st.floats(1e-3, 1),

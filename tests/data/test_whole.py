@@ -26,7 +26,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(n=st.integers(1, 30), folds=st.integers(1, 4), seed=st.integers(-5, 2**66))
 def test_folds_are_disjoint_exhaustive_balanced_and_repeatable(kind, n, folds, seed):
     if n < folds:
@@ -44,7 +44,7 @@ def test_folds_are_disjoint_exhaustive_balanced_and_repeatable(kind, n, folds, s
     assert same_walk(walk(plan), walk(again))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(n=st.integers(2, 40), share=st.floats(0.05, 0.95), kind=st.sampled_from(list(LOADERS)))
 def test_fractions_are_met_to_a_sample(n, share, kind):
     plan = plan_from_loader(LOADERS[kind](n), folds=2, fractions=(share, 1 - share), n_data=n)
