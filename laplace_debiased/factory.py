@@ -7,11 +7,18 @@ from typing import Any
 from torch import nn
 
 from laplace_debiased.options import HessianStructure, SubsetOfWeights, parse_choice
-from laplace_debiased.posterior import DebiasedKronLaplace, DebiasedKronLLLaplace
+from laplace_debiased.posterior import (
+    DebiasedKronLaplace,
+    DebiasedKronLLLaplace,
+    DebiasedLowRankLaplace,
+    DebiasedLowRankLLLaplace,
+)
 
 _CLASSES: dict[tuple[SubsetOfWeights, HessianStructure], type] = {
     (SubsetOfWeights.ALL, HessianStructure.KRON): DebiasedKronLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): DebiasedKronLLLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.LOWRANK): DebiasedLowRankLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.LOWRANK): DebiasedLowRankLLLaplace,
 }
 
 

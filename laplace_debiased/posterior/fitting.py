@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature import CurvaturePass, KroneckerFactors
+from laplace_debiased.curvature import KroneckerFactors
 from laplace_debiased.data import (
     CurvaturePlan,
     plan_from_loader,
@@ -148,14 +148,21 @@ def make_plan(
     )
 
 
+class OutputPass(Protocol):
+    """Anything that gives network outputs."""
+
+    def outputs(self, inputs: Any) -> Tensor:
+        """Network outputs [m, C] without a graph."""
+
+
 def scorer(
-    curvature_pass: CurvaturePass, loss: LossModel
+    output_pass: OutputPass, loss: LossModel
 ) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
     """Trace of the loss Hessian and loss of every sample of a batch, by a forward pass."""
 
     def score(inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            outputs = curvature_pass.outputs(inputs)
+            outputs = output_pass.outputs(inputs)
             targets = targets.to(outputs.device)
             loss.check_targets(outputs, targets)
             return loss.hessian_trace(outputs), loss.losses(outputs, targets)

@@ -38,13 +38,7 @@ from laplace_debiased.data import (
 from laplace_debiased.debiasing import Measurement, scheme_plan
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes
-
-ROW_BUDGETS = 4
-"""The rows of the Gram route may take so many times the byte budget of a pass. They are as large as
-the posterior's own basis when every direction is kept."""
-
-MAX_GRAM_ROWS = 4096
-"""The eigendecomposition of a Gram matrix of this size takes about half a minute on two cores."""
+from laplace_debiased.posterior.lowrank_budget import fits_gram, max_gram_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +52,9 @@ class LowRankEstimate:
         mean_loss: mean loss over the draws, in nats.
         n_outputs: C.
         n_samples: draws over which all this was estimated.
+        effective_samples: (Σ w h)² / Σ (w h)² over draws, with h the trace of a sample's loss
+            Hessian and w its importance weight: how many samples of equal curvature would give as
+            steady an estimate of the scale; of the latest fit, None where a state was loaded.
     """
 
     pairs: Eigenpairs
@@ -65,6 +62,7 @@ class LowRankEstimate:
     mean_loss: float
     n_outputs: int
     n_samples: int
+    effective_samples: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +103,15 @@ class Survey:
         weights = self.draws.counts * self.draws.weights
         losses = self.loss.losses(self.outputs, self.targets).double().cpu()
         return float((losses * weights).sum() / self.draws.counts.sum())
+
+    @property
+    def effective_samples(self) -> float:
+        """(Σ w h)² / Σ (w h)² over draws, h the trace of each sample's loss Hessian."""
+        traces = self.loss.hessian_trace(self.outputs).double().cpu()
+        shares, counts = traces * self.draws.weights, self.draws.counts
+        squares = float((counts * shares.square()).sum())
+        total = float(counts.sum())
+        return float((counts * shares).sum()) ** 2 / squares if squares > 0 else total
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +166,7 @@ class LowRankEstimator:
             survey.mean_loss if plan.pool is None else float(plan.pool.losses.mean()),
             survey.outputs.shape[-1],
             sum(plan.fold_sizes),
+            survey.effective_samples,
         )
 
     def survey(self, plan: CurvaturePlan) -> Survey:
@@ -342,21 +350,6 @@ class LowRankEstimator:
         if what is None or not self.progress_bar:
             return plan.batches()
         return tqdm(plan.batches(), total=len(plan), desc=f"[{what}]")
-
-
-def fits_gram(n_rows: int, row_pass: RowPass, byte_budget: int) -> bool:
-    """Whether so many rows, and their Gram matrix, are held in memory."""
-    return n_rows <= min(MAX_GRAM_ROWS, _rows_in_budget(row_pass, byte_budget))
-
-
-def max_gram_samples(n_columns: int, row_pass: RowPass, byte_budget: int) -> int:
-    """The largest number of samples with R columns each that the Gram route takes."""
-    return min(MAX_GRAM_ROWS, _rows_in_budget(row_pass, byte_budget)) // n_columns
-
-
-def _rows_in_budget(row_pass: RowPass, byte_budget: int) -> int:
-    network = row_pass.network
-    return ROW_BUDGETS * byte_budget // (network.n_params * torch.finfo(network.dtype).bits // 8)
 
 
 def _per_row(per_sample: Tensor, survey: Survey, like: Tensor) -> Tensor:

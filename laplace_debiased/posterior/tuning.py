@@ -181,7 +181,7 @@ class GridSearch:
         log_nodes, on_grid = self.grid.nodes()
         scorers = [self._fresh_scorer() for _ in on_grid]
         stored: list[_StoredBatch] | None = [] if self.refine and len(on_grid) > 1 else None
-        priors = log_nodes.exp().to(self.posterior._device, self.posterior.H.dtype)
+        priors = log_nodes.exp().to(self.posterior._device, self.posterior._dtype)
         if stored is None:
             priors, on_grid = priors[on_grid], torch.arange(len(on_grid))
         for index, (inputs, targets) in enumerate(self._batches(val_loader, progress_bar)):

@@ -55,7 +55,8 @@ class WhitenedFrame:
         if self.inverse_root is None:
             inside = rows @ self.basis
             return inside, rows - inside @ self.basis.T
-        assert self.rotation is not None and self.normal is not None
+        assert self.rotation is not None
+        assert self.normal is not None
         whitened = rows * self.inverse_root
         products = (whitened * self.inverse_root) @ self.basis
         back = (products @ self.normal) @ self.basis.T

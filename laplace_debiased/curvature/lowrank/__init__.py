@@ -10,6 +10,7 @@ from laplace_debiased.curvature.lowrank.directions import (
     Route,
     projection_costs,
 )
+from laplace_debiased.curvature.lowrank.feature_rows import FeatureRowPass
 from laplace_debiased.curvature.lowrank.network import (
     FunctionalNetwork,
     differentiable_kernels,
@@ -33,6 +34,7 @@ __all__ = [
     "Costs",
     "DirectionPass",
     "Eigenpairs",
+    "FeatureRowPass",
     "FunctionalNetwork",
     "JoinedPart",
     "Route",

@@ -97,15 +97,11 @@ class DirectionPass:
         parameters, constants = network.parameters(), network.constants()
 
         def along(tangent: dict[str, Tensor]) -> Tensor:
-            return jvp(
-                lambda p: network.call(p, constants, inputs), (parameters,), (tangent,)
-            )[1]
+            return jvp(lambda p: network.call(p, constants, inputs), (parameters,), (tangent,))[1]
 
         width = self._chunk_directions(inputs)
         with differentiable_kernels(network.model), torch.no_grad():
-            pieces = [
-                vmap(along)(network.split(part)) for part in self.basis.split(width, dim=1)
-            ]
+            pieces = [vmap(along)(network.split(part)) for part in self.basis.split(width, dim=1)]
         return torch.cat(pieces).permute(1, 2, 0)
 
     def _cheaper(self, inputs: Any, n_columns: int) -> Route:

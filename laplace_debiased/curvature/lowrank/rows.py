@@ -33,7 +33,7 @@ _LIVE_ROWS = 3
 """A tile of rows exists by parameter, flattened, and once more in what its reader makes of it."""
 
 _MIXING_TOLERANCE = 1e-3
-"""Relative. Other kernels for one sample than for two differ by round-off, up to 1e-5 of float32."""
+"""Relative. Kernels for one sample and for two differ by round-off, up to 1e-5 in float32."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class RowPass:
         difference = (together[:1] - alone).abs().max()
         if bool(difference > _MIXING_TOLERANCE * (1 + alone.abs().max())):
             raise ValueError(
-                f"the outputs of one sample change by {float(difference):.2g} when another is added "
-                "to its batch, so that per-sample curvature is undefined. Normalisation over the "
+                f"the outputs of one sample change by {float(difference):.2g} when another joins "
+                "its batch, so that per-sample curvature is undefined. Normalisation over the "
                 "batch needs running statistics (track_running_stats=True)."
             )
 
@@ -181,9 +181,7 @@ class RowPass:
             self._saved[key] = self._measure(select_rows(inputs, slice(0, 1)))
         saved, largest = self._saved[key]
         size = torch.finfo(self.network.dtype).bits // 8
-        return saved * size, size * (
-            _LIVE_ROWS * self.network.n_params + _LIVE_GRADIENTS * largest
-        )
+        return saved * size, size * (_LIVE_ROWS * self.network.n_params + _LIVE_GRADIENTS * largest)
 
     def _measure(self, sample: Any) -> tuple[int, int]:
         """Entries that a forward pass saves for its backward pass: in all, and the largest."""

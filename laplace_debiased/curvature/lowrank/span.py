@@ -35,7 +35,7 @@ class Eigenpairs:
 
     @property
     def rank(self) -> int:
-        """k."""
+        """Number of eigenpairs."""
         return len(self.eigenvalues)
 
 

@@ -1,0 +1,87 @@
+"""How many samples a low-rank fit takes: what of their rows fits in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from laplace_debiased.curvature.lowrank import RowPass
+from laplace_debiased.data import loader_length, split_batch
+from laplace_debiased.likelihoods import LossModel, curvature_columns
+from laplace_debiased.options import CurvatureOptions, Fisher
+
+ROW_BUDGETS = 4
+"""The rows of the Gram route may take so many times the byte budget of a pass. They are as large as
+the posterior's own basis when every direction is kept."""
+
+MAX_GRAM_ROWS = 4096
+"""The eigendecomposition of a Gram matrix of this size takes about half a minute on two cores."""
+
+
+def fits_gram(n_rows: int, row_pass: RowPass, byte_budget: int) -> bool:
+    """Whether so many rows, and their Gram matrix, are held in memory."""
+    return n_rows <= _max_rows(row_pass, byte_budget)
+
+
+def max_gram_samples(n_columns: int, row_pass: RowPass, byte_budget: int) -> int:
+    """The largest number of samples with R columns each that the Gram route takes."""
+    return _max_rows(row_pass, byte_budget) // n_columns
+
+
+def checked_budget(n_samples: object) -> Any:
+    """Pass on a budget that is not a string; what else is wrong with it, the plan says.
+
+    Raises:
+        ValueError: if it is a string.
+    """
+    if isinstance(n_samples, str):
+        raise ValueError(
+            f"n_samples must be a positive integer, None or 'auto'; got {n_samples!r}."
+        )
+    return n_samples
+
+
+def automatic_budget(
+    loader: DataLoader,
+    row_pass: RowPass,
+    loss: LossModel,
+    options: CurvatureOptions,
+    n_data: int | None,
+    dict_key_y: str,
+) -> int | None:
+    """None for everything, or as many samples as the rows of which fit in memory.
+
+    Raises:
+        ValueError: if the loader is empty, or not even one sample per fold fits.
+    """
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise ValueError("train_loader is empty.")
+    inputs, _ = split_batch(batch, dict_key_y)
+    outputs = row_pass.outputs(inputs)[:1]
+    match options.fisher:
+        case Fisher.MC:
+            n_columns = options.mc_samples
+        case Fisher.EMPIRICAL:
+            n_columns = 1
+        case _:
+            # The exact root does not read targets.
+            n_columns = curvature_columns(loss, outputs, outputs, Fisher.TYPE2).shape[-1]
+    fitting = max_gram_samples(n_columns, row_pass, options.byte_budget)
+    if loader_length(loader, n_data) <= fitting:
+        return None
+    if fitting < options.n_folds:
+        raise ValueError(
+            f"the curvature rows of {options.n_folds} samples do not fit byte_budget="
+            f"{options.byte_budget}. Pass a larger byte_budget, or a rank: that many leading "
+            "directions are then found without rows."
+        )
+    return fitting
+
+
+def _max_rows(row_pass: RowPass, byte_budget: int) -> int:
+    network = row_pass.network
+    row_bytes = network.n_params * torch.finfo(network.dtype).bits // 8
+    return min(MAX_GRAM_ROWS, ROW_BUDGETS * byte_budget // row_bytes)
