@@ -78,13 +78,13 @@ class LinearRegressionLab:
         return noise[:, :-1] * scale, self.noise_std * noise[:, -1:]
 
     def population_curvature(self, directions: Tensor) -> Tensor:
-        """uᵀΣu [k] along the columns of ``directions`` [d, k]."""
-        return directions.square().T @ torch.tensor(self.spectrum, dtype=directions.dtype)
+        """uᵀΣu [..., k] along the columns of ``directions`` [..., d, k]."""
+        return directions.square().mT @ torch.tensor(self.spectrum, dtype=directions.dtype)
 
     def population_slope(self, directions: Tensor) -> Tensor:
-        """uᵀΣw [k]: slopes of the expected loss along the columns of ``directions`` [d, k]."""
+        """uᵀΣw [..., k]: the expected loss's slopes along columns of ``directions`` [..., d, k]."""
         spectrum = torch.tensor(self.spectrum, dtype=directions.dtype)
-        return directions.T @ (spectrum * self.weights.to(directions))
+        return directions.mT @ (spectrum * self.weights.to(directions))
 
     def expected_bias(
         self, batch_size: int, n_draws: int, generator: torch.Generator
@@ -96,20 +96,18 @@ class LinearRegressionLab:
             n_draws: pairs.
             generator: source of all draws.
         """
-        columns = []
-        for _ in range(n_draws):
-            own_data, other_data = (
-                self.batch(batch_size, generator),
-                self.batch(batch_size, generator),
-            )
-            directions = oriented_eigenvectors(*own_data, self.weights)
-            own, other = (
-                quadratic_along(*data, self.weights, directions) for data in (own_data, other_data)
-            )
-            population = self.population_slope(directions), self.population_curvature(directions)
-            columns.append(torch.stack([*own, *other, *population]))
-        draws = torch.stack(columns).unbind(1)
-        return RankwiseBias(*(MomentSums.of(values).estimate() for values in draws))
+        own, other = (
+            tuple(part.unflatten(0, (n_draws, batch_size)) for part in data)
+            for data in (self.batch(n_draws * batch_size, generator) for _ in range(2))
+        )
+        directions = oriented_eigenvectors(*own, self.weights)
+        values = (
+            *quadratic_along(*own, self.weights, directions),
+            *quadratic_along(*other, self.weights, directions),
+            self.population_slope(directions),
+            self.population_curvature(directions),
+        )
+        return RankwiseBias(*(MomentSums.of(value).estimate() for value in values))
 
 
 @dataclass(frozen=True, eq=False)

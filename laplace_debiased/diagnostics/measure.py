@@ -137,8 +137,11 @@ def root_rows(
 
 
 def samples_per_chunk(network: Network, n_columns: int) -> int:
-    """Samples whose rows [n_columns, P] fit the byte budget, at least one."""
-    return max(1, DEFAULT_BYTE_BUDGET // rows_bytes(network, n_columns))
+    """Samples whose rows [n_columns, P] fit the byte budget, at least one.
+
+    A quarter of it: rows exist per parameter and joined, beside the backward pass's own memory.
+    """
+    return max(1, DEFAULT_BYTE_BUDGET // 4 // rows_bytes(network, n_columns))
 
 
 def rows_bytes(network: Network, n_rows: int) -> int:
