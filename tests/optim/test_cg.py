@@ -314,6 +314,8 @@ def test_skip_takes_no_step_where_only_the_magnitudes_are_concave():
     assert concave.any()
     assert (found.step_sizes[concave] == 0).all()
     assert (found.step_sizes[~concave] != 0).all()
+    no_directions = debiased_cg(bent([-1.0] * 3), bent(CONVEX), nonpositive_curvature="skip")
+    assert no_directions.n_iterations == 0
 
 
 def test_absolute_steps_by_the_absolute_curvature():

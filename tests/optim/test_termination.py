@@ -47,10 +47,11 @@ def test_progress_waits_for_the_window_and_for_a_negative_value():
 
 def test_the_window_grows_with_the_iterations():
     rule = Termination(max_iterations=1000, relative_residual=0.0, relative_progress=1e-3)
-    values = [-1.0 - i for i in range(300)]  # at i = 299 the window is 29: progress 29/300 > 0.029
-    assert rule.check(values, 1.0, 1.0, 1000) is None
-    values = [-1.0 - i for i in range(900)] + [-900.0] * 88  # i = 987, window 98: 10/900 < 0.098
-    assert rule.check(values, 1.0, 1.0, 1000) is StopReason.PROGRESS
+    values = [-1.0 - i for i in range(900)]
+    # Flat for the last 20: no progress over 10 iterations, but plenty over the window of 91.
+    assert rule.check([*values, *[-2000.0] * 20], 1.0, 1.0, 1000) is None
+    # Flat for as long as the window: 1/900 < 0.098.
+    assert rule.check([*values, *[-901.0] * 99], 1.0, 1.0, 1000) is StopReason.PROGRESS
 
 
 @pytest.mark.parametrize(
