@@ -15,7 +15,7 @@ from benchmarks.fidelity.methods import ABLATIONS, KRON, LOW_RANK, Method
 from benchmarks.fidelity.problems import Problem, digits, resnet20
 from benchmarks.fidelity.references import dense_reference, kronecker_reference
 from benchmarks.fidelity.report import markdown, write
-from laplace_debiased import DebiasedLaplace
+from laplace_debiased.factory import DebiasedLaplace
 
 _SUITES = {"kron": KRON, "lowrank": LOW_RANK, "ablations": ABLATIONS}
 

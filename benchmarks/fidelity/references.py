@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.fidelity.measure import log_predictive
 from benchmarks.fidelity.problems import Problem
-from laplace_debiased import DebiasedLaplace
+from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
 
 
