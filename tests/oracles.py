@@ -20,7 +20,8 @@ def loss_of(likelihood: str, outputs: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (outputs - target).square().sum(-1)
 
 
-def _rows(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
+def as_rows(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
+    """Targets as rows like the outputs: one-hot for classes."""
     if likelihood == "classification":
         return torch.eye(outputs.shape[-1], dtype=outputs.dtype)[y]
     return y
@@ -41,7 +42,7 @@ def jacobian(model: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
 
 def loss_hessians(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
     """∇²_f ℓ of every sample [m, C, C], by automatic differentiation."""
-    targets = _rows(likelihood, outputs, y)
+    targets = as_rows(likelihood, outputs, y)
     return vmap(hessian(lambda f, t: loss_of(likelihood, f, t)))(outputs, targets)
 
 
@@ -58,7 +59,7 @@ def sample_ggns(p: Problem, names: Sequence[str], fisher: str = "type2") -> Tens
         middle = loss_hessians(p.likelihood, outputs, p.y)
     else:
         leaf = outputs.clone().requires_grad_()
-        total = loss_of(p.likelihood, leaf, _rows(p.likelihood, outputs, p.y)).sum()
+        total = loss_of(p.likelihood, leaf, as_rows(p.likelihood, outputs, p.y)).sum()
         (gradient,) = torch.autograd.grad(total, leaf)
         middle = torch.einsum("mc,md->mcd", gradient, gradient)
     return torch.einsum("mcp,mcd,mdq->mpq", jac, middle, jac)

@@ -19,6 +19,7 @@ from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.guards import HALF_DTYPES
 from laplace_debiased.data import preserved_rng
 from laplace_debiased.data.checks import checked_count
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import NotFittedError
 from laplace_debiased.likelihoods import LossModel, gaussian_samples, loss_model
 from laplace_debiased.options import parse_choice
@@ -78,7 +79,8 @@ class DebiasedPosterior(_Host):
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        self._temperature = float(torch.as_tensor(positive_value("temperature", temperature)))
+        value = positive_value("temperature", temperature)
+        self._temperature = float(torch.as_tensor(value, dtype=torch.float64))
 
     @property
     def _loss_model(self) -> LossModel:
@@ -358,10 +360,10 @@ class DebiasedPosterior(_Host):
                     log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
                 )
                 search = GridSearch(self, grid, pred, link, n_samples, loss, refine, seed)
-                with preserved_rng(None):
+                with preserved_rng(None, generators=loader_generators(val_loader)):
                     result = search.run(val_loader, progress_bar)
                 result.warn_on_edge()
-                self.prior_precision = torch.as_tensor(result.prior_precision)
+                self.prior_precision = torch.as_tensor(result.prior_precision, dtype=torch.float64)
                 self.tuning_result = result
                 self.tuned_link_approx = link
                 self._warned_about_link = False

@@ -26,7 +26,8 @@ def positive_value(name: str, value: object) -> object:
             raise TypeError(
                 f"{name} must be a positive number or tensor; got {type(value).__name__}."
             ) from None
-    entries = torch.as_tensor(value).detach()
+    exact = None if isinstance(value, Tensor) else torch.float64
+    entries = torch.as_tensor(value, dtype=exact).detach()
     if entries.is_complex() or not bool((torch.isfinite(entries) & (entries > 0)).all()):
         raise ValueError(f"{name} must be positive and finite; got {_short(entries)}.")
     return value

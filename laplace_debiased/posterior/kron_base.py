@@ -84,7 +84,8 @@ class KronPosterior(DebiasedPosterior):
     def prior_precision(self, prior_precision: float | Tensor) -> None:
         value = positive_value("prior_precision", prior_precision)
         if not hasattr(self, "coverage"):  # under construction, or the last layer is not known yet
-            self._prior_precision = torch.as_tensor(value).detach().reshape(-1)
+            prior = torch.as_tensor(value, dtype=self._dtype).detach()
+            self._prior_precision = prior.reshape(-1)
             return
         check_prior_length(value, self.coverage.covered, self.n_params)
         KronLaplace.prior_precision.fset(self, value)
@@ -154,7 +155,8 @@ class KronPosterior(DebiasedPosterior):
         options = self._resolved_options(request)
         check_weights(self._covered_model)
         previous = None if override else self._fitted
-        with preserved_rng(seed):
+        # What a fit keeps must not be inference tensors, even where the caller is in that mode.
+        with preserved_rng(seed), torch.inference_mode(False), torch.no_grad():
             curvature_pass = self._make_pass(self._candidates(request))
             exclude = previous.drawn if previous is not None and budget is not None else frozenset()
             plan = make_plan(request, options, exclude, scorer(curvature_pass, self._loss_model))
@@ -162,7 +164,7 @@ class KronPosterior(DebiasedPosterior):
             curvature_pass = self._make_pass(coverage)
             walk, estimator = self._walks(curvature_pass, coverage, options, request)
             fitted = fit_kron(plan, walk, estimator, options, request, coverage.covered, previous)
-        self._adopt(fitted, coverage)
+            self._adopt(fitted, coverage)
 
     def _budget(self, n_samples: int | str | None, magnitude_loader: object) -> int | None:
         if isinstance(n_samples, str):

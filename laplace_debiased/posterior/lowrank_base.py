@@ -66,7 +66,8 @@ class LowRankPosterior(DebiasedPosterior):
     def prior_precision(self, prior_precision: float | Tensor) -> None:
         value = positive_value("prior_precision", prior_precision)
         if not hasattr(self, "coverage"):  # under construction, or the last layer is not known yet
-            self._prior_precision = torch.as_tensor(value).detach().reshape(-1)
+            prior = torch.as_tensor(value, dtype=self._dtype).detach()
+            self._prior_precision = prior.reshape(-1)
             return
         self._check_prior_length(value)
         ParametricLaplace.prior_precision.fset(self, value)
@@ -151,7 +152,7 @@ class LowRankPosterior(DebiasedPosterior):
         options = self._resolved_options(request)
         check_weights(self._covered_model)
         previous = None if override else self._fitted
-        with preserved_rng(seed):
+        with preserved_rng(seed), torch.inference_mode(False):
             coverage = self._candidates(request)
             self._check_against(coverage)
             row_pass = self._make_pass(coverage)
@@ -166,7 +167,7 @@ class LowRankPosterior(DebiasedPosterior):
                 row_pass, self._loss_model, options, self._settings.rank, seed, progress_bar
             )
             fitted = fit_low_rank(plan, estimator, request, coverage.covered, previous)
-        self._adopt(fitted, coverage)
+            self._adopt(fitted, coverage)
 
     def _resolved_options(self, request: FitRequest) -> CurvatureOptions:
         settings = self._settings

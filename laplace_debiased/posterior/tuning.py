@@ -286,7 +286,9 @@ class _temporary_prior:  # noqa: N801
     def __enter__(self) -> None:
         self._old = self._posterior.prior_precision
         if self._prior is not None:
-            self._posterior.prior_precision = torch.as_tensor(self._prior)
+            prior = self._prior
+            exact = None if isinstance(prior, Tensor) else torch.float64
+            self._posterior.prior_precision = torch.as_tensor(prior, dtype=exact)
 
     def __exit__(self, *exception: object) -> None:
         self._posterior.prior_precision = self._old
@@ -310,8 +312,9 @@ def maximise_marginal_likelihood(
         ValueError: for a diagonal prior structure.
         NumericalError: if the marginal likelihood is not finite.
     """
-    start = torch.as_tensor(initial, dtype=posterior.mean.dtype, device=posterior.mean.device)
-    start = start.detach().clone().reshape(-1)
+    with torch.inference_mode(False):
+        start = torch.as_tensor(initial, dtype=posterior.mean.dtype, device=posterior.mean.device)
+        start = start.detach().clone().reshape(-1)
     match parse_choice(PriorStructure, structure, "prior_structure"):
         case PriorStructure.SCALAR:
             pass
@@ -319,7 +322,7 @@ def maximise_marginal_likelihood(
             start = start.expand(posterior.n_layers).clone() if len(start) == 1 else start
         case PriorStructure.DIAG:
             start = posterior._diagonal_prior(start)
-    with _temporary_prior(posterior, start):
+    with _temporary_prior(posterior, start), torch.inference_mode(False), torch.enable_grad():
         log_prior = start.log().requires_grad_(True)
         optimizer = torch.optim.Adam([log_prior], lr=lr)
         best, best_value = start, -math.inf
@@ -327,8 +330,7 @@ def maximise_marginal_likelihood(
             range(n_steps + 1), disable=not progress_bar, desc="[Marginal likelihood]"
         ):
             optimizer.zero_grad()
-            with torch.enable_grad():
-                value = posterior.log_marginal_likelihood(prior_precision=log_prior.exp())
+            value = posterior.log_marginal_likelihood(prior_precision=log_prior.exp())
             current = float(value.detach())
             if not math.isfinite(current):
                 raise NumericalError(
