@@ -2,11 +2,13 @@
 
 from laplace_debiased.diagnostics.eigen import Eigenpairs, eigenspace_overlap, top_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MeanEstimate
+from laplace_debiased.diagnostics.kfac_profile import KfacProfile, kfac_profile
 from laplace_debiased.diagnostics.laboratory import LinearRegressionLab, enumerate_batch_pairs
 from laplace_debiased.diagnostics.plots import plot_eigenspaces, plot_profiles
 from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
     directional_profile,
+    directional_quadratic,
     profile_from_directions,
 )
 from laplace_debiased.diagnostics.summary import BiasSummary
@@ -18,13 +20,16 @@ __all__ = [
     "DirectionalProfile",
     "DirectionalQuadratic",
     "Eigenpairs",
+    "KfacProfile",
     "LinearRegressionLab",
     "MeanEstimate",
     "batch_size_sweep",
     "directional_profile",
+    "directional_quadratic",
     "disjoint_batches",
     "eigenspace_overlap",
     "enumerate_batch_pairs",
+    "kfac_profile",
     "plot_eigenspaces",
     "plot_profiles",
     "profile_from_directions",

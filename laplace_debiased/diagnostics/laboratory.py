@@ -96,14 +96,15 @@ class LinearRegressionLab:
             n_draws: pairs.
             generator: source of all draws.
         """
-        own, other = (
-            tuple(part.unflatten(0, (n_draws, batch_size)) for part in data)
-            for data in (self.batch(n_draws * batch_size, generator) for _ in range(2))
+        shape = (n_draws, batch_size)
+        (own_x, own_y), (other_x, other_y) = (
+            (x.unflatten(0, shape), y.unflatten(0, shape))
+            for x, y in (self.batch(n_draws * batch_size, generator) for _ in range(2))
         )
-        directions = oriented_eigenvectors(*own, self.weights)
+        directions = oriented_eigenvectors(own_x, own_y, self.weights)
         values = (
-            *quadratic_along(*own, self.weights, directions),
-            *quadratic_along(*other, self.weights, directions),
+            *quadratic_along(own_x, own_y, self.weights, directions),
+            *quadratic_along(other_x, other_y, self.weights, directions),
             self.population_slope(directions),
             self.population_curvature(directions),
         )

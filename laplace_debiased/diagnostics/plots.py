@@ -68,11 +68,13 @@ def plot_profiles(profiles: Mapping[str, DirectionalProfile]) -> Figure:
 
 
 def plot_eigenspaces(own: Eigenpairs, other: Eigenpairs) -> Figure:
-    """Why the bias is there: two batches' spectra agree, their eigenvectors do not.
+    """Why the bias is there: two batches' spectra agree while their eigenvectors do not.
 
     Left the spectra; right, for each own eigenvector, the share of it that lies in the span of the
     other batch's top j eigenvectors, ‖V_{1..j}ᵀu_i‖².
     """
+    from matplotlib.ticker import MaxNLocator
+
     k = min(own.vectors.shape[1], other.vectors.shape[1])
     ranks = np.arange(1, k + 1)
     figure = _figure(9.2, 3.6)
@@ -81,7 +83,7 @@ def plot_eigenspaces(own: Eigenpairs, other: Eigenpairs) -> Figure:
     spectra.semilogy(ranks, other.values[:k], color=OTHER, label="other batch")
     spectra.set_xlabel("rank")
     spectra.set_ylabel("eigenvalue")
-    spectra.set_title("the spectra agree …", fontsize="medium")
+    spectra.set_title("spectra", fontsize="medium")
     spectra.legend(frameon=False, fontsize="small")
     _tidy(spectra)
     cosines = (own.vectors[:, :k].T @ other.vectors[:, :k].to(own.vectors)).square()
@@ -97,7 +99,9 @@ def plot_eigenspaces(own: Eigenpairs, other: Eigenpairs) -> Figure:
     )
     overlaps.set_xlabel("top j eigenvectors of the other batch")
     overlaps.set_ylabel("own eigenvector, by rank")
-    overlaps.set_title("… the eigenvectors do not", fontsize="medium")
+    overlaps.set_title("overlap of eigenspaces", fontsize="medium")
+    for axis in (overlaps.xaxis, overlaps.yaxis, spectra.xaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=overlaps, label="share of it in their span")
     return figure
 

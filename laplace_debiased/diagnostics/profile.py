@@ -242,3 +242,50 @@ def directional_profile(
             pairs.vectors.T @ network.flat_parameters().to(pairs.vectors),
         )
     return profile.with_weight_decay(weight_decay)
+
+
+def directional_quadratic(
+    model: nn.Module,
+    likelihood: str,
+    batches: Iterable[object],
+    directions: Tensor,
+    *,
+    matrix: str = "ggn",
+    derivatives: str = "auto",
+    chunk_size: int | None = None,
+    dict_key_y: str = "labels",
+    progress_bar: bool = False,
+) -> DirectionalQuadratic:
+    """Slopes and curvatures of the mean loss over some data, along any directions.
+
+    For `profile_from_directions`, and for many sets of directions in one walk through the data:
+    stack them, and take each set's part with `DirectionalQuadratic.select`.
+
+    Args:
+        model: trained network, see `directional_profile`.
+        likelihood: "classification" or "regression".
+        batches: (inputs, targets) or mappings; walked once.
+        directions: unit columns [P, k] in the space of the trainable parameters.
+        matrix: "ggn" or "hessian".
+        derivatives: "auto", "forward" or "reverse", see `measure_directions`.
+        chunk_size: directions (forward) or samples (reverse) at a time; None: by memory.
+        dict_key_y: key of the targets where a batch is a mapping.
+        progress_bar: show one.
+
+    Returns:
+        Per-sample means [k] with the covariance of these means.
+
+    Raises:
+        ValueError: as `directional_profile`, and for directions of the wrong shape.
+    """
+    with undisturbed(model):
+        return measure_directions(
+            Network.of(model, likelihood, dict_key_y),
+            batches,
+            directions,
+            matrix=parse_choice(Matrix, matrix, "matrix"),
+            derivatives=parse_choice(Derivatives, derivatives, "derivatives"),
+            chunk_size=chunk_size,
+            role="batches",
+            progress_bar=progress_bar,
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from laplace_debiased.diagnostics.profile import directional_profile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class Indexed(Protocol):
+    """A data set with a length and items, as torch's map-style ones are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +60,7 @@ class BatchSizeSweep:
 
 
 def disjoint_batches(
-    dataset: Sequence[Any],
+    dataset: Indexed,
     batch_size: int,
     generator: torch.Generator,
     collate_fn: Callable[[list[Any]], object] = default_collate,
@@ -82,7 +90,7 @@ def disjoint_batches(
 def batch_size_sweep(
     model: nn.Module,
     likelihood: str,
-    dataset: Sequence[Any],
+    dataset: Indexed,
     reference_loader: Iterable[object],
     batch_sizes: Sequence[int] = (16, 64, 256),
     *,

@@ -1,0 +1,160 @@
+"""K-FAC eigenbases in bands of ranks, and walks over data that measure along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature import (
+    BackwardPass,
+    BlockBasis,
+    Chunk,
+    FactorAccumulator,
+    Layer,
+    LayerRows,
+)
+from laplace_debiased.curvature.kernels import rotated_gradients
+from laplace_debiased.data import split_batch
+from laplace_debiased.debiasing import eigenbasis, own_magnitudes
+from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
+from laplace_debiased.likelihoods import LossModel
+
+
+@dataclass(frozen=True, eq=False)
+class Bands:
+    """One block's oriented eigenbasis, with the band of each direction.
+
+    Attributes:
+        basis: eigenbasis of the own batch's factors, P = D_out·D_in directions (D_out for biases).
+        signs: ±1 [P], so that every own slope is not negative.
+        band: number of each direction's band [P].
+        sizes: directions per band [k].
+        kfac: own K-FAC eigenvalues, means per band [k].
+    """
+
+    basis: BlockBasis
+    signs: Tensor
+    band: Tensor
+    sizes: Tensor
+    kfac: Tensor
+
+    @classmethod
+    def of(cls, basis: BlockBasis, gradient: Tensor, n_bands: int) -> Bands:
+        """Rank by K-FAC eigenvalue, orient by the own mean gradient, and cut into bands."""
+        eigenvalues = own_magnitudes([basis])[0].flatten()
+        n = len(eigenvalues)
+        exponents = torch.arange(n_bands, dtype=torch.float64) / n_bands
+        cuts = torch.arange(n) if n <= n_bands else (n**exponents).long().unique() - 1
+        ranks = eigenvalues.argsort(descending=True, stable=True).argsort()
+        cuts = cuts.to(ranks.device)
+        band = torch.bucketize(ranks, cuts, right=True) - 1
+        sizes = torch.bincount(band)
+        signs = torch.where(in_basis(basis, gradient).flatten() < 0, -1.0, 1.0)
+        empty = cls(basis, signs.to(eigenvalues), band, sizes, eigenvalues)
+        return replace(empty, kfac=empty.means(eigenvalues[None])[0])
+
+    def means(self, values: Tensor) -> Tensor:
+        """Means over each band [m, k] of values per direction [m, P]."""
+        sums = values.new_zeros(len(values), len(self.sizes)).index_add_(1, self.band, values)
+        return sums / self.sizes
+
+    def rotated(self, layer: Layer, rows: LayerRows) -> Tensor:
+        """Every column's gradient along every direction [m, R, P]."""
+        if self.basis.input_basis is None:
+            return rows.columns.sum(2) @ self.basis.output_basis
+        assert rows.inputs is not None
+        return rotated_gradients(
+            rows.inputs, rows.columns, self.basis.output_basis, self.basis.input_basis
+        ).flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class BandWalk:
+    """Walks over data whose columns are the loss Hessian's root and, last, the loss' gradient."""
+
+    curvature_pass: BackwardPass
+    loss: LossModel
+    dict_key_y: str
+
+    def chunks(self, batch: object) -> Iterator[Chunk]:
+        """Chunks of one batch."""
+        inputs, targets = split_batch(batch, self.dict_key_y)
+
+        def columns(outputs: Tensor, rows: slice) -> Tensor:
+            part = targets[rows].to(outputs.device)
+            self.loss.check_targets(outputs, part)
+            gradient = self.loss.output_gradient(outputs, part)
+            return torch.cat([self.loss.hessian_root(outputs), gradient.unsqueeze(-1)], -1)
+
+        return self.curvature_pass.chunks(inputs, columns)
+
+    def measure(
+        self, batches: Iterable[object], bands: Mapping[str, Bands]
+    ) -> dict[str, DirectionalQuadratic]:
+        """Slopes and curvatures per band, over all samples of the batches."""
+        sums: dict[str, tuple[MomentSums, MomentSums]] = {}
+        for batch in batches:
+            for chunk in self.chunks(batch):
+                for layer in chunk.layers:
+                    rows = chunk.layer_rows(layer)
+                    for name in layer.parameter_names:
+                        found = _moments(bands[name], layer, _rows_for(layer, name, rows))
+                        sums[name] = _merged(sums[name], found) if name in sums else found
+        if not sums:
+            raise ValueError("reference_loader gave no batches; it needs at least one sample.")
+        return {
+            name: DirectionalQuadratic(slope.estimate(), curvature.estimate())
+            for name, (slope, curvature) in sums.items()
+        }
+
+
+def _rows_for(layer: Layer, name: str, rows: LayerRows) -> LayerRows:
+    return rows if name == layer.weight else LayerRows(None, rows.columns)
+
+
+def _moments(bands: Bands, layer: Layer, rows: LayerRows) -> tuple[MomentSums, MomentSums]:
+    rotated = bands.rotated(layer, rows)
+    curvature = bands.means(rotated[:, :-1].square().sum(1))
+    slope = bands.means(rotated[:, -1] * bands.signs)
+    return MomentSums.of(slope), MomentSums.of(curvature)
+
+
+def _merged(
+    one: tuple[MomentSums, MomentSums], other: tuple[MomentSums, MomentSums]
+) -> tuple[MomentSums, MomentSums]:
+    return one[0].merge(other[0]), one[1].merge(other[1])
+
+
+def bands_of(walk: BandWalk, batch: object, names: Sequence[str], n_bands: int) -> dict[str, Bands]:
+    """Eigenbases of the batch's factors, oriented and cut into bands."""
+    factors = FactorAccumulator(names, summed_bias=True)
+    gradients: dict[str, Tensor] = {}
+    n_samples = 0
+    for chunk in walk.chunks(batch):
+        n_samples += len(chunk.outputs)
+        ones = chunk.outputs.new_ones(len(chunk.outputs))
+        for layer in chunk.layers:
+            rows = chunk.layer_rows(layer)
+            factors.add(layer, LayerRows(rows.inputs, rows.columns[:, :-1]), ones, ones)
+            for name in layer.parameter_names:
+                gradient = _gradient(_rows_for(layer, name, rows))
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    bases = eigenbasis(factors.means(n_samples))
+    return {basis.name: Bands.of(basis, gradients[basis.name], n_bands) for basis in bases}
+
+
+def _gradient(rows: LayerRows) -> Tensor:
+    """Sum over samples of the loss' gradient in a weight [D_out, D_in] or bias [D_out]."""
+    cotangents = rows.columns[:, -1]
+    if rows.inputs is None:
+        return cotangents.sum((0, 1))
+    return torch.einsum("nto,nti->oi", cotangents, rows.inputs)
+
+
+def in_basis(basis: BlockBasis, value: Tensor) -> Tensor:
+    """Coordinates of a weight [D_out, D_in] (or its gradient) or bias [D_out]."""
+    left = basis.output_basis.T @ value
+    return left if basis.input_basis is None else left @ basis.input_basis

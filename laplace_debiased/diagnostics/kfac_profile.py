@@ -1,0 +1,263 @@
+r"""Directional profiles of K-FAC eigenbases: one batch's directions, measured on it and elsewhere.
+
+A layer has as many K-FAC eigenvectors u_ij = u_B,i ⊗ u_A,j as weights, so they are measured in
+*bands* of neighbouring ranks, narrow at the top (single directions) and wide below. What is
+measured is exact, uᵀGu of the generalized Gauss-Newton matrix and not a product of factors, so
+that own batch and other data differ by the mini-batch bias alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from laplace_debiased.curvature import (
+    BackwardPass,
+    Coverage,
+    layer_coverage,
+    layer_problems,
+    layers_of,
+)
+from laplace_debiased.data import split_batch
+from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
+from laplace_debiased.diagnostics.kfac_bands import Bands, BandWalk, bands_of, in_basis
+from laplace_debiased.diagnostics.network import undisturbed
+from laplace_debiased.diagnostics.profile import DirectionalProfile, profile_from_directions
+from laplace_debiased.diagnostics.summary import BiasSummary
+from laplace_debiased.likelihoods import loss_model
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_PANELS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class KfacBlockProfile:
+    """Slopes and curvatures along one parameter tensor's K-FAC eigenbasis, in bands of ranks.
+
+    Attributes:
+        name: qualified parameter name.
+        profile: per band the mean over its directions of slopes and GGN curvatures (per-sample
+            means), each direction oriented by the own batch's slope; ``directions`` is None.
+        first_rank: rank of each band's first direction [k], from 1. Directions are ranked by the
+            own batch's K-FAC eigenvalue.
+        last_rank: rank of its last direction [k].
+        kfac_curvature: the K-FAC eigenvalues of the own batch [k], float64, means over the band:
+            what a Kronecker product says in place of the curvature.
+    """
+
+    name: str
+    profile: DirectionalProfile
+    first_rank: tuple[int, ...]
+    last_rank: tuple[int, ...]
+    kfac_curvature: Tensor
+
+    def summary(self, n_groups: int = 10) -> BiasSummary:
+        """Bias ratios per group of neighbouring bands, with standard errors.
+
+        A band counts once, however many directions it holds; the rows name true ranks.
+        """
+        summary = self.profile.summary(n_groups)
+        rows = tuple(
+            replace(row, first=self.first_rank[row.first - 1], last=self.last_rank[row.last - 1])
+            for row in summary.rows
+        )
+        return replace(summary, rows=rows)
+
+    def plot(self, axes: tuple[Axes, Axes] | None = None) -> Figure:
+        """Slopes and curvatures by rank; nothing is shown.
+
+        Args:
+            axes: where to draw slopes and curvatures; None makes a figure.
+        """
+        from laplace_debiased.diagnostics.plots import plot_profile
+
+        figure = plot_profile(self.profile, axes)
+        self._finish(axes[1] if axes is not None else figure.axes[1])
+        return figure
+
+    def _finish(self, curvatures: Axes) -> None:
+        """Ranks in place of the bands' numbers, and what K-FAC itself says."""
+        numbers = range(1, self.profile.n_directions + 1)
+        curvatures.plot(
+            numbers, self.kfac_curvature, color="0.45", linestyle=":", label="own K-FAC eigenvalue"
+        )
+        curvatures.legend(frameon=False, fontsize="small", loc="lower left")
+        # Directions that no sample uses have curvature 0, up to rounding.
+        curvatures.set_yscale("log", nonpositive="mask")
+        top = float(self.profile.own.curvature.mean.max())
+        curvatures.set_ylim(bottom=max(curvatures.get_ylim()[0], 1e-10 * top))
+        wanted = [10**power for power in range(7) if 10**power <= self.last_rank[-1]]
+        places = [sum(first <= rank for first in self.first_rank) for rank in wanted]
+        curvatures.set_xticks(places, [str(rank) for rank in wanted])
+        curvatures.set_xlabel("K-FAC eigenvector of the own batch, by rank")
+
+
+@dataclass(frozen=True, eq=False)
+class KfacSummary:
+    """Bias ratios of every block; prints as tables.
+
+    Attributes:
+        blocks: by parameter name.
+    """
+
+    blocks: Mapping[str, BiasSummary]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {name: summary.to_dict() for name, summary in self.blocks.items()}
+
+    def __repr__(self) -> str:
+        return "\n\n".join(f"{name}\n{summary!r}" for name, summary in self.blocks.items())
+
+
+@dataclass(frozen=True, eq=False)
+class KfacProfile:
+    """Profiles of all K-FAC eigenbases of a network.
+
+    Attributes:
+        blocks: by parameter name, in the order of ``model.parameters()``.
+        coverage: which parameters these are, which have no K-FAC factors and why.
+    """
+
+    blocks: Mapping[str, KfacBlockProfile]
+    coverage: Coverage
+
+    def summary(self, n_groups: int = 4) -> KfacSummary:
+        """Bias ratios per block and group of bands, see `KfacBlockProfile.summary`."""
+        return KfacSummary(
+            MappingProxyType({name: b.summary(n_groups) for name, b in self.blocks.items()})
+        )
+
+    def plot(self, names: Sequence[str] | None = None) -> Figure:
+        """Slopes and curvatures by rank, one column per block; nothing is shown.
+
+        Args:
+            names: which blocks; None for up to four weights, from the first to the last layer.
+
+        Raises:
+            ValueError: if a name is unknown, or there are none.
+        """
+        from laplace_debiased.diagnostics.plots import plot_profiles
+
+        chosen = self._shown() if names is None else tuple(names)
+        unknown = [name for name in chosen if name not in self.blocks]
+        if unknown or not chosen:
+            raise ValueError(f"names must be some of {list(self.blocks)}; got {list(chosen)}.")
+        figure = plot_profiles({name: self.blocks[name].profile for name in chosen})
+        for name, axis in zip(chosen, figure.axes[len(chosen) :], strict=True):
+            self.blocks[name]._finish(axis)
+        return figure
+
+    def _shown(self) -> tuple[str, ...]:
+        weights = [n for n in self.blocks if n.rpartition(".")[2] == "weight"] or [*self.blocks]
+        places = torch.linspace(0, len(weights) - 1, min(_MOST_PANELS, len(weights)))
+        return tuple(weights[int(place)] for place in places.round())
+
+
+def kfac_profile(
+    model: nn.Module,
+    likelihood: str,
+    batch: object,
+    other_batch: object,
+    reference_loader: Iterable[object] | None = None,
+    n_bands: int = 40,
+    *,
+    byte_budget: int = DEFAULT_BYTE_BUDGET,
+    dict_key_y: str = "labels",
+    progress_bar: bool = False,
+) -> KfacProfile:
+    r"""Slopes and curvatures along a batch's K-FAC eigenvectors, on it, another batch, reference.
+
+    Per covered parameter tensor: the eigenbasis of the K-FAC factors of ``batch``, and along each
+    of its directions the gradient and the generalized Gauss-Newton matrix themselves (no Kronecker
+    product). The mini-batch bias of Tatzel et al. (ICLR 2025, Section 6) in the basis that a
+    Kronecker posterior uses, over its whole spectrum.
+
+    Args:
+        model: trained network; evaluation mode inside, everything restored after.
+        likelihood: "classification" (cross-entropy) or "regression" (½ squared error, summed over
+            outputs: unit noise).
+        batch: the batch that chooses the directions: (inputs, targets), or a mapping.
+        other_batch: a batch without any sample of the first.
+        reference_loader: batches that stand for the population; walked once. Samples that it
+            shares with ``batch`` pull it towards that batch, by their share.
+        n_bands: bands of ranks per tensor at most, evenly spaced on a logarithmic scale; a tensor
+            with no more entries has one direction in each.
+        byte_budget: working memory of one chunk of samples, in bytes.
+        dict_key_y: key of the targets where a batch is a mapping.
+        progress_bar: show one over the reference.
+
+    Returns:
+        Per-sample means in nats along unit directions.
+
+    Raises:
+        ValueError: for a bad option, an empty batch or loader, or targets that do not fit.
+        TypeError: for a batch of an unknown type.
+        CoverageError: if no layer has K-FAC factors.
+        NumericalError: for outputs or factors that are not finite.
+    """
+    if isinstance(n_bands, bool) or not isinstance(n_bands, int) or n_bands < 1:
+        raise ValueError(f"n_bands must be a positive integer; got {n_bands!r}.")
+    loss = loss_model(likelihood)
+    with undisturbed(model), torch.no_grad():
+        coverage, layers = layer_coverage(model)
+        inputs, _ = split_batch(batch, dict_key_y)
+        coverage = coverage.without(layer_problems(model, layers, inputs))
+        coverage.require(strict=False)
+        walk = BandWalk(
+            BackwardPass(model, layers_of(model, coverage.covered), byte_budget), loss, dict_key_y
+        )
+        bands = bands_of(walk, batch, coverage.covered, n_bands)
+        own, other = (walk.measure([data], bands) for data in (batch, other_batch))
+        reference = None
+        if reference_loader is not None:
+            shown = tqdm(reference_loader, desc="K-FAC directions", disable=not progress_bar)
+            reference = walk.measure(shown, bands)
+        parameters = dict(model.named_parameters())
+        blocks = {
+            name: _block_profile(
+                block,
+                own[name],
+                other[name],
+                None if reference is None else reference[name],
+                parameters[name],
+            )
+            for name, block in bands.items()
+        }
+    return KfacProfile(MappingProxyType(blocks), coverage)
+
+
+def _block_profile(
+    bands: Bands,
+    own: DirectionalQuadratic,
+    other: DirectionalQuadratic,
+    reference: DirectionalQuadratic | None,
+    parameter: Tensor,
+) -> KfacBlockProfile:
+    matrix = parameter.detach().to(bands.signs).reshape(len(bands.basis.output_basis), -1)
+    matrix = matrix[:, 0] if bands.basis.input_basis is None else matrix
+    along = in_basis(bands.basis, matrix).flatten() * bands.signs
+    last = bands.sizes.cumsum(0)
+    return KfacBlockProfile(
+        name=bands.basis.name,
+        profile=profile_from_directions(
+            bands,
+            lambda _: own,
+            lambda _: other,
+            None if reference is None else lambda _: reference,
+            bands.means(along[None])[0],
+        ),
+        first_rank=tuple((last - bands.sizes + 1).tolist()),
+        last_rank=tuple(last.tolist()),
+        kfac_curvature=bands.kfac.to("cpu", torch.float64),
+    )
