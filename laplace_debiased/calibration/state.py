@@ -28,8 +28,9 @@ def untouched(model: nn.Module | None) -> Iterator[None]:
     try:
         if model is not None:
             model.eval()
-        # Some backends differentiate inside a prediction, whatever the caller's grad mode is.
-        with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
+        # Some backends differentiate inside a prediction, whatever the caller's grad mode is;
+        # leaving inference mode also turns gradients on.
+        with torch.random.fork_rng(devices=cuda), torch.inference_mode(False):
             yield
     finally:
         np.random.set_state(numpy_state)

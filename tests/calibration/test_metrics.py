@@ -50,6 +50,15 @@ def test_calibration_errors_score_the_top_label_when_two_labels_are_left():
     assert mce == pytest.approx(0.3, rel=RTOL)
 
 
+def test_confidence_on_an_edge_falls_in_the_bin_above_it():
+    confidence, correct = np.array([0.5, 0.6, 0.4, 1.0]), np.array([False, True, True, True])
+    bins = reliability_bins(confidence, correct, 2)
+    assert bins.counts == (1, 3)
+    assert bins.expected_error == pytest.approx(
+        metrics.calibration_errors(confidence, correct, 2)[0], rel=RTOL
+    )
+
+
 def test_certain_and_right_has_no_calibration_error():
     ece, mce = metrics.calibration_errors(np.ones(5), np.ones(5, dtype=bool), 15)
     assert ece == pytest.approx(0.0, abs=1e-12)

@@ -75,6 +75,7 @@ def test_sampled_predictive_repeats_and_draws_nothing_from_the_user(asked):
 class _FailsAndDraws(FakePosterior):
     def __call__(self, x, **kwargs):
         assert not self.model.training
+        assert torch.is_grad_enabled()
         torch.rand(2), np.random.rand(2), random.random()
         for parameter in self.model.parameters():
             parameter.data = torch.zeros_like(parameter)
@@ -98,7 +99,8 @@ def test_model_and_generators_are_left_as_they_were(fails):
         with pytest.raises(RuntimeError, match="from inside"):
             evaluate(la, loader)
     else:
-        evaluate(la, loader, ood_loader=loader)
+        with torch.no_grad():
+            evaluate(la, loader, ood_loader=loader)
     assert [module.training for module in la.model] == [True, True, False, True]
     assert la.model.training
     for parameter, weight in zip(la.model.parameters(), weights, strict=True):

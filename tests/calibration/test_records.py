@@ -1,6 +1,5 @@
 """What `evaluate` and `predictive_report` return: numbers, tables, plots, columns."""
 
-import io
 import json
 import pickle
 import sys
@@ -89,17 +88,21 @@ def test_labels_stay_inside_the_figure(classes, gaussians, layout):
     evaluate(*classes).plot_reliability(left)
     shared = evaluate(*gaussians).plot_reliability(right)
     for figure in (evaluate(*classes).plot_reliability(), shared):
-        figure.savefig(io.BytesIO(), format="png")
+        figure.draw_without_rendering()
         tight, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
         assert min(tight.x0, tight.y0, width - tight.x1, height - tight.y1) > -0.05
 
 
-def test_axes_outside_a_grid_are_shared_with_the_histogram(classes):
-    ax = Figure().add_axes((0.2, 0.2, 0.6, 0.6))
-    figure = evaluate(*classes).plot_reliability(ax)
-    figure.savefig(io.BytesIO(), format="png")
+@pytest.mark.parametrize("in_grid", [True, False])
+def test_given_axes_share_their_place_with_the_histogram(classes, in_grid):
+    figure = Figure()
+    ax = figure.add_subplot() if in_grid else figure.add_axes((0.2, 0.2, 0.6, 0.6))
+    before = ax.get_window_extent().frozen()
+    evaluate(*classes).plot_reliability(ax)
+    figure.draw_without_rendering()
     upper, lower = (panel.get_window_extent() for panel in figure.axes)
     assert lower.y1 < upper.y0
+    assert (lower.y0, upper.y1) == pytest.approx((before.y0, before.y1))
 
 
 def test_plots_go_into_given_axes_and_leave_pyplot_alone(classes, gaussians):
@@ -107,7 +110,7 @@ def test_plots_go_into_given_axes_and_leave_pyplot_alone(classes, gaussians):
     left, right = figure.subplots(1, 2)
     assert evaluate(*classes).plot_reliability(left) is figure
     assert evaluate(*gaussians).plot_reliability(ax=right) is figure
-    figure.savefig(io.BytesIO(), format="png")
+    figure.draw_without_rendering()
     if pyplot := sys.modules.get("matplotlib.pyplot"):
         assert pyplot.get_fignums() == []
 
