@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from curvlinops import GGNLinearOperator
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -104,6 +104,11 @@ def lanczos_eigenpairs(
             raise NumericalError(
                 f"Lanczos found {len(error.eigenvalues)} of {rank} eigenpairs before its iteration "
                 "limit; ask for a smaller rank (eigenvalues far down are close together)."
+            ) from error
+        except ArpackError as error:
+            raise NumericalError(
+                "Lanczos cannot start: the curvature of the data is not finite, or it vanishes "
+                "(saturated predictions, or outputs that do not depend on the covered parameters)."
             ) from error
     return _above_noise(values[::-1].copy(), vectors[:, ::-1].copy(), network)
 

@@ -146,7 +146,9 @@ class RowPass:
             return vmap(lambda column: pull(column)[0], in_dims=1)(cotangents)
 
         found = vmap(rows_of_sample, in_dims=(axes, 0))(inputs, columns)
-        return torch.cat([found[name].flatten(2) for name in network.names], -1).to(network.dtype)
+        n, _, width = columns.shape
+        parts = [found[name].reshape(n, width, -1) for name in network.names]
+        return torch.cat(parts, -1).to(network.dtype)
 
     def _looped(self, inputs: Any, columns: Tensor, differentiable: bool) -> Tensor:
         network = self.network

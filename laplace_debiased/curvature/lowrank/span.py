@@ -132,8 +132,9 @@ def span_eigenpairs(
 def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
     """Form the basis Zᵀ A, orthonormal to the precision of its dtype.
 
-    Directions of small eigenvalue come out of cancelling rows, so that the Gram matrix of what was
-    formed may be off the identity. Then the matrix U diag(λ) Uᵀ is decomposed once more.
+    Directions of small eigenvalue come out of cancelling rows, so that the Gram matrix L Lᵀ of what
+    was formed may be off the identity. Then U L^-ᵀ is orthonormal, and Lᵀ diag(λ) L is what the
+    matrix U diag(λ) Uᵀ is in that basis; its eigenvectors are orthonormal however small the λ.
 
     Args:
         rows: Z [q, P].
@@ -144,9 +145,11 @@ def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
     identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
     if float((overlap - identity).abs().max()) <= _ORTHONORMAL[basis.dtype]:
         return Eigenpairs(basis, directions.eigenvalues)
-    # The leading directions are exact, so that almost nothing is lost by a cutoff of zero.
-    again = span_eigenpairs(overlap, directions.eigenvalues.sqrt().diag(), cutoff=1e-15)
-    return Eigenpairs(_combine(basis.T, again.coefficients), again.eigenvalues)
+    lower = torch.linalg.cholesky(overlap)
+    core = lower.T @ (directions.eigenvalues[:, None] * lower)
+    values, rotation = torch.linalg.eigh((core + core.T) / 2)
+    rotation = torch.linalg.solve_triangular(lower.T, rotation.flip(1), upper=True)
+    return Eigenpairs(_combine(basis.T, rotation), values.flip(0).clamp_min(0.0))
 
 
 def matrix_average(parts: Sequence[JoinedPart], rank: int | None = None) -> Eigenpairs:

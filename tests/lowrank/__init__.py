@@ -1,0 +1,1 @@
+"""Low-rank curvature, posteriors and their predictive."""
