@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.curvature.guards import evaluation_mode, select_rows, to_device
-from laplace_debiased.data import CurvaturePlan, split_batch
+from laplace_debiased.data import CurvaturePlan, preserved_rng, split_batch
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.checks import check_prior_length
@@ -61,7 +62,8 @@ class LastLayerPosterior(DebiasedPosterior):
     def _candidates(self, request: FitRequest) -> Coverage:
         """Find the last layer, if it is not known yet, from one sample of the loader."""
         if self.model.last_layer is None:
-            batch = next(iter(request.train_loader), None)
+            with preserved_rng(generators=loader_generators(request.train_loader)):
+                batch = next(iter(request.train_loader), None)
             if batch is None:
                 raise ValueError("train_loader is empty.")
             inputs, _ = split_batch(batch, self.dict_key_y)

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature.lowrank import RowPass
-from laplace_debiased.data import loader_length, split_batch
+from laplace_debiased.data import loader_length, preserved_rng, split_batch
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher
 
@@ -56,7 +57,8 @@ def automatic_budget(
     Raises:
         ValueError: if the loader is empty, or not even one sample per fold fits.
     """
-    batch = next(iter(loader), None)
+    with preserved_rng(generators=loader_generators(loader)):
+        batch = next(iter(loader), None)
     if batch is None:
         raise ValueError("train_loader is empty.")
     inputs, _ = split_batch(batch, dict_key_y)

@@ -146,6 +146,16 @@ def test_the_users_world_stays_as_it_was(kind, training):
         la.optimize_prior_precision(val_loader=c.loader(), grid_size=3)
 
 
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_a_look_at_the_loader_leaves_its_generator_where_it_was(subset):
+    c = case()
+    generator = torch.Generator().manual_seed(1)
+    loader = DataLoader(TensorDataset(c.x, c.y), batch_size=3, shuffle=True, generator=generator)
+    la = low_rank(c, subset)
+    with untouched(c.model, loader):
+        la.fit(loader)
+
+
 class Failing:
     """A loader that raises on its second batch."""
 
