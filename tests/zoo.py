@@ -128,6 +128,7 @@ class Breaking:
     def __init__(self, loader: DataLoader, after: int, from_walk: int = 0) -> None:
         self.loader, self.after, self.from_walk = loader, after, from_walk
         self.dataset: Dataset = loader.dataset
+        self.generator = loader.generator
         self.walks = 0
 
     def __iter__(self) -> Iterator[object]:
