@@ -153,8 +153,8 @@ def stepper(method: Method, model: nn.Module, batches: Iterator[Any]) -> Callabl
     def second_order() -> float:
         one, two = next(batches), next(batches)
         if method.name == "NewtonCG single":
-            joined = tuple(torch.cat(parts) for parts in zip(one, two, strict=True))
-            newton.step(lambda: MiniBatches(joined))
+            X, y = (torch.cat(parts) for parts in zip(one, two, strict=True))
+            newton.step(lambda: MiniBatches((X, y)))
         else:
             newton.step(lambda: MiniBatches(one, two))
         report = newton.last_step
@@ -184,7 +184,9 @@ def train(method: Method, digits: Digits, seed: int, epochs: float) -> Run:
     model = network(seed)
     step = stepper(method, model, endless_batches(digits.train, BATCH, seed))
     spent, seconds, n_steps = 0.0, 0.0, 0
-    cost, train_loss, test_loss = [], [], []
+    cost: list[float] = []
+    train_loss: list[float] = []
+    test_loss: list[float] = []
     while True:
         if not cost or spent - cost[-1] >= N_TRAIN or spent >= epochs * N_TRAIN:
             cost.append(spent)
@@ -212,12 +214,14 @@ def train(method: Method, digits: Digits, seed: int, epochs: float) -> Run:
 def choose(name: str, digits: Digits, epochs: float) -> Method:
     """The setting with the least mean validation loss over the tuning seeds."""
     methods = [Method(name, setting) for setting in METHODS[name]]
-    means = [
-        np.mean([train(method, digits, seed, epochs).validation_loss for seed in TUNING_SEEDS])
-        for method in methods
-    ]
+    means = np.array(
+        [
+            np.mean([train(method, digits, seed, epochs).validation_loss for seed in TUNING_SEEDS])
+            for method in methods
+        ]
+    )
     # A run that diverged is no candidate.
-    return methods[int(np.argmin([mean if np.isfinite(mean) else np.inf for mean in means]))]
+    return methods[int(np.argmin(np.where(np.isfinite(means), means, np.inf)))]
 
 
 @dataclass(frozen=True)
