@@ -19,6 +19,7 @@ SMALL: dict[str, tuple[str, ...]] = {
         *("--memory-limit", "4", "--time-limit", "60"),
     ),
     "fit": ("--case", "cnn", "--samples", "64", "--repetitions", "3"),
+    "curvature_bias": ("--pairs", "2", "--k", "40"),
     "optimise": ("--one-step", "--seeds", "2"),
     "fidelity": ("--problem", "digits", "--budgets", "128", "--draws", "2"),
 }

@@ -135,11 +135,15 @@ def _tuning(
         found["prior_precisions"], found["best_grid_point"], options.brute_force
     )
 
-    def fresh_loss(prior: float) -> float:
-        call = ours.call_untimed("fresh_loss", prior_precision=prior, batch=batch, images=images)
-        return call.values["loss"]
-
-    fresh = {prior: fresh_loss(prior) for prior in checked}
+    call_fresh = ours.call_untimed(
+        "fresh_losses",
+        prior_precisions=[*checked, found["prior_precision"]],
+        batch=batch,
+        images=images,
+    )
+    *losses, refined_loss = call_fresh.values["losses"]
+    fresh = dict(zip(checked, losses, strict=True))
+    _log(f"{name}, brute force at {len(checked)} points: {seconds(call_fresh.wall_s)} s")
     swept = dict(zip(found["prior_precisions"], found["losses"], strict=True))
     return Tuning(
         case=name,
@@ -156,7 +160,7 @@ def _tuning(
         refined=found["prior_precision"],
         loss=found["loss"],
         brute_force=fresh,
-        fresh_refined=fresh_loss(found["prior_precision"]),
+        fresh_refined=refined_loss,
         loss_difference=max(abs(swept[prior] - loss) for prior, loss in fresh.items()),
     )
 

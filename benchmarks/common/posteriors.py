@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,14 +72,19 @@ class OurPosterior:
             "loss": result.loss,
         }
 
-    def fresh_loss(self, prior_precision: float, batch: int, images: int) -> dict[str, Any]:
-        """Mean negative log-likelihood of plain predictions at one prior, in nats."""
-        self.posterior.prior_precision = prior_precision
-        total = torch.zeros((), dtype=torch.float64)
-        for inputs, labels in self.case.validation_loader(batch, images):
-            chosen = self.posterior(inputs).gather(-1, labels.unsqueeze(-1))
-            total -= chosen.double().log().sum()
-        return {"loss": float(total) / images}
+    def fresh_losses(
+        self, prior_precisions: Sequence[float], batch: int, images: int
+    ) -> dict[str, Any]:
+        """Mean negative log-likelihood of plain predictions at every prior, in nats."""
+        losses = []
+        for prior in prior_precisions:
+            self.posterior.prior_precision = prior
+            total = torch.zeros((), dtype=torch.float64)
+            for inputs, labels in self.case.validation_loader(batch, images):
+                chosen = self.posterior(inputs).gather(-1, labels.unsqueeze(-1))
+                total -= chosen.double().log().sum()
+            losses.append(float(total) / images)
+        return {"losses": losses}
 
     def _inputs(self, batch: int) -> Tensor:
         inputs = self.case.validation[0]

@@ -100,11 +100,11 @@ def growth(rows: Sequence[Prediction]) -> float | None:
 def markdown(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
     """The report."""
     facts = machine(options.threads)
-    source = "trained on CIFAR-10" if options.weights else "with random weights"
+    source = "is trained on CIFAR-10" if options.weights else "has random weights"
     parts = [
         "# Predictions and tuning against laplace-torch",
         f"{machine_line(facts)} One Kronecker posterior, fitted by each library on the same "
-        f"{options.samples} samples and scaled to the same N. ResNet-20 is {source}; the other "
+        f"{options.samples} samples and scaled to the same N. ResNet-20 {source}; the other "
         "networks are random. Medians of "
         f"{options.repetitions} interleaved runs; each library in a process of its own, stopped at "
         f"{options.memory_limit:g} GB (10⁹ bytes) or {options.time_limit:g} s a call.",
@@ -112,7 +112,7 @@ def markdown(results: dict[str, dict[str, Any]], options: argparse.Namespace) ->
         _prediction_table(results),
         "Times are elapsed seconds (CPU seconds of all threads); memory is the peak of the whole "
         "process in GB (its increase during the call); the largest difference of a probability is "
-        "float32's (in float64 the two libraries agree to 1e-12: a test holds them there); work is "
+        "float32's (in float64 they agree to 1e-9: a test holds them there); work is "
         "GFLOP per sample, counted from the formula, and its share of the speed of a "
         "1024×1024 matrix product.",
         _growth_lines(results),
@@ -168,7 +168,8 @@ def _growth_lines(results: dict[str, dict[str, Any]]) -> str:
     ]
     return (
         "Our CPU time grows with the batch size to the power (over the three largest batches; "
-        f"linear is 1, laplace-torch's Jacobians need 2): {', '.join(exponents)}."
+        "linear is 1, less where fixed costs dominate; laplace-torch's Jacobians need 2): "
+        f"{', '.join(exponents)}."
     )
 
 

@@ -96,8 +96,11 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
-    module, _, factory = sys.argv[1].partition(":")
-    serve(getattr(importlib.import_module(module), factory), sys.stdin, replies)
+    module, _, name = sys.argv[1].partition(":")
+    factory = getattr(importlib.import_module(module), name)
+    gc.collect()
+    gc.freeze()  # the libraries' own objects need no walk before every call
+    serve(factory, sys.stdin, replies)
 
 
 if __name__ == "__main__":
