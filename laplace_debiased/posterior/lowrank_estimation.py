@@ -187,7 +187,7 @@ class LowRankEstimator:
                 for name in ("folds", "counts", "weights")
             )
         )
-        noise = torch.cat(noises) if noises else None
+        noise = torch.cat(noises).to(outputs[-1].device) if noises else None
         return Survey(
             self.loss, self.options.fisher, torch.cat(outputs), torch.cat(targets), draws, noise
         )
