@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from laplace_debiased.curvature.guards import batch_length, evaluation_mode, to_device
+from laplace_debiased.curvature.guards import batch_length, call_with, evaluation_mode, to_device
 from laplace_debiased.data.rng import preserved_rng
 from laplace_debiased.likelihoods import LossModel, loss_model
 
@@ -50,7 +49,7 @@ class Network:
     """Outputs as a function of the trainable parameters, with the loss that they feed.
 
     Attributes:
-        model: the user's module; only ever called through ``functional_call``.
+        model: the user's module; only ever called through ``call_with``.
         loss: per-sample negative log likelihood.
         parameters: trainable parameters by name, detached, in float32 or better.
         constants: frozen parameters and buffers, likewise.
@@ -111,7 +110,7 @@ class Network:
         Raises:
             TypeError: if the model returns anything but a tensor.
         """
-        result = functional_call(self.model, {**self.constants, **parameters}, (inputs,))
+        result = call_with(self.model, {**self.constants, **parameters}, (inputs,))
         if not isinstance(result, Tensor):
             raise TypeError(
                 "the model must return a tensor of outputs (batch, outputs); got "

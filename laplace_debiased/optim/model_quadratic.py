@@ -9,6 +9,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.curvature.guards import call_with
 from laplace_debiased.optim.isolation import as_fixed_function
 from laplace_debiased.optim.matvec import Matvec
 from laplace_debiased.optim.operators import (
@@ -103,7 +104,7 @@ class ModelLoss:
         shifts = zip(self.params, unflatten(displacement, self.params), strict=True)
         with as_fixed_function(self.model), torch.no_grad():
             moved = {names[id(p)]: p + shift for p, shift in shifts}
-            return float(self.loss_func(torch.func.functional_call(self.model, moved, (X,)), y))
+            return float(self.loss_func(call_with(self.model, moved, (X,)), y))
 
     def quadratic(
         self, batches: Sequence[Batch], curvature: Curvature, damping: float
