@@ -69,8 +69,8 @@ def build_case(
         weights: state dict for resnet20; random weights without.
         seed: of weights and inputs.
 
-    Random networks get logits of standard deviation 3 and labels from their own softmax at
-    temperature 2: overconfident, as trained networks are, so that the best prior is finite.
+    Random networks get logits of mean 0 and standard deviation 3, and labels from their own softmax
+    at temperature 2: overconfident, as trained networks are, so that the best prior is finite.
 
     Raises:
         ValueError: for an unknown name, or more samples than there are images.
@@ -121,12 +121,14 @@ def _subset(path: Path, split: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _scale_logits(model: nn.Module, inputs: Tensor) -> None:
+    """Logits of mean zero over inputs, for every class, and the same overall deviation."""
     *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         logits = model(inputs)
-        scale = _LOGIT_DEVIATION / float((logits - logits.mean(0)).std())
+        means = logits.mean(0)
+        scale = _LOGIT_DEVIATION / float((logits - means).std())
         last.weight.mul_(scale)
-        last.bias.mul_(scale)
+        last.bias.sub_(means).mul_(scale)
 
 
 def _own_labels(model: nn.Module, inputs: Tensor) -> Tensor:
