@@ -39,7 +39,7 @@ from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import parse_choice
 
 _GRAM_MAX_BYTES = 2 * 2**30
-_GRAM_MAX_ROWS = 4096
+_GRAM_MAX_ROWS = 1024
 _DENSE_MAX_PARAMETERS = 256
 _LANCZOS_CHUNK_SAMPLES = 512
 _COLUMN_CHUNK = 8192
