@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.fidelity.measure import Row, log_predictive, measure
-from benchmarks.fidelity.methods import ABLATIONS, KRON, LOW_RANK, Method
+from benchmarks.fidelity.methods import ABLATIONS, FULL_DATA, KRON, LOW_RANK, Method
 from benchmarks.fidelity.problems import Problem, digits, resnet20
 from benchmarks.fidelity.references import dense_reference, kronecker_reference
 from benchmarks.fidelity.report import markdown, write
@@ -40,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         methods = [m for m in methods if any(part in m.name for part in options.only)]
     rows: list[Row] = []
+    n_data = len(problem.train.dataset)  # type: ignore[arg-type]
+    if options.full_data:
+        rows = [
+            measure(m.name, n_data, [0], _fitter(problem, m, n_data, priors), references)
+            for m in FULL_DATA
+        ]
     name = f"fidelity_{options.problem}" + (f"_{options.tag}" if options.tag else "")
     for budget in options.budgets:
         for method in tqdm(methods, desc=f"m={budget}"):
@@ -81,6 +87,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--priors", nargs="+", type=float, default=None)
     parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument(
+        "--full-data", action="store_true", help="add rows that use every training sample"
+    )
     parser.add_argument("--test-inputs", type=int, default=300)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, help="keeps the reference fit between runs")

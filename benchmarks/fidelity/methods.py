@@ -50,8 +50,14 @@ KRON = (
     ),
 )
 
+FULL_DATA = (
+    _kron("laplace-torch K-FAC on all data", "single", "kfac"),
+    _kron("single, ggn on all data", "single", "ggn"),
+)
+"""Rows that use every sample, fitted once."""
+
 LOW_RANK = (
-    _low_rank("low rank, single", "single"),
+    _low_rank("low rank, single (FullLaplace on the batch)", "single"),
     _low_rank("low rank, two_batch", "two_batch"),
     _low_rank("low rank, cross_fit", "cross_fit"),
     _low_rank("low rank, single, curvature", "single", sampling="curvature"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +21,8 @@ def markdown(rows: Sequence[Row], priors: Sequence[float], reference: str) -> st
         cells = []
         for index in range(len(priors)):
             s = row.summary(reference, index)
-            cells.append(
-                f"{s['mean']:.3g} ± {s['interval']:.2g} ({s['median']:.3g}; {s['worst']:.3g})"
-            )
+            spread = f" ± {s['interval']:.2g} ({s['median']:.3g}; {s['worst']:.3g})"
+            cells.append(f"{s['mean']:.3g}" + ("" if math.isnan(s["interval"]) else spread))
         lines.append(f"| {row.budget} | {row.method} | {' | '.join(cells)} | {row.seconds:.1f} |")
     return "\n".join(lines)
 
@@ -57,7 +57,7 @@ def figure(rows: Sequence[Row], priors: Sequence[float], reference: str) -> Figu
             axis.errorbar(
                 [row.budget for row in chosen],
                 [s["mean"] for s in summaries],
-                yerr=[s["interval"] for s in summaries],
+                yerr=[0.0 if math.isnan(s["interval"]) else s["interval"] for s in summaries],
                 marker="o",
                 markersize=4,
                 capsize=2,
