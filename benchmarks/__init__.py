@@ -1,0 +1,1 @@
+"""Programs behind the figures: speed, memory, fidelity, bias, optimisation."""
