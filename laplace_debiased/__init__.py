@@ -1,1 +1,46 @@
-"""Calibrated uncertainty from a small curvature budget, as a plugin for laplace-torch."""
+"""Calibrated uncertainty from a small curvature budget, as a plugin for laplace-torch.
+
+Debiased conjugate gradients and ``NewtonCG`` are in ``laplace_debiased.optim``.
+"""
+
+from laplace_debiased._version import __version__
+from laplace_debiased.calibration import (
+    Evaluation,
+    TemperatureScaling,
+    evaluate,
+    fit_temperature,
+)
+from laplace_debiased.diagnostics import DirectionalProfile, directional_profile
+from laplace_debiased.errors import CoverageError, NotFittedError, NumericalError
+from laplace_debiased.factory import DebiasedLaplace
+from laplace_debiased.options import (
+    Fisher,
+    HessianStructure,
+    Magnitudes,
+    Sampling,
+    Scheme,
+    SubsetOfWeights,
+)
+from laplace_debiased.posterior import DebiasedKronLaplace, DebiasedKronLLLaplace
+
+__all__ = [
+    "CoverageError",
+    "DebiasedKronLLLaplace",
+    "DebiasedKronLaplace",
+    "DebiasedLaplace",
+    "DirectionalProfile",
+    "Evaluation",
+    "Fisher",
+    "HessianStructure",
+    "Magnitudes",
+    "NotFittedError",
+    "NumericalError",
+    "Sampling",
+    "Scheme",
+    "SubsetOfWeights",
+    "TemperatureScaling",
+    "__version__",
+    "directional_profile",
+    "evaluate",
+    "fit_temperature",
+]
