@@ -18,7 +18,7 @@ SMALL: dict[str, tuple[str, ...]] = {
         *("--repetitions", "3", "--validation", "200", "--grid-points", "20"),
         *("--memory-limit", "4", "--time-limit", "60"),
     ),
-    "fit": ("--case", "cnn", "--samples", "64", "--repetitions", "3"),
+    "fit": ("--case", "cnn", "--samples", "64", "--repetitions", "2"),
     "curvature_bias": ("--pairs", "2", "--k", "40"),
     "optimise": ("--one-step", "--seeds", "2"),
     "fidelity": ("--problem", "digits", "--budgets", "128", "--draws", "2"),
