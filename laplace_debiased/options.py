@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
 
-DEFAULT_BYTE_BUDGET = 512 * 2**20
+DEFAULT_BYTE_BUDGET = 256 * 2**20
 """Working memory of one chunk of a pass, in bytes (beside the model and the results)."""
 
 
