@@ -263,5 +263,17 @@ def test_two_batches_must_fit_into_the_training_split(
         measure_spectrum(model, splits, n_samples=49, n_batches=1, seed=0)
 
 
+def test_training_follows_its_seed_alone(splits: DigitSplits) -> None:
+    def weights() -> torch.Tensor:
+        model = train_network(splits.train, epochs=1, seed=4, progress_bar=False)
+        return torch.nn.utils.parameters_to_vector(model.parameters())
+
+    torch.manual_seed(1)
+    first, before = weights(), torch.get_rng_state()
+    assert torch.equal(before, torch.manual_seed(1).get_state())
+    torch.manual_seed(2)
+    assert torch.equal(weights(), first)
+
+
 def test_the_network_is_as_small_as_its_docstring_says() -> None:
     assert sum(parameter.numel() for parameter in build_network().parameters()) == 600
