@@ -29,7 +29,8 @@ def compare(
 ) -> Comparison:
     """Fit, tune and score every method; those that draw ``n_samples`` do so ``n_draws`` times.
 
-    Tuning sees the validation split alone. The network is left as it was.
+    Tuning sees the validation split alone. laplace-torch leaves an attribute ``output_size`` on the
+    network; nothing else of it is changed.
     """
     budget = _Budget(model, splits.train, n_samples, Jacobians.of(model))
     seeds = [derived_seed(seed, "draw", index) for index in range(n_draws)]
@@ -87,6 +88,7 @@ def _methods(budget: _Budget) -> list[_Method]:
             "ours_paper", f"ours, {m}, two_batch + kfac (paper)", True, budget.ours_as_in_paper
         ),
         _Method("ours", f"ours, {m}, default", True, budget.ours),
+        _Method("ours_curvature", f"ours, {m}, curvature sampling", True, budget.ours_by_curvature),
     ]
 
 
@@ -121,6 +123,9 @@ class _Budget:
 
     def ours(self, seed: int) -> Posterior:
         return self._ours(seed)
+
+    def ours_by_curvature(self, seed: int) -> Posterior:
+        return self._ours(seed, sampling="curvature")
 
     def _ours(self, seed: int, **options: Any) -> Posterior:
         return OurPosterior.fit(self.model, self.train, self.n_samples, seed, **options)
