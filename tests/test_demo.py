@@ -34,6 +34,7 @@ ROWS = {
     "ours_single",
     "ours_paper",
     "ours",
+    "ours_curvature",
     "reference",
     "reference_dense",
 }
