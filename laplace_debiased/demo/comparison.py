@@ -87,8 +87,8 @@ def _methods(budget: _Budget) -> list[_Method]:
         _Method(
             "ours_paper", f"ours, {m}, two_batch + kfac (paper)", True, budget.ours_as_in_paper
         ),
+        _Method("ours_uniform", f"ours, {m}, uniform sampling", True, budget.ours_uniform),
         _Method("ours", f"ours, {m}, default", True, budget.ours),
-        _Method("ours_curvature", f"ours, {m}, curvature sampling", True, budget.ours_by_curvature),
     ]
 
 
@@ -124,8 +124,8 @@ class _Budget:
     def ours(self, seed: int) -> Posterior:
         return self._ours(seed)
 
-    def ours_by_curvature(self, seed: int) -> Posterior:
-        return self._ours(seed, sampling="curvature")
+    def ours_uniform(self, seed: int) -> Posterior:
+        return self._ours(seed, sampling="uniform")
 
     def _ours(self, seed: int, **options: Any) -> Posterior:
         return OurPosterior.fit(self.model, self.train, self.n_samples, seed, **options)

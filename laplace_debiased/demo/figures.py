@@ -44,7 +44,7 @@ def plot_spectrum(spectrum: Spectrum) -> Figure:
     panels = (
         (spectrum.own_batch, f"single: the same {m} samples"),
         (spectrum.other_batch, f"two_batch: {m} other samples"),
-        (spectrum.cross_fitted, f"cross_fit (default): the same {m} samples"),
+        (spectrum.cross_fitted, f"cross_fit: the same {m} samples"),
     )
     figure = _figure(12.6, 5.0)
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True)

@@ -126,9 +126,10 @@ def notes(comparison: Comparison) -> Iterator[str]:
     n_draws = max(len(row.draws) for row in comparison.rows)
     draws = f"{n_draws} draws" if n_draws > 1 else "one draw"
     yield (
-        f"Rows with {m} use curvature from {m} of {n} training samples, the same in all rows: mean "
-        f"± standard error over {draws} of the samples, for one network. NLL in nats, mean over "
-        "images."
+        f"Rows with {m} use curvature from {m} of {n} training samples: mean ± standard error over "
+        f"{draws} of the samples, for one network. All rows share the samples but ours by default, "
+        "which draws in proportion to curvature (one forward pass over the training data). NLL in "
+        "nats, mean over images."
     )
     yield (
         "Every prior precision (and the temperature) is chosen by validation NLL; priors from the "

@@ -91,8 +91,28 @@ def settings_from(
         raise ValueError("magnitudes='rayleigh_ritz' is for hessian_structure='lowrank' only.")
     if parsed.get("magnitudes") is Magnitudes.KFAC and low_rank:
         raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
+    parsed.setdefault("sampling", _default_sampling(name, scheme, parsed))
     complete = CurvatureOptions(**({} if scheme is None else {"scheme": scheme}), **parsed)
     return Settings(name, scheme, complete, strict, backend, rank)
+
+
+def _default_sampling(
+    likelihood: str, scheme: Scheme | None, parsed: Mapping[str, Any]
+) -> Sampling:
+    """Curvature sampling wherever it is unbiased and says something.
+
+    Measured on three networks it comes 1 to 8 times closer to the full-data posterior than a
+    uniform draw of the same size, with a fraction of the spread (see the README). Not so for
+    products of factors (biased), for a Gaussian likelihood (all samples are alike), and for the
+    single-batch baseline, which stays what laplace-torch computes.
+    """
+    if (
+        parsed.get("magnitudes") is Magnitudes.KFAC
+        or likelihood == Likelihood.REGRESSION.value
+        or scheme is Scheme.SINGLE
+    ):
+        return Sampling.UNIFORM
+    return Sampling.CURVATURE
 
 
 def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:

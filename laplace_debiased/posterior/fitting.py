@@ -16,6 +16,7 @@ from laplace_debiased.data import (
     plan_from_pool,
     plan_from_two_loaders,
 )
+from laplace_debiased.data.build import budget_pool, checked_budget
 from laplace_debiased.debiasing import join_by_rank
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import CurvatureOptions, Sampling, Scheme
@@ -26,7 +27,7 @@ from laplace_debiased.posterior.estimation import (
     joined_estimate,
 )
 
-MAX_POOL_SIZE = 50_000
+MAX_POOL_SIZE = 8_192
 """Cap on the pool of curvature sampling: one forward pass over it is part of the fit."""
 
 
@@ -122,7 +123,8 @@ def make_plan(
             dict_key_y=request.dict_key_y,
         )
     n_folds, fractions = options.n_folds, options.fold_fractions
-    if options.sampling is Sampling.CURVATURE and request.n_samples is not None:
+    if options.sampling is Sampling.CURVATURE and _is_a_share(request, exclude):
+        assert request.n_samples is not None
         return plan_from_pool(
             request.train_loader,
             score,
@@ -153,6 +155,14 @@ class OutputPass(Protocol):
 
     def outputs(self, inputs: Any) -> Tensor:
         """Network outputs [m, C] without a graph."""
+
+
+def _is_a_share(request: FitRequest, exclude: frozenset[int]) -> bool:
+    """Whether a budget leaves anything out; if not, every sample is taken once."""
+    if request.n_samples is None:
+        return False
+    budget, _ = checked_budget(request.train_loader, request.n_samples, request.n_data, 1)
+    return budget < len(budget_pool(request.train_loader, budget, exclude))
 
 
 def scorer(

@@ -137,7 +137,8 @@ def test_cross_fit_counts_its_own_samples_where_the_pool_is_finite(folds, n_samp
         # Samples that were seen are known exactly; the held-out ones stand for the rest.
         pool = (len(own) / N) * ggn(c, own) + (1 - len(own) / N) * ggn(c, held_out)
         expected += along(basis, torch.diagonal(basis.T @ pool @ basis)) / folds
-    la = fitted(c, fit={"n_samples": n_samples, "seed": 3}, scheme="cross_fit", folds=folds)
+    options = {"scheme": "cross_fit", "folds": folds, "sampling": "uniform"}
+    la = fitted(c, fit={"n_samples": n_samples, "seed": 3}, **options)
     assert error(curvature(la), N * expected) < 1e-8
 
 

@@ -144,7 +144,11 @@ BAD_OPTIONS: dict[str, tuple[dict, type[Exception], str]] = {
         ValueError,
         "needs magnitudes='ggn'",
     ),
-    "ratio without weights": ({"ratio_step": True}, ValueError, "sampling='curvature'"),
+    "ratio without weights": (
+        {"ratio_step": True, "sampling": "uniform"},
+        ValueError,
+        "sampling='curvature'",
+    ),
     "rank": ({"rank": 3}, ValueError, "lowrank"),
     "Rayleigh-Ritz": ({"magnitudes": "rayleigh_ritz"}, ValueError, "lowrank"),
     "damping": ({"damping": True}, ValueError, "damping"),

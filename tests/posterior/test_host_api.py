@@ -168,7 +168,7 @@ def test_adding_data_scales_like_the_concatenation(scheme: str, magnitudes: str)
 
 def test_adding_draws_keeps_n_and_never_repeats_one(scheme: str, magnitudes: str) -> None:
     p = problem("mlp", n=40)
-    la = posterior(p, scheme, magnitudes, fit=False)
+    la = posterior(p, scheme, magnitudes, fit=False, sampling="uniform")
     la.fit(p.loader(), n_samples=20)
     la.fit(p.loader(), n_samples=20, override=False, seed=5)
     assert la.n_data == 40
