@@ -88,14 +88,14 @@ class KfacBlockProfile:
     def _finish(self, curvatures: Axes) -> None:
         """Ranks in place of the bands' numbers, and what K-FAC itself says."""
         numbers = range(1, self.profile.n_directions + 1)
-        curvatures.plot(
-            numbers, self.kfac_curvature, color="0.45", linestyle=":", label="own K-FAC eigenvalue"
+        (dotted,) = curvatures.plot(numbers, self.kfac_curvature, color="0.45", linestyle=":")
+        curvatures.legend(
+            [dotted], ["own K-FAC eigenvalue"], frameon=False, fontsize="small", loc="lower left"
         )
-        curvatures.legend(frameon=False, fontsize="small", loc="lower left")
         # Directions that no sample uses have curvature 0, up to rounding.
         curvatures.set_yscale("log", nonpositive="mask")
         top = float(self.profile.own.curvature.mean.max())
-        curvatures.set_ylim(bottom=max(curvatures.get_ylim()[0], 1e-10 * top))
+        curvatures.set_ylim(bottom=max(curvatures.get_ylim()[0], 1e-6 * top))
         wanted = [10**power for power in range(7) if 10**power <= self.last_rank[-1]]
         places = [sum(first <= rank for first in self.first_rank) for rank in wanted]
         curvatures.set_xticks(places, [str(rank) for rank in wanted])
