@@ -21,13 +21,20 @@ from laplace_debiased.options import (
     Scheme,
     SubsetOfWeights,
 )
-from laplace_debiased.posterior import DebiasedKronLaplace, DebiasedKronLLLaplace
+from laplace_debiased.posterior import (
+    DebiasedKronLaplace,
+    DebiasedKronLLLaplace,
+    DebiasedLowRankLaplace,
+    DebiasedLowRankLLLaplace,
+)
 
 __all__ = [
     "CoverageError",
     "DebiasedKronLLLaplace",
     "DebiasedKronLaplace",
     "DebiasedLaplace",
+    "DebiasedLowRankLLLaplace",
+    "DebiasedLowRankLaplace",
     "DirectionalProfile",
     "Evaluation",
     "Fisher",
