@@ -178,7 +178,11 @@ def test_laplace_torch_gets_the_samples_that_ours_draws(
     model: torch.nn.Module, splits: DigitSplits
 ) -> None:
     chosen = drawn_indices(splits.train, 16, 5)
-    for options in ({"scheme": "single"}, {"scheme": "two_batch", "magnitudes": "kfac"}, {"sampling": "uniform"}):
+    for options in (
+        {"scheme": "single"},
+        {"scheme": "two_batch", "magnitudes": "kfac"},
+        {"sampling": "uniform"},
+    ):
         posterior = OurPosterior.fit(model, splits.train, 16, 5, **options)
         assert posterior.la._fitted.drawn == set(chosen.tolist())
 
