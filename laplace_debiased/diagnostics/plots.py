@@ -108,6 +108,8 @@ def plot_eigenspaces(own: Eigenpairs, other: Eigenpairs) -> Figure:
 
 def plot_sweep(sweep: BatchSizeSweep) -> Figure:
     """Curvature ratios and eigenspace overlap by batch size, mean over pairs ± standard error."""
+    from matplotlib.ticker import StrMethodFormatter
+
     figure = _figure(9.2, 3.6)
     ratios, overlaps = figure.subplots(1, 2)
     for values, name, colour in (
@@ -118,6 +120,8 @@ def plot_sweep(sweep: BatchSizeSweep) -> Figure:
     ratios.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
     ratios.set_ylabel(f"curvature ratio, median of top {sweep.k}")
     ratios.set_yscale("log")
+    for set_formatter in (ratios.yaxis.set_major_formatter, ratios.yaxis.set_minor_formatter):
+        set_formatter(StrMethodFormatter("{x:g}"))
     _errorbars(overlaps, sweep.batch_sizes, sweep.overlap, "eigenspace overlap", "#009E73")
     _errorbars(overlaps, sweep.batch_sizes, sweep.spectrum_ratio, "ratio of eigenvalues", "#CC79A7")
     overlaps.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
