@@ -36,15 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if problem.dense:
         references["posterior with the dense GGN of all data"] = dense_reference(problem, priors)
-    methods = [m for suite in options.suites for m in _SUITES[suite]]
-    if options.only:
-        methods = [m for m in methods if any(part in m.name for part in options.only)]
+    methods = _chosen([m for suite in options.suites for m in _SUITES[suite]], options.only)
     rows: list[Row] = []
     n_data = len(problem.train.dataset)  # type: ignore[arg-type]
     if options.full_data:
         rows = [
             measure(m.name, n_data, [0], _fitter(problem, m, n_data, priors), references)
-            for m in FULL_DATA
+            for m in _chosen(FULL_DATA, options.only)
         ]
     name = f"fidelity_{options.problem}" + (f"_{options.tag}" if options.tag else "")
     for budget in options.budgets:
@@ -67,6 +65,11 @@ def _fitter(
         return lambda: log_predictive(*la._sweep(problem.test_inputs, priors, diagonal=True))
 
     return fit
+
+
+def _chosen(methods: Sequence[Method], only: Sequence[str] | None) -> list[Method]:
+    """The methods whose name holds one of the given parts; all without any."""
+    return [m for m in methods if not only or any(part in m.name for part in only)]
 
 
 def _notes(problem: Problem, options: argparse.Namespace) -> str:
