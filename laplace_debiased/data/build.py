@@ -68,7 +68,8 @@ def plan_from_loader(
         dict_key_y: Key of the targets in mapping batches.
 
     Returns:
-        The plan; its population is the pool drawn from, or all samples of one walk.
+        The plan. Its population is N (less what is excluded), of which the pool drawn from, or all
+        samples of one walk, are a sample or the whole.
 
     Raises:
         TypeError: A number is no int, or the loader cannot be walked or yields no batches that
@@ -85,7 +86,10 @@ def plan_from_loader(
             raise ValueError("exclude needs a budget: pass n_samples.")
         n = loader_length(loader, n_data)
         source: Source = _whole_source(loader, _split_into(n_folds, shares), seed, size, dict_key_y)
-        return plan_of((source,), n_data=n, n_folds=n_folds, population=len(source.draws))
+        walked = len(source.draws)
+        return plan_of(
+            (source,), n_data=n, n_folds=n_folds, population=max(walked, n), pool_size=walked
+        )
     budget, n = checked_budget(loader, n_samples, n_data, n_folds)
     pool = budget_pool(loader, budget, exclude)
     source = uniform_source(
@@ -96,7 +100,13 @@ def plan_from_loader(
         batch_size=size,
         dict_key_y=dict_key_y,
     )
-    return plan_of((source,), n_data=n, n_folds=n_folds, population=len(pool))
+    return plan_of(
+        (source,),
+        n_data=n,
+        n_folds=n_folds,
+        population=max(len(pool), n - len(exclude)),
+        pool_size=len(pool),
+    )
 
 
 def plan_from_two_loaders(

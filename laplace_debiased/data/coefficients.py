@@ -49,8 +49,19 @@ def magnitude_coefficients(
 
     is unbiased for the mean over the pool given D, so given the directions: B̃ knows nothing of D
     itself, and D is known exactly. For uniform draws without replacement this is
-    (m_D/M)·own + (1 − m_D/M)·other. Where the population is unknown the own part is left out:
-    λ(u) = mean over the draws of B̃.
+    (m_D/M)·own + (1 − m_D/M)·other.
+
+    Where the pool is itself a uniform sample of a larger population of P (a ``Subset`` with
+    ``n_data``, a sampler, a capped pool), what of the pool is outside D stands for all of the
+    population that is outside D:
+
+        λ(u) = (1/P) Σ_{n∈D} x_n(u) + (1 − m_D/P) · (mean over the pool outside D, as above),
+
+    m_D the distinct samples of D: exactly (m_D/P)·own + (1 − m_D/P)·other for uniform draws, which
+    is unbiased for the population's mean given D. For weighted draws from a pool that is a sample
+    it is so up to how the normaliser Σh depends on which samples the pool holds, O(1/M).
+
+    Where the population is unknown the own part is left out: λ(u) = mean over the draws of B̃.
 
     Args:
         plan: The plan that the batch belongs to.
@@ -69,12 +80,20 @@ def magnitude_coefficients(
     _check_held_out(plan, held_out)
     n_magnitude = sum(plan.fold_sizes[k] for k in held_out)
     other = batch.counts.double() * batch.weights / n_magnitude
-    if plan.population is None or plan.unseen_mass is None:
-        own, unseen = 0.0, 1.0
-    else:
-        own = 1 / plan.population
-        unseen = max(0.0, 1 - sum(1 - plan.unseen_mass[k] for k in basis))
+    own, unseen = _own_and_unseen(plan, basis)
     return torch.where(_in(batch, basis), own, other * unseen)
+
+
+def _own_and_unseen(plan: CurvaturePlan, basis: frozenset[int]) -> tuple[float, float]:
+    """Weight of a sample of the directions' folds, and the mass that B̃ stands for."""
+    if plan.population is None or plan.pool_size is None or plan.unseen_mass is None:
+        return 0.0, 1.0
+    unseen = max(0.0, 1 - sum(1 - plan.unseen_mass[k] for k in basis))
+    if plan.population > plan.pool_size:
+        seen = sum(plan.distinct_sizes[k] for k in basis)
+        shares = (1 - seen / plan.population) / (1 - seen / plan.pool_size)
+        unseen *= shares
+    return 1 / plan.population, unseen
 
 
 def ratio_factor(plan: CurvaturePlan, basis_folds: Collection[int]) -> float:

@@ -101,8 +101,11 @@ class CurvaturePlan:
     Attributes:
         n_data: N, size of the training set that a posterior is scaled to.
         fold_sizes: Draws per fold, the sum of counts.
-        population: M, size of the pool that the draws stand for, without the samples that were
-            excluded from it; None for explicit loaders, whose population is unknown.
+        population: Size of what the draws stand for: N without the samples that were excluded,
+            or all samples of one walk where they are more. None for explicit loaders, whose
+            population is unknown.
+        pool_size: M, size of the pool that was drawn from. It is the population, or a uniform
+            sample of it: what a ``Subset``, a sampler, ``drop_last`` or a cap leaves.
         unseen_mass: Per fold Z_k = 1 − Σ q_n over the distinct samples of fold k, the probability
             of a sample outside it under one draw from the pool; None for explicit loaders.
         indices: Per fold its distinct dataset indices, ascending; None where unknown.
@@ -115,6 +118,7 @@ class CurvaturePlan:
     n_data: int
     fold_sizes: tuple[int, ...]
     population: int | None
+    pool_size: int | None
     unseen_mass: tuple[float, ...] | None
     indices: tuple[Tensor, ...] | None = field(repr=False)
     sources: tuple[Source, ...] = field(repr=False)
@@ -154,6 +158,12 @@ class CurvaturePlan:
         return sum(len(source.draws) for source in self.sources)
 
     @property
+    def distinct_sizes(self) -> tuple[int, ...]:
+        """Samples of each fold as they are walked: one that was drawn twice counts once."""
+        folds = torch.cat([source.draws.folds for source in self.sources])
+        return tuple(torch.bincount(folds, minlength=self.n_folds).tolist())
+
+    @property
     def is_weighted(self) -> bool:
         """Whether the draws are weighted: from q ∝ curvature, with replacement in a fold."""
         return any(bool((source.draws.weights != 1).any()) for source in self.sources)
@@ -165,24 +175,30 @@ def plan_of(
     n_data: int,
     n_folds: int,
     population: int | None,
+    pool_size: int | None = None,
     pool: PoolScores | None = None,
     held_out_folds: frozenset[int] | None = None,
 ) -> CurvaturePlan:
-    """Plan over ``sources`` with the sizes, masses and indices that follow from their draws."""
+    """Plan over ``sources`` with the sizes, masses and indices that follow from their draws.
+
+    ``pool_size`` is the population's where it is not given.
+    """
+    pool_size = population if pool_size is None else pool_size
     folds, counts, weights = (
         torch.cat([getattr(source.draws, name) for source in sources])
         for name in ("folds", "counts", "weights")
     )
     sizes = torch.bincount(folds, weights=counts.double(), minlength=n_folds)
     unseen = None
-    if population is not None:
-        mass = torch.bincount(folds, weights=1 / (population * weights), minlength=n_folds)
+    if pool_size is not None:
+        mass = torch.bincount(folds, weights=1 / (pool_size * weights), minlength=n_folds)
         # A fold that holds the whole pool leaves exactly nothing, not rounding noise.
         unseen = tuple((1 - mass).clamp(min=0).tolist())
     return CurvaturePlan(
         n_data=n_data,
         fold_sizes=tuple(int(size) for size in sizes),
         population=population,
+        pool_size=pool_size,
         unseen_mass=unseen,
         indices=_fold_indices(sources, n_folds),
         sources=sources,

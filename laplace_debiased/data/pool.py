@@ -109,7 +109,8 @@ def plan_from_pool(
             fold 0 is i.i.d. from q and only the last fold may be held out.
         epsilon: Share of uniform draws in q, in (0, 1].
         pool_size: Largest pool M, a uniform subset of what the sampler draws from. Everything is
-            then unbiased for that pool's mean. None for no limit.
+            then unbiased for that pool's mean, and what of the pool the directions have not seen
+            stands for all that they have not seen. None for no limit.
         exclude: Dataset indices not to draw.
         batch_size: Samples per batch; None for the loader's own.
         dict_key_y: Key of the targets in mapping batches.
@@ -141,7 +142,8 @@ def plan_from_pool(
         (source,),
         n_data=n,
         n_folds=n_folds,
-        population=len(pool),
+        population=max(len(pool), n - len(exclude)),
+        pool_size=len(pool),
         pool=scores,
         held_out_folds=held_out,
     )

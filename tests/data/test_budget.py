@@ -76,7 +76,7 @@ def test_budget_is_drawn_from_the_samplers_indices_and_n_is_the_datasets(kind):
     plan = plan_from_loader(loader, folds=2, n_samples=5)
     assert sorted(flat(targets_by_fold(plan))) == PART
     assert sorted(torch.cat(plan.indices).tolist()) == PART
-    assert (plan.n_data, plan.population) == (20, 5)
+    assert (plan.n_data, plan.population, plan.pool_size) == (20, 20, 5)
     with pytest.raises(ValueError, match="n_samples=6 exceeds the 5 samples"):
         plan_from_loader(loader, folds=2, n_samples=6)
 

@@ -51,13 +51,8 @@ def planned(folds_of_counts, q, **arguments) -> CurvaturePlan:
         weights=1 / (len(q) * q[where]),
         indices=where,
     )
-    return plan_of(
-        (Listed(draws),),
-        n_data=len(q),
-        n_folds=len(folds_of_counts),
-        population=len(q),
-        **arguments,
-    )
+    sizes = {"population": len(q), "n_data": len(q), **arguments}
+    return plan_of((Listed(draws),), n_folds=len(folds_of_counts), pool_size=len(q), **sizes)
 
 
 def rows(m: int, seed: int = 0) -> torch.Tensor:
@@ -125,6 +120,71 @@ def test_unbiased_given_each_directions_batch_not_only_on_average():
     for state, p in joint_law(q.tolist(), (2, 2)).items():
         given.setdefault(state[0], []).append(p * errors(planned(state, q), rows(5), {0})[0])
     assert max(abs(float(sum(parts))) for parts in given.values()) < 1e-12
+
+
+def mean_errors_over_pools(sizes, basis, q_of, law_of):
+    """Bias for all 6 rows of a population, over every pool of 4 of them and every draw from it.
+
+    Returns it with the population and with the pool taken for the population, and given each
+    directions' batch (as population indices) with the population.
+    """
+    everything = rows(6, seed=2)
+    pools = list(itertools.combinations(range(6), 4))
+    total, given = torch.zeros(2, dtype=torch.float64), {}
+    for pool in pools:
+        q = q_of(list(pool))
+        for state, p in law_of(q).items():
+            found = []
+            for population in (6, 4):
+                plan = planned(state, q, population=population)
+                draws = plan.sources[0].draws
+                mine = everything[list(pool)]
+                u = top_direction(plan, draws, mine, basis)
+                x = (everything @ u) ** 2
+                c = magnitude_coefficients(plan, draws, basis)
+                found.append(c @ x[list(pool)][draws.indices] - x.mean())
+            chance = p / len(pools)
+            total += chance * torch.stack(found)
+            key = tuple(tuple(pool[i] for i in range(4) if state[k][i]) for k in sorted(basis))
+            given[key] = given.get(key, 0.0) + chance * float(found[0])
+    return total, given
+
+
+@pytest.mark.parametrize(("sizes", "basis"), [((2, 2), {0}), ((1, 2), {1}), ((1, 1, 2), {0, 2})])
+def test_a_pool_that_is_a_sample_is_unbiased_for_its_population_given_each_direction(sizes, basis):
+    total, given = mean_errors_over_pools(
+        sizes,
+        basis,
+        lambda pool: torch.full((4,), 0.25, dtype=torch.float64),
+        lambda q: uniform_law(4, sizes),
+    )
+    assert max(map(abs, given.values())) < 1e-12
+    assert abs(float(total[0])) < 1e-12
+    assert abs(float(total[1])) > 0.05
+
+
+def test_weighted_draws_from_a_sampled_pool_are_nearly_unbiased_for_its_population():
+    h = torch.tensor([5.0, 3.0, 1.0, 1.0, 0.5, 2.0])
+    total, _ = mean_errors_over_pools(
+        (1, 2),
+        {1},
+        lambda pool: sampling_probabilities(h[pool], 0.3),
+        lambda q: joint_law(q.tolist(), (1, 2)),
+    )
+    # Left over is how Σh depends on the pool, here with 4 samples; it vanishes as 1/M.
+    assert abs(float(total[0])) < 0.01 * abs(float(total[1]))
+
+
+def test_a_sampled_pool_gives_the_documented_mixture_of_the_population():
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(Numbers(40), range(5, 15)), batch_size=50
+    )
+    for budget in (6, None):
+        plan = plan_from_loader(loader, folds=2, n_samples=budget, n_data=100)
+        c = magnitude_coefficients(plan, _batch(plan), {0})
+        folds, m = _batch(plan).folds, plan.fold_sizes[0]
+        assert c[folds == 0].tolist() == pytest.approx([1 / 100] * m)
+        assert c[folds == 1].tolist() == pytest.approx([(1 - m / 100) / m] * m)
 
 
 def test_statistically_unbiased_in_both_directions_with_the_code_that_draws():

@@ -65,7 +65,7 @@ def test_pool_is_capped_to_a_subset_of_the_samplers_indices():
         for seed in (0, 1)
     ]
     for plan in plans:
-        assert plan.population == len(plan.pool) == 9
+        assert (plan.population, plan.pool_size, len(plan.pool)) == (40, 9, 9)
         assert set(plan.pool.indices.tolist()) <= set(part)
         assert set(flat(targets_by_fold(plan))) <= set(plan.pool.indices.tolist())
         assert plan.n_data == 40

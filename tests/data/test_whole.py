@@ -70,17 +70,21 @@ def test_one_fold_is_the_loaders_own_batches():
     assert all(torch.equal(b.inputs, x) for b, (x, _) in zip(got, own, strict=True))
 
 
-def test_drop_last_and_sampler_lower_the_population_but_not_n_data():
+def test_drop_last_and_sampler_give_a_sample_of_the_training_set_behind_them():
     data = Numbers(11)
     dropping = plan_from_loader(DataLoader(data, batch_size=4, drop_last=True), folds=2)
-    assert (dropping.n_data, dropping.population, dropping.n_samples) == (11, 8, 8)
+    assert (dropping.n_data, dropping.population, dropping.pool_size) == (11, 11, 8)
     part = plan_from_loader(
         DataLoader(data, sampler=torch.utils.data.SubsetRandomSampler([1, 5, 7])), folds=1
     )
-    assert (part.n_data, part.population) == (11, 3)
+    assert (part.n_data, part.population, part.pool_size) == (11, 11, 3)
     assert sorted(targets_by_fold(part)[0]) == [1, 5, 7]
     subset = plan_from_loader(DataLoader(Subset(data, [1, 5, 7])), folds=1)
-    assert (subset.n_data, subset.population) == (3, 3)
+    assert (subset.n_data, subset.population, subset.pool_size) == (3, 3, 3)
+    drawn = plan_from_loader(DataLoader(Subset(data, [1, 5, 7])), folds=2, n_data=11)
+    assert (drawn.n_data, drawn.population, drawn.pool_size) == (11, 11, 3)
+    few = plan_from_loader(DataLoader(data), folds=2, n_data=4)
+    assert (few.n_data, few.population) == (4, 11)
 
 
 def test_repeats_of_a_sample_share_its_fold():
