@@ -15,6 +15,7 @@ from laplace_debiased.curvature.layers import Layer, LayerRule, registered_rules
 from laplace_debiased.curvature.passes import (
     BackwardPass,
     Chunk,
+    ColumnChunk,
     CurvaturePass,
     LayerRows,
     identity_columns,
@@ -26,6 +27,7 @@ __all__ = [
     "BlockBasis",
     "BlockFactors",
     "Chunk",
+    "ColumnChunk",
     "Coverage",
     "CoverageError",
     "CurvaturePass",

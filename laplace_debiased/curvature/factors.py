@@ -102,28 +102,43 @@ class FactorAccumulator:
         self._outputs: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
 
-    def add(self, layer: Layer, rows: LayerRows, weights: Tensor, counts: Tensor) -> None:
-        """Add one layer's rows.
+    def add_inputs(self, layer: Layer, inputs: Tensor, counts: Tensor | None = None) -> None:
+        """Add a layer's inputs to the factor A of its weight.
 
         Args:
             layer: the layer.
-            rows: its inputs and columns.
-            weights: importance weights w [m] of the gradient terms.
-            counts: multiplicity of every sample [m].
+            inputs: what its module was called with, m samples.
+            counts: multiplicity of every sample [m]; None for ones.
         """
-        gradient_weights = weights * counts
-        if layer.weight is not None and rows.inputs is not None:
-            covariance = output_covariance(rows.columns, gradient_weights)
+        if layer.weight is not None:
+            covariance = layer.rule.input_covariance(layer.module, inputs, counts)
+            _add_to(self._inputs, layer.weight, covariance)
+
+    def add_column(self, layer: Layer, cotangents: Tensor) -> None:
+        """Add one back-propagated column to the factors B.
+
+        Args:
+            layer: the layer.
+            cotangents: gradients in its module's output, each scaled by the square root of its
+                sample's weight.
+        """
+        g = layer.rule.output_positions(layer.module, cotangents).unsqueeze(1)
+        covariance = output_covariance(g)
+        if layer.weight is not None:
             _add_to(self._outputs, layer.weight, covariance)
-            _add_to(self._inputs, layer.weight, input_covariance(rows.inputs, counts))
-            if layer.bias is not None and not self._summed_bias:
-                _add_to(self._outputs, layer.bias, covariance)
-                return
         if layer.bias is not None:
-            columns = rows.columns
-            if self._summed_bias:
-                columns = columns.sum(2, keepdim=True)
-            _add_to(self._outputs, layer.bias, output_covariance(columns, gradient_weights))
+            if self._summed_bias and g.shape[2] > 1:
+                covariance = output_covariance(g.sum(2, keepdim=True))
+            _add_to(self._outputs, layer.bias, covariance)
+
+    def add_rows(self, layer: Layer, rows: LayerRows) -> None:
+        """Add rows of weight one, all columns at once."""
+        if layer.weight is not None and rows.inputs is not None:
+            _add_to(self._inputs, layer.weight, input_covariance(rows.inputs))
+            _add_to(self._outputs, layer.weight, output_covariance(rows.columns))
+        if layer.bias is not None:
+            columns = rows.columns.sum(2, keepdim=True) if self._summed_bias else rows.columns
+            _add_to(self._outputs, layer.bias, output_covariance(columns))
 
     def means(self, n_samples: float) -> KroneckerFactors:
         """Per-sample means over ``n_samples`` draws.
@@ -206,7 +221,7 @@ def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = value if name not in sums else sums[name] + value
 
 
-def select_samples(rows: LayerRows, index: Tensor) -> LayerRows:
+def select_samples(rows: LayerRows, index: Tensor | slice) -> LayerRows:
     """The rows of some samples of a chunk."""
     inputs = None if rows.inputs is None else rows.inputs[index]
     return LayerRows(inputs, rows.columns[index])

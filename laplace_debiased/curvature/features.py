@@ -17,7 +17,13 @@ from laplace_debiased.curvature.guards import (
     to_device,
 )
 from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.passes import Chunk, Columns, LayerRows, check_outputs
+from laplace_debiased.curvature.passes import (
+    Chunk,
+    ColumnChunk,
+    Columns,
+    LayerRows,
+    check_outputs,
+)
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 
@@ -88,6 +94,21 @@ class FeaturePass:
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
             yield self._chunk(outputs[rows], features[rows], rows, columns)
+
+    def column_chunks(
+        self, inputs: Any, columns: Columns, *, n_columns: int | None = None
+    ) -> Iterator[ColumnChunk]:
+        """One forward pass over the batch, then chunks of its features, column by column."""
+        outputs, features = self.features(inputs)
+        m, n_outputs = outputs.shape
+        per_sample = n_outputs * (n_outputs if n_columns is None else n_columns) + features.shape[1]
+        step = max(1, min(m, self.byte_budget // (4 * outputs.element_size() * per_sample)))
+        for start in range(0, m, step):
+            rows = slice(start, min(start + step, m))
+            to_pull = columns(outputs[rows], rows).unbind(-1)
+            name = self.layer.name
+            each = ({name: column} for column in to_pull)
+            yield ColumnChunk(rows, outputs[rows], {name: features[rows]}, each)
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
         to_pull = columns(outputs, rows)

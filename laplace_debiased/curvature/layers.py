@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.curvature.autocorrelation import applies_to, patch_covariance
+from laplace_debiased.curvature.kernels import input_covariance
 
 class LayerRule(Protocol):
     """How one type of layer is a linear map that is shared over positions."""
@@ -27,6 +29,11 @@ class LayerRule(Protocol):
 
     def output_positions(self, module: nn.Module, cotangents: Tensor) -> Tensor:
         """Gradients in its outputs [m, T, D_out]."""
+
+    def input_covariance(
+        self, module: nn.Module, inputs: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Σ_n w_n/T Σ_t a_{n,t} a_{n,t}ᵀ [D_in, D_in] of the linear map's inputs."""
 
 
 class LinearRule:
@@ -43,6 +50,12 @@ class LinearRule:
     def output_positions(self, module: nn.Module, cotangents: Tensor) -> Tensor:
         """[m, ..., D_out] → [m, T, D_out]."""
         return cotangents.reshape(cotangents.shape[0], -1, cotangents.shape[-1])
+
+    def input_covariance(
+        self, module: nn.Module, inputs: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Of the inputs as they are."""
+        return input_covariance(self.input_positions(module, inputs), weights)
 
 
 class Conv2dRule:
@@ -71,6 +84,15 @@ class Conv2dRule:
     def output_positions(self, module: nn.Module, cotangents: Tensor) -> Tensor:
         """[m, C_out, H', W'] → [m, T, C_out]."""
         return cotangents.flatten(2).transpose(1, 2)
+
+    def input_covariance(
+        self, module: nn.Module, inputs: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Of the patches; from the image's autocorrelation where that is faster."""
+        assert isinstance(module, nn.Conv2d)
+        if applies_to(module, inputs):
+            return patch_covariance(inputs, module.kernel_size, weights)
+        return input_covariance(self.input_positions(module, inputs), weights)
 
 
 _RULES: dict[type[nn.Module], LayerRule] = {nn.Linear: LinearRule(), nn.Conv2d: Conv2dRule()}

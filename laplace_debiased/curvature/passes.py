@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,6 +55,27 @@ class Chunk:
     layer_rows: Callable[[Layer], LayerRows]
 
 
+@dataclass(frozen=True, eq=False)
+class ColumnChunk:
+    """A chunk of a batch whose columns are pulled back one at a time.
+
+    What sums over columns needs no array of all of them: the memory is that of the graph and of
+    one gradient per recorded output.
+
+    Attributes:
+        rows: which samples of the batch.
+        outputs: network outputs [m, C].
+        inputs: by layer name, the recorded layer inputs.
+        columns: walks the R columns, once: by layer name, gradients in the layer's output. Layers
+            that do not affect the outputs are missing.
+    """
+
+    rows: slice
+    outputs: Tensor
+    inputs: Mapping[str, Tensor]
+    columns: Iterator[Mapping[str, Tensor]]
+
+
 class CurvaturePass(Protocol):
     """Walks a batch: forward, pull back columns, and hand over every layer's rows."""
 
@@ -71,15 +93,21 @@ class CurvaturePass(Protocol):
     ) -> Iterator[Chunk]:
         """Chunks of the batch in order; each sample is in exactly one."""
 
+    def column_chunks(
+        self, inputs: Any, columns: Columns, *, n_columns: int | None = None
+    ) -> Iterator[ColumnChunk]:
+        """The same, column by column. A chunk is to be used up before the next one is asked for."""
+
     def outputs(self, inputs: Any) -> Tensor:
         """Network outputs [m, C] without a graph."""
 
 
 def identity_columns(outputs: Tensor, rows: slice) -> Tensor:
     """One column per output: the pull-backs are the rows of the Jacobian."""
-    m, n_outputs = outputs.shape
+    m, *shape = outputs.shape
+    n_outputs = math.prod(shape)
     eye = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
-    return eye.expand(m, -1, -1)
+    return eye.reshape(*shape, n_outputs).expand(m, *shape, n_outputs)
 
 
 def no_columns(outputs: Tensor, rows: slice) -> Tensor:
@@ -136,18 +164,38 @@ class BackwardPass:
             ValueError: if ``inputs`` hold no sample.
         """
         inputs = to_device(inputs, self.device)
+        for rows, part in self._parts(inputs, n_columns):
+            yield self._chunk(part, rows, columns, differentiable)
+
+    def column_chunks(
+        self, inputs: Any, columns: Columns, *, n_columns: int | None = None
+    ) -> Iterator[ColumnChunk]:
+        """Forward, then one pull-back at a time, chunk by chunk; arguments as in ``chunks``."""
+        inputs = to_device(inputs, self.device)
+        for rows, part in self._parts(inputs, n_columns=1):
+            tape = record(self.model, self.layers, part)
+            check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
+            outputs = full_precision(tape.outputs.detach())
+            recorded = {
+                layer.name: full_precision(tape.input_of(layer.name).detach())
+                for layer in self.layers
+                if layer.name in tape.edges
+            }
+            to_pull = columns(outputs, rows).to(tape.outputs.dtype)
+            yield ColumnChunk(rows, outputs, recorded, _pull_back_each(tape, to_pull))
+
+    def _parts(self, inputs: Any, n_columns: int | None) -> Iterator[tuple[slice, Any]]:
         length = batch_length(inputs)
         if length == 0:
             raise ValueError("the model inputs hold no sample.")
         step = self._chunk_length(inputs, length, n_columns)
         for start in range(0, length, step):
             rows = slice(start, min(start + step, length))
-            part = inputs if rows == slice(0, length) else select_rows(inputs, rows)
-            yield self._chunk(part, rows, columns, differentiable)
+            yield rows, inputs if rows == slice(0, length) else select_rows(inputs, rows)
 
     def _chunk(self, inputs: Any, rows: slice, columns: Columns, differentiable: bool) -> Chunk:
         tape = record(self.model, self.layers, inputs)
-        check_outputs(tape.outputs, rows.stop - rows.start)
+        check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
         outputs = full_precision(tape.outputs if differentiable else tape.outputs.detach())
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             to_pull = columns(outputs, rows).to(tape.outputs.dtype)
@@ -181,32 +229,46 @@ def _pull_back_all(
     tape: LayerTape, columns: Tensor, differentiable: bool
 ) -> dict[str, list[Tensor]]:
     stacks: dict[str, list[Tensor]] = {}
-    n_columns = columns.shape[-1]
-    if not tape.edges:
-        return stacks
-    for r in range(n_columns):
-        pulled = tape.pull_back(
-            columns[..., r], create_graph=differentiable, retain_graph=r + 1 < n_columns
-        )
+    for pulled in _pull_back_each(tape, columns, differentiable):
         for name, gradient in pulled.items():
             stacks.setdefault(name, []).append(gradient)
     return stacks
 
 
-def check_outputs(outputs: Tensor, length: int) -> None:
+def _pull_back_each(
+    tape: LayerTape, columns: Tensor, differentiable: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """One pull-back per column of ``columns`` [m, C, R]; nothing where no layer was recorded."""
+    n_columns = columns.shape[-1] if tape.edges else 0
+    for r in range(n_columns):
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            pulled = tape.pull_back(
+                columns[..., r], create_graph=differentiable, retain_graph=r + 1 < n_columns
+            )
+        yield pulled
+
+
+def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> None:
     """Check that outputs are finite, one row per sample.
 
+    Args:
+        outputs: network outputs.
+        length: samples that went in.
+        positions: whether a sample may have outputs at several positions.
+
     Raises:
-        ValueError: if they are not [m, C].
+        ValueError: if they are not [m, C], nor [m, T, C] where that is allowed.
         NumericalError: if one is NaN or infinite.
     """
-    if outputs.ndim != 2 or outputs.shape[0] != length:
+    if outputs.ndim not in ((2, 3) if positions else (2,)) or outputs.shape[0] != length:
+        sequences = f" or (batch, positions, outputs) = ({length}, T, C)" if positions else ""
         raise ValueError(
-            f"the model must return outputs of shape (batch, outputs) = ({length}, C); got "
-            f"{tuple(outputs.shape)}."
+            f"the model must return outputs of shape (batch, outputs) = ({length}, C){sequences}; "
+            f"got {tuple(outputs.shape)}."
         )
-    if not bool(torch.isfinite(outputs.detach()).all()):
-        bad = int((~torch.isfinite(outputs.detach()).all(-1)).nonzero()[0])
+    finite = torch.isfinite(outputs.detach())
+    if not bool(finite.all()):
+        bad = int((~finite.flatten(1).all(-1)).nonzero()[0])
         raise NumericalError(
             f"the model's outputs are NaN or infinite (first at sample {bad} of the batch). Check "
             "the weights and the inputs for NaN."
@@ -221,7 +283,7 @@ def bytes_per_sample(tape: LayerTape, layers: tuple[Layer, ...], n_columns: int 
     arrays of the size of its rotated gradients.
     """
     size = tape.outputs.element_size()
-    columns = tape.outputs.shape[-1] if n_columns is None else n_columns
+    columns = tape.outputs[0].numel() if n_columns is None else n_columns
     graph, largest = 0, 0
     for layer in layers:
         if layer.name not in tape.inputs:

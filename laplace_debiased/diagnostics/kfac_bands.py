@@ -135,10 +135,9 @@ def bands_of(walk: BandWalk, batch: object, names: Sequence[str], n_bands: int) 
     n_samples = 0
     for chunk in walk.chunks(batch):
         n_samples += len(chunk.outputs)
-        ones = chunk.outputs.new_ones(len(chunk.outputs))
         for layer in chunk.layers:
             rows = chunk.layer_rows(layer)
-            factors.add(layer, LayerRows(rows.inputs, rows.columns[:, :-1]), ones, ones)
+            factors.add_rows(layer, LayerRows(rows.inputs, rows.columns[:, :-1]))
             for name in layer.parameter_names:
                 gradient = _gradient(_rows_for(layer, name, rows))
                 gradients[name] = gradients[name] + gradient if name in gradients else gradient

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from laplace_debiased.curvature import (
     Chunk,
+    ColumnChunk,
     CurvaturePass,
     FactorAccumulator,
     KroneckerFactors,
@@ -18,6 +19,7 @@ from laplace_debiased.curvature import (
     select_samples,
 )
 from laplace_debiased.curvature.factors import BlockBasis
+from laplace_debiased.curvature.guards import full_precision, select_rows
 from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.data import (
     Batch,
@@ -37,6 +39,7 @@ from laplace_debiased.debiasing import (
 )
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes, Scheme
+from laplace_debiased.posterior.checks import require_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,22 +113,20 @@ class KronEstimator:
         sums = [FactorAccumulator(self.names, summed_bias=summed_bias) for _ in plan.fold_sizes]
         total_loss, n_outputs = 0.0, 0
         shares: list[Tensor] = []
-        for batch, chunk in self._walk(plan, "Kronecker factors"):
-            part = _rows_of(batch, chunk)
+        labels: list[Tensor] = []
+        for batch, chunk in self._factor_walk(plan):
+            part = _rows_of(batch, chunk.rows, chunk.outputs.device)
             losses = self.loss.losses(chunk.outputs, part.targets).double()
             weights = (part.weights * part.counts).to(losses)
             total_loss += float((losses * weights).sum())
-            traces = self.loss.hessian_trace(chunk.outputs).double()
+            traces = self.loss.hessian_trace(chunk.outputs, part.targets).double()
             shares += [
                 (traces * part.weights.to(traces)).repeat_interleave(part.counts.to(traces.device))
             ]
             n_outputs = chunk.outputs.shape[-1]
-            for layer in chunk.layers:
-                rows = chunk.layer_rows(layer)
-                for fold, index in _fold_groups(part.folds):
-                    chosen = rows if index is None else select_samples(rows, index)
-                    weights, counts = _take(part, index)
-                    sums[fold].add(layer, chosen, weights.to(rows.columns), counts.to(rows.columns))
+            labels.append(self.loss.n_labels(part.targets))
+            self._add_chunk(sums, chunk, part)
+        require_labels(torch.cat(labels))
         factors = tuple(
             accumulator.means(size) for accumulator, size in zip(sums, plan.fold_sizes, strict=True)
         )
@@ -136,6 +137,28 @@ class KronEstimator:
             _effective_samples(torch.cat(shares)),
         )
 
+    def _add_chunk(
+        self, sums: Sequence[FactorAccumulator], chunk: ColumnChunk, part: Batch
+    ) -> None:
+        """Add a chunk to the factors of its folds."""
+        slices = fold_slices(part.folds)
+        repeated = bool((part.counts != 1).any())
+        counts = part.counts.to(chunk.outputs) if repeated else None
+        seen: set[str] = set()
+        for column in chunk.columns:
+            for layer in self.curvature_pass.layers:
+                if layer.name not in column:
+                    continue
+                cotangents = full_precision(column[layer.name])
+                for fold, rows in slices:
+                    if layer.name not in seen:
+                        inputs = chunk.inputs[layer.name][rows]
+                        sums[fold].add_inputs(
+                            layer, inputs, None if counts is None else counts[rows]
+                        )
+                    sums[fold].add_column(layer, cotangents[rows])
+                seen.add(layer.name)
+
     def exact_magnitudes(
         self,
         plan: CurvaturePlan,
@@ -145,32 +168,50 @@ class KronEstimator:
         """Second walk: directional curvatures along each measurement's eigenbasis."""
         sums = [MagnitudeAccumulator(basis) for basis in bases]
         for batch, chunk in self._walk(plan, "directional curvature"):
-            part = _rows_of(batch, chunk)
+            part = _rows_of(batch, chunk.rows, chunk.outputs.device)
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
             for layer in chunk.layers:
                 rows = chunk.layer_rows(layer)
                 for accumulator, coefficients in zip(sums, wanted, strict=True):
-                    index = coefficients.nonzero().squeeze(-1)
-                    if len(index) == 0:
-                        continue
-                    whole = len(index) == len(coefficients)
-                    chosen = rows if whole else select_samples(rows, index.to(rows.columns.device))
-                    accumulator.add(layer, chosen, coefficients[index].to(rows.columns))
+                    used = nonzero_slice(coefficients)
+                    if used is not None:
+                        accumulator.add(
+                            layer, select_samples(rows, used), coefficients[used].to(rows.columns)
+                        )
         return [accumulator.tables() for accumulator in sums]
 
+    def _factor_walk(self, plan: CurvaturePlan) -> Iterator[tuple[Batch, ColumnChunk]]:
+        """Column by column; each column scaled by the square root of its sample's weight."""
+        for batch, columns in self._batches(plan, "Kronecker factors"):
+            weights = batch.weights * batch.counts
+            scaled = columns if bool((weights == 1).all()) else _scaled_columns(columns, weights)
+            yield from (
+                (batch, chunk)
+                for chunk in self.curvature_pass.column_chunks(
+                    batch.inputs, scaled, n_columns=self._n_columns
+                )
+            )
+
     def _walk(self, plan: CurvaturePlan, what: str) -> Iterator[tuple[Batch, Chunk]]:
-        """Batches of the plan with their chunks; label draws repeat from walk to walk."""
+        """Batches of the plan with their chunks."""
+        for batch, columns in self._batches(plan, what):
+            yield from (
+                (batch, chunk)
+                for chunk in self.curvature_pass.chunks(
+                    batch.inputs, columns, n_columns=self._n_columns
+                )
+            )
+
+    def _batches(self, plan: CurvaturePlan, what: str) -> Iterator[tuple[Batch, Columns]]:
+        """Batches of the plan and their columns; label draws repeat from walk to walk."""
         generator = torch.Generator().manual_seed(self.seed)
         batches: Iterable[Batch] = plan.batches()
         if self.progress_bar:
             batches = tqdm(batches, total=len(plan), desc=f"[{what}]")
-        for batch in batches:
-            columns = self._columns_of(batch, generator)
+        for unsorted in batches:
+            batch = _by_fold(unsorted)
             with torch.no_grad():
-                for chunk in self.curvature_pass.chunks(
-                    batch.inputs, columns, n_columns=self._n_columns
-                ):
-                    yield batch, chunk
+                yield batch, self._columns_of(batch, generator)
 
     @property
     def _n_columns(self) -> int | None:
@@ -190,7 +231,7 @@ class KronEstimator:
             targets = batch.targets[rows].to(outputs.device)
             self.loss.check_targets(outputs, targets)
             if self.options.fisher is Fisher.MC and noise is None:
-                shape = (len(batch), outputs.shape[-1], self.options.mc_samples)
+                shape = (len(batch), *outputs.shape[1:], self.options.mc_samples)
                 noise = self.loss.label_noise(shape, generator)
             drawn = None if noise is None else noise[rows]
             return curvature_columns(self.loss, outputs, targets, self.options.fisher, noise=drawn)
@@ -204,8 +245,31 @@ def _effective_samples(shares: Tensor) -> float:
     return float(shares.sum()) ** 2 / squares if squares > 0 else float(len(shares))
 
 
-def _rows_of(batch: Batch, chunk: Chunk) -> Batch:
-    rows, device = chunk.rows, chunk.outputs.device
+def _scaled_columns(columns: Columns, weights: Tensor) -> Columns:
+    """Columns times the square root of their sample's weight [m]."""
+
+    def scaled(outputs: Tensor, rows: slice) -> Tensor:
+        found = columns(outputs, rows)
+        return found * weights[rows].sqrt().to(found).reshape(-1, 1, 1)
+
+    return scaled
+
+
+def _by_fold(batch: Batch) -> Batch:
+    """The batch with its samples in the order of their folds, so that a fold is a slice."""
+    if bool((batch.folds.diff() >= 0).all()):
+        return batch
+    order = batch.folds.argsort(stable=True)
+    return Batch(
+        select_rows(batch.inputs, order),
+        batch.targets[order],
+        batch.folds[order],
+        batch.counts[order],
+        batch.weights[order],
+    )
+
+
+def _rows_of(batch: Batch, rows: slice, device: torch.device) -> Batch:
     return Batch(
         None,
         batch.targets[rows].to(device),
@@ -215,18 +279,20 @@ def _rows_of(batch: Batch, chunk: Chunk) -> Batch:
     )
 
 
-def _fold_groups(folds: Tensor) -> list[tuple[int, Tensor | None]]:
-    """Samples of each fold in a chunk; None stands for all of them."""
-    present = folds.unique().tolist()
-    if len(present) == 1:
-        return [(present[0], None)]
-    return [(fold, (folds == fold).nonzero().squeeze(-1)) for fold in present]
+def fold_slices(folds: Tensor) -> list[tuple[int, slice]]:
+    """Where each fold sits in a chunk whose folds ascend."""
+    present, lengths = folds.unique_consecutive(return_counts=True)
+    ends = lengths.cumsum(0).tolist()
+    return [
+        (fold, slice(end - length, end))
+        for fold, length, end in zip(present.tolist(), lengths.tolist(), ends, strict=True)
+    ]
 
 
-def _take(part: Batch, index: Tensor | None) -> tuple[Tensor, Tensor]:
-    if index is None:
-        return part.weights, part.counts
-    return part.weights[index], part.counts[index]
+def nonzero_slice(coefficients: Tensor) -> slice | None:
+    """From the first to the last coefficient that is not zero."""
+    index = coefficients.nonzero()
+    return slice(int(index[0]), int(index[-1]) + 1) if len(index) else None
 
 
 def coefficients_of(plan: CurvaturePlan, measurement: Measurement, part: Batch) -> Tensor:
