@@ -13,3 +13,11 @@ class NumericalError(FloatingPointError, ValueError):
 
 class CoverageError(ValueError):
     """A posterior cannot cover the parameters it was asked to cover."""
+
+
+class ModelChangedError(RuntimeError):
+    """The model's weights are no longer those that the posterior was fitted to."""
+
+
+class StoredFileError(ValueError):
+    """A file that cannot be read as what it should hold: damaged, foreign, or too new."""

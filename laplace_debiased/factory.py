@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from laplace_debiased.errors import StoredFileError
 from laplace_debiased.options import HessianStructure, SubsetOfWeights, parse_choice
+from laplace_debiased.persistence.files import PathLike
 from laplace_debiased.posterior import (
     DebiasedKronLaplace,
     DebiasedKronLLLaplace,
     DebiasedLowRankLaplace,
     DebiasedLowRankLLLaplace,
 )
+from laplace_debiased.posterior.saving import read_posterior, restored
 
 _CLASSES: dict[tuple[SubsetOfWeights, HessianStructure], type] = {
     (SubsetOfWeights.ALL, HessianStructure.KRON): DebiasedKronLaplace,
@@ -67,3 +71,37 @@ class DebiasedLaplace:
                 "is not available."
             )
         return chosen(model, likelihood, **kwargs)
+
+    @classmethod
+    def load(
+        cls,
+        path: PathLike,
+        model: nn.Module,
+        *,
+        map_location: torch.device | str | None = None,
+        check_weights: bool = True,
+    ) -> Any:
+        """Read a posterior that ``la.save(path)`` wrote, with all its options.
+
+        Args:
+            path: the file.
+            model: the model with the weights that the posterior was fitted with.
+            map_location: where the file's tensors are placed first (CPU by default); they end on
+                the model's device.
+            check_weights: refuse a model with other weights; False checks names and shapes only.
+
+        Returns:
+            The posterior, of the class that was saved.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            StoredFileError: if it is damaged, something else, or too new.
+            ValueError: if the model is another one.
+        """
+        record = read_posterior(path, map_location)
+        for chosen in _CLASSES.values():
+            if chosen.__name__ == record["posterior"]:
+                return restored(chosen, record, model, check_weights=check_weights)
+        raise StoredFileError(
+            f"{path} holds a {record['posterior']}, which is a class of its own: use its load."
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from laplace_debiased.curvature.guards import evaluation_mode
+from laplace_debiased.curvature.guards import evaluation_mode, requiring_grad
 from laplace_debiased.curvature.layers import Layer
 
 
@@ -104,8 +104,14 @@ def record(model: nn.Module, layers: Iterable[Layer], inputs: Any) -> LayerTape:
     Raises:
         TypeError: if the model does not return a tensor.
     """
-    tape = LayerTape(outputs=torch.empty(0))
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
+    tape, layers = LayerTape(outputs=torch.empty(0)), tuple(layers)
+    recorded = [p for layer in layers for p in layer.module.parameters()]
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluation_mode(model),
+        requiring_grad(recorded),
+    ):
         if isinstance(inputs, Tensor) and inputs.is_inference():
             inputs = inputs.clone()
         with _recording(layers, tape):

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchmetrics
@@ -29,18 +29,19 @@ from laplace_debiased.posterior.predict import (
     needs_covariance,
     network_samples,
 )
-from laplace_debiased.posterior.tuning import GridSearch, PriorGrid, maximise_marginal_likelihood
+from laplace_debiased.posterior.stored import StoredPosterior
+from laplace_debiased.posterior.tuning import (
+    GridSearch,
+    PriorGrid,
+    TuningResult,
+    maximise_marginal_likelihood,
+)
 from laplace_debiased.predictive import OutputCovariance
 
 Inputs = Tensor | MutableMapping[str, Any]
 
-if TYPE_CHECKING:
-    from laplace.baselaplace import ParametricLaplace as _Host
-else:
-    _Host = object  # the concrete posterior brings laplace-torch's class
 
-
-class DebiasedPosterior(_Host):
+class DebiasedPosterior(StoredPosterior):
     """Mixin over a laplace-torch posterior: prediction without Jacobians, tuning in one pass.
 
     A concrete posterior gives its output moments (``_moments``), the same for a grid of priors
@@ -65,6 +66,7 @@ class DebiasedPosterior(_Host):
         """Outputs [m, C] and their covariance under each of G scalar prior precisions."""
 
     # -- hyper-parameters ------------------------------------------------------------------
+    tuning_result: TuningResult | None = None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -103,11 +105,6 @@ class DebiasedPosterior(_Host):
         """The coverage that a saved state describes."""
         sizes = {name: p.numel() for name, p in self._covered_model.named_parameters()}
         return Coverage(names, MappingProxyType(dict(excluded)), MappingProxyType(sizes))
-
-    @property
-    def _covered_model(self) -> nn.Module:
-        """The module whose parameter names the coverage speaks of."""
-        return self.model
 
     def _map_estimate(self) -> Tensor:
         return parameters_to_vector(self.params).detach().to(self._dtype, copy=True)
@@ -181,6 +178,8 @@ class DebiasedPosterior(_Host):
         return class_probabilities(mean, covariance, link, n_samples, generator)
 
     def _glm_predictive_distribution(
+            ModelChangedError: if the model's weights or running statistics are no longer those of
+                the fit.
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
@@ -198,6 +197,7 @@ class DebiasedPosterior(_Host):
         n_samples: int,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
+        self._check_model()
     ) -> Tensor:
         if diagonal_output and f_var.shape != f_mu.shape:
             f_var = f_var.diagonal(dim1=-2, dim2=-1)
@@ -220,6 +220,7 @@ class DebiasedPosterior(_Host):
         return self._nn_functional_samples(x, n_samples, generator)
 
     def predictive_samples(
+        self._check_model()
         self,
         x: Inputs,
         pred_type: PredType | str = PredType.GLM,
@@ -252,6 +253,7 @@ class DebiasedPosterior(_Host):
     def _link(self, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
         if link_approx is None:
             if pred is PredType.NN:
+        self._check_model()
                 return LinkApprox.MC
             return self.tuned_link_approx or LinkApprox.PROBIT
         link = parse_choice(LinkApprox, link_approx, "link_approx")
@@ -369,3 +371,5 @@ class DebiasedPosterior(_Host):
                 self._warned_about_link = False
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}.")
+            ModelChangedError: if the model is no longer the one of the fit.
+        self._check_model()

@@ -26,6 +26,7 @@ from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import CurvatureOptions, Magnitudes
 from laplace_debiased.posterior.backends import (
+from laplace_debiased.persistence import ModelWatch
     BackendFactors,
     block_shape,
     check_backend,
@@ -160,11 +161,15 @@ class KronPosterior(DebiasedPosterior):
             curvature_pass = self._make_pass(self._candidates(request))
             exclude = previous.drawn if previous is not None and budget is not None else frozenset()
             plan = make_plan(request, options, exclude, scorer(curvature_pass, self._loss_model))
+        watch = self._watch_over(adding=previous is not None)
             coverage = self._inspected_coverage(plan)
             curvature_pass = self._make_pass(coverage)
             walk, estimator = self._walks(curvature_pass, coverage, options, request)
             fitted = fit_kron(plan, walk, estimator, options, request, coverage.covered, previous)
-            self._adopt(fitted, coverage)
+            noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
+            self._adopt(fitted, coverage, watch)
+            if noise is not None:
+                self.sigma_noise = noise
 
     def _budget(self, n_samples: int | str | None, magnitude_loader: object) -> int | None:
         if isinstance(n_samples, str):
@@ -241,7 +246,7 @@ class KronPosterior(DebiasedPosterior):
             request.progress_bar,
         )
 
-    def _adopt(self, fitted: FittedKron, coverage: Coverage) -> None:
+    def _adopt(self, fitted: FittedKron, coverage: Coverage, watch: ModelWatch) -> None:
         """Take over a finished estimate; nothing here can fail half-way."""
         estimate, n_data = fitted.estimate, fitted.n_data
         curvature_sum = EigenKron(_blocks(estimate, float(n_data)))
@@ -255,6 +260,7 @@ class KronPosterior(DebiasedPosterior):
         self.n_data, self.n_outputs = n_data, estimate.n_outputs
         self._posterior_scale = None
 
+        self._watch = watch
     @property
     def effective_sample_size(self) -> float | None:
         """How many samples of equal curvature would estimate its scale as steadily.
@@ -341,14 +347,18 @@ class KronPosterior(DebiasedPosterior):
         self._check_H_init()
         return kron_to_state(self)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: if it belongs to another class, likelihood or set of parameters. Nothing is
-                changed then.
+            ValueError: if it belongs to another class, likelihood, model or set of parameters.
+                Nothing is changed then.
         """
-        kron_from_state(self, state_dict)
+        kron_from_state(self, state_dict, check_weights=check_weights)
+        Args:
+            state_dict: the state.
+            check_weights: refuse a model with other weights; False checks names and shapes only.
+
 
 
 def _blocks(estimate: KronEstimate, scale: float) -> tuple[EigenBlock, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
-from laplace_debiased.curvature.guards import evaluation_mode, select_rows, to_device
+from laplace_debiased.curvature.guards import evaluation_mode, model_lock, select_rows, to_device
 from laplace_debiased.data import CurvaturePlan, preserved_rng, split_batch
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
@@ -137,7 +137,7 @@ class LastLayerPosterior(DebiasedPosterior):
         """As over all weights, with the last layer's name."""
         return super().state_dict() | {"last_layer_name": self.model._last_layer_name}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
         """As over all weights; finds the last layer by its name."""
         name = state_dict.get("last_layer_name")
         modules = dict(self._covered_model.named_modules())
@@ -151,7 +151,26 @@ class LastLayerPosterior(DebiasedPosterior):
                 f"the state is for the last layer {name!r}, this posterior for "
                 f"{self.model._last_layer_name!r}."
             )
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict, check_weights=check_weights)
+
+    def _own_model(self) -> nn.Module:
+        """A copy without the extractor's hook, which would write to this posterior's features."""
+        name = self.model._last_layer_name if self.model.last_layer is not None else None
+        with model_lock(self.model):
+            if name is None:
+                return copy.deepcopy(self._covered_model)
+            hooks = self.model.last_layer._forward_hooks
+            own = {
+                key: hook
+                for key, hook in hooks.items()
+                if getattr(hook, "__module__", None) == FeatureExtractor.__module__
+            }
+            for key in own:
+                del hooks[key]
+            try:
+                return copy.deepcopy(self._covered_model)
+            finally:
+                hooks.update(own)
 
 
 class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):

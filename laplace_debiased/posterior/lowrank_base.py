@@ -18,6 +18,7 @@ from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import LowRank
 from laplace_debiased.options import CurvatureOptions
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
+from laplace_debiased.persistence import ModelWatch
 from laplace_debiased.posterior.checks import check_prior_mean, check_weights, positive_value
 from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.fitting import FitRequest, make_plan, resolve_scheme, scorer
@@ -155,6 +156,7 @@ class LowRankPosterior(DebiasedPosterior):
         with preserved_rng(seed), torch.inference_mode(False):
             coverage = self._candidates(request)
             self._check_against(coverage)
+        watch = self._watch_over(adding=previous is not None)
             row_pass = self._make_pass(coverage)
             if automatic and magnitude_loader is None and self._settings.rank is None:
                 loss, key = self._loss_model, self.dict_key_y
@@ -167,7 +169,10 @@ class LowRankPosterior(DebiasedPosterior):
                 row_pass, self._loss_model, options, self._settings.rank, seed, progress_bar
             )
             fitted = fit_low_rank(plan, estimator, request, coverage.covered, previous)
-            self._adopt(fitted, coverage)
+            noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
+            self._adopt(fitted, coverage, watch)
+            if noise is not None:
+                self.sigma_noise = noise
 
     def _resolved_options(self, request: FitRequest) -> CurvatureOptions:
         settings = self._settings
@@ -195,7 +200,7 @@ class LowRankPosterior(DebiasedPosterior):
         network = FunctionalNetwork(self._covered_model, coverage.covered)
         return RowPass(network, self._settings.options.byte_budget)
 
-    def _adopt(self, fitted: FittedLowRank, coverage: Coverage) -> None:
+    def _adopt(self, fitted: FittedLowRank, coverage: Coverage, watch: ModelWatch) -> None:
         """Take over a finished estimate; nothing here can fail half-way."""
         pairs, n_data = fitted.estimate.pairs, fitted.n_data
         summed = (pairs.eigenvalues * n_data).to(pairs.basis)
@@ -207,6 +212,7 @@ class LowRankPosterior(DebiasedPosterior):
         self.H = (pairs.basis, summed)
         self.mean = self._map_estimate()
         self.loss = fitted.estimate.mean_loss * n_data
+        self._watch = watch
         self.n_data, self.n_outputs = n_data, fitted.estimate.n_outputs
 
     @property
@@ -366,14 +372,18 @@ class LowRankPosterior(DebiasedPosterior):
         self._check_H_init()
         return low_rank_to_state(self)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: if it belongs to another class, likelihood or set of parameters. Nothing is
-                changed then.
+            ValueError: if it belongs to another class, likelihood, model or set of parameters.
+                Nothing is changed then.
+        Args:
+            state_dict: the state.
+            check_weights: refuse a model with other weights; False checks names and shapes only.
+
         """
-        low_rank_from_state(self, state_dict)
+        low_rank_from_state(self, state_dict, check_weights=check_weights)
 
 
 def _first_inputs(plan: CurvaturePlan) -> Any:

@@ -13,6 +13,7 @@ from laplace_debiased.posterior.state import (
     adopt_common_state,
     check_common_state,
     common_state,
+    watch_from_state,
 )
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ def low_rank_to_state(posterior: DebiasedLowRankLaplace) -> dict[str, Any]:
         "comparisons": [[own.clone(), other.clone()] for own, other in estimate.comparisons],
         "mean_loss": estimate.mean_loss,
         "n_samples": estimate.n_samples,
+        "effective_samples": estimate.effective_samples,
         "scheme": fitted.scheme.value,
         "drawn": sorted(fitted.drawn),
     }
 
 
-def low_rank_from_state(posterior: DebiasedLowRankLaplace, state: Mapping[str, Any]) -> None:
+def low_rank_from_state(
+    posterior: DebiasedLowRankLaplace, state: Mapping[str, Any], *, check_weights: bool = True
+) -> None:
     """Restore a low-rank posterior.
 
     Raises:
@@ -54,8 +58,10 @@ def low_rank_from_state(posterior: DebiasedLowRankLaplace, state: Mapping[str, A
         float(state["mean_loss"]),
         int(state["n_outputs"]),
         int(state["n_samples"]),
+        state.get("effective_samples"),
     )
     scheme = parse_choice(Scheme, state["scheme"], "scheme")
     fitted = FittedLowRank(estimate, int(state["n_data"]), scheme, names, frozenset(state["drawn"]))
-    posterior._adopt(fitted, posterior._coverage_from_names(names, state["excluded"]))
+    watch = watch_from_state(posterior, state, check_weights=check_weights)
+    posterior._adopt(fitted, posterior._coverage_from_names(names, state["excluded"]), watch)
     adopt_common_state(posterior, state)

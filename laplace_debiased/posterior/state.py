@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +13,18 @@ from torch import Tensor
 from laplace_debiased.curvature import BlockFactors, KroneckerFactors
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.options import Scheme, parse_choice
+from laplace_debiased.persistence import ModelFingerprint, ModelWatch, fingerprint
 from laplace_debiased.posterior.estimation import KronEstimate
 from laplace_debiased.posterior.fitting import FittedKron
+from laplace_debiased.posterior.tuning import TuningResult
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.kron_base import KronPosterior
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""1: no fingerprint of the model, no tuning result, blocks as lists. 2: as below."""
+
+Block = TypeVar("Block", BlockBasis, BlockFactors)
 
 
 def common_state(posterior: Any) -> dict[str, Any]:
@@ -40,11 +47,13 @@ def common_state(posterior: Any) -> dict[str, Any]:
         "tuned_link_approx": None
         if posterior.tuned_link_approx is None
         else posterior.tuned_link_approx.value,
+        "tuning_result": _tuning_to_state(getattr(posterior, "tuning_result", None)),
+        "model": posterior._watch.reference.to_state(),
     }
 
 
 def check_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
-    """Check that a state fits a posterior before anything is changed.
+    """Check that a state fits a posterior before anything is changed; the weights come after.
 
     Raises:
         ValueError: naming the entry that does not.
@@ -59,7 +68,7 @@ def check_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
             f"the state belongs to a {state['cls_name']}, not to a {type(posterior).__name__}; "
             "check subset_of_weights and hessian_structure."
         )
-    if state["version"] > STATE_VERSION:
+    if not isinstance(state["version"], int) or state["version"] > STATE_VERSION:
         raise ValueError(
             f"the state has version {state['version']}, newer than {STATE_VERSION}; upgrade "
             "laplace-debiased."
@@ -79,6 +88,45 @@ def check_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
         )
 
 
+def watch_from_state(
+    posterior: Any, state: Mapping[str, Any], *, check_weights: bool = True
+) -> ModelWatch:
+    """The watch over the posterior's model, which must be the one that the state was made with.
+
+    A state of version 1 does not say which model it belongs to: it is taken to be this one, with
+    a warning.
+
+    Args:
+        posterior: the posterior with its model.
+        state: the state.
+        check_weights: whether the model's weights must be those of the fit, or only its names and
+            shapes. The model as it is now is then the one to be watched.
+
+    Raises:
+        ValueError: naming what the model has differently.
+    """
+    present = fingerprint(posterior._covered_model)
+    if "model" not in state:
+        warnings.warn(
+            "this state was made by an early version, which did not record its model: whether the "
+            "weights are the right ones cannot be checked. Save it again to record them.",
+            UserWarning,
+            stacklevel=4,
+        )
+        return ModelWatch(present)
+    stored = ModelFingerprint.from_state(state["model"])
+    changes = stored.differences(present, values=check_weights)
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise ValueError(
+            "the state belongs to another model or to other weights: "
+            f"{', '.join(changes[:3])}{more}. Load the weights that the posterior was fitted with "
+            "first (model.load_state_dict), or pass check_weights=False if they are equal but for "
+            "a cast."
+        )
+    return ModelWatch(present)
+
+
 def adopt_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
     """Set what every state holds; call after everything was checked."""
     from laplace.utils.enums import LinkApprox
@@ -93,6 +141,20 @@ def adopt_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
     posterior.enable_backprop = state["enable_backprop"]
     link = state["tuned_link_approx"]
     posterior.tuned_link_approx = None if link is None else LinkApprox(link)
+    posterior.tuning_result = _tuning_from_state(state.get("tuning_result"))
+
+
+def _tuning_to_state(result: TuningResult | None) -> dict[str, Any] | None:
+    if result is None:
+        return None
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(result).items()}
+
+
+def _tuning_from_state(state: Mapping[str, Any] | None) -> TuningResult | None:
+    if state is None:
+        return None
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
+    return TuningResult(**values)
 
 
 def kron_to_state(posterior: KronPosterior) -> dict[str, Any]:
@@ -101,18 +163,21 @@ def kron_to_state(posterior: KronPosterior) -> dict[str, Any]:
     assert fitted is not None
     estimate = fitted.estimate
     return common_state(posterior) | {
-        "H": [_basis_to_state(block) for block in estimate.basis],
+        "H": [_block_to_state(block) for block in estimate.basis],
         "tables": [table.detach().clone() for table in estimate.tables],
         "folds": [_factors_to_state(fold) for fold in estimate.folds],
         "comparisons": [[list(own), list(other)] for own, other in estimate.comparisons],
         "mean_loss": estimate.mean_loss,
         "n_samples": estimate.n_samples,
+        "effective_samples": estimate.effective_samples,
         "scheme": fitted.scheme.value,
         "drawn": sorted(fitted.drawn),
     }
 
 
-def kron_from_state(posterior: KronPosterior, state: Mapping[str, Any]) -> None:
+def kron_from_state(
+    posterior: KronPosterior, state: Mapping[str, Any], *, check_weights: bool = True
+) -> None:
     """Restore a Kronecker posterior.
 
     Raises:
@@ -122,7 +187,7 @@ def kron_from_state(posterior: KronPosterior, state: Mapping[str, Any]) -> None:
     names = tuple(state["covered"])
     device = posterior._device
     basis = tuple(
-        _basis_from_state(name, entry, device)
+        _block_from_state(BlockBasis, name, entry, device)
         for name, entry in zip(names, state["H"], strict=True)
     )
     tables = tuple(table.to(device) for table in state["tables"])
@@ -140,32 +205,43 @@ def kron_from_state(posterior: KronPosterior, state: Mapping[str, Any]) -> None:
         float(state["mean_loss"]),
         int(state["n_outputs"]),
         int(state["n_samples"]),
+        state.get("effective_samples"),
     )
     scheme = parse_choice(Scheme, state["scheme"], "scheme")
     fitted = FittedKron(estimate, int(state["n_data"]), scheme, names, frozenset(state["drawn"]))
     coverage = posterior._coverage_from_names(names, state["excluded"])
-    posterior._adopt(fitted, coverage)
+    watch = watch_from_state(posterior, state, check_weights=check_weights)
+    posterior._adopt(fitted, coverage, watch)
     adopt_common_state(posterior, state)
 
 
-def _basis_to_state(block: BlockBasis) -> list[Tensor]:
-    entries = [block.output_basis, block.output_eigenvalues]
-    if block.input_basis is not None and block.input_eigenvalues is not None:
-        entries += [block.input_basis, block.input_eigenvalues]
-    return [entry.detach().clone() for entry in entries]
+def _block_to_state(block: BlockBasis | BlockFactors) -> dict[str, Any]:
+    """Every field but the name, tensors as copies; what is None or a plain value stays."""
+    values = ((field.name, getattr(block, field.name)) for field in fields(block))
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in values
+        if name != "name"
+    }
 
 
-def _basis_from_state(name: str, entry: Sequence[Tensor], device: torch.device) -> BlockBasis:
-    return BlockBasis(name, *(tensor.to(device) for tensor in entry))
+def _block_from_state(
+    kind: type[Block],
+    name: str,
+    entry: Mapping[str, Any] | Sequence[Tensor],
+    device: torch.device,
+) -> Block:
+    if not isinstance(entry, Mapping):  # version 1: tensors in the order of the fields
+        keys = [field.name for field in fields(kind)][1:]
+        entry = dict(zip(keys, entry, strict=False))
+    values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry.items()}
+    return kind(name=name, **values)
 
 
 def _factors_to_state(factors: KroneckerFactors) -> dict[str, Any]:
     return {
         "n_samples": factors.n_samples,
-        "blocks": [
-            [block.output] if block.input is None else [block.output, block.input]
-            for block in factors.blocks
-        ],
+        "blocks": [_block_to_state(block) for block in factors.blocks],
     }
 
 
@@ -173,7 +249,7 @@ def _factors_from_state(
     names: Sequence[str], state: Mapping[str, Any], device: torch.device
 ) -> KroneckerFactors:
     blocks = tuple(
-        BlockFactors(name, *(tensor.to(device) for tensor in entry))
+        _block_from_state(BlockFactors, name, entry, device)
         for name, entry in zip(names, state["blocks"], strict=True)
     )
     return KroneckerFactors(blocks, state["n_samples"])

@@ -1,0 +1,233 @@
+"""Records in files: written whole or not at all, read with errors that say what to do.
+
+A record is a dictionary of tensors and plain values, so that ``torch.load(weights_only=True)``
+reads it: opening a file runs no code from it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
+
+import torch
+
+from laplace_debiased._version import __version__
+from laplace_debiased.errors import StoredFileError
+
+try:
+    import fcntl
+except ImportError:  # no such thing on Windows; there an open file cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
+
+_TOKEN_LENGTH = 12
+
+PathLike = str | os.PathLike[str]
+
+_UNREADABLE = (
+    RuntimeError,
+    UnpicklingError,
+    EOFError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+)
+
+
+def write_record(path: PathLike, kind: str, version: int, payload: Mapping[str, Any]) -> None:
+    """Write a record, so that a crash at any moment leaves the old file or the new one.
+
+    The record goes to a temporary file in the same folder, is flushed to the disk and renamed.
+    What an earlier crash left there is removed.
+
+    Args:
+        path: where to.
+        kind: what it is, checked when it is read.
+        version: version of its format.
+        payload: tensors and plain values.
+
+    Raises:
+        TypeError: if ``path`` is no path.
+        OSError: as the file system says; the old file is then as it was.
+    """
+    target = resolved_path(path)
+    _remove_leftovers(target)
+    record = {
+        "format": kind,
+        "format_version": version,
+        "library_version": __version__,
+        **payload,
+    }
+    temporary, file = _open_temporary(target)
+    try:
+        with file:
+            torch.save(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+            # Renamed while the file is open and locked: no other writer takes it for a leftover.
+            if os.name == "posix":
+                os.replace(temporary, target)
+        if os.name != "posix":
+            os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def read_record(
+    path: PathLike, kind: str, newest: int, map_location: torch.device | str | None = None
+) -> dict[str, Any]:
+    """Read a record.
+
+    Args:
+        path: where from.
+        kind: what it must be.
+        newest: the newest version of its format that is understood.
+        map_location: device of the tensors; the CPU by default.
+
+    Raises:
+        TypeError: if ``path`` is no path.
+        FileNotFoundError: if there is no such file.
+        StoredFileError: if it is damaged, something else, or of a newer version.
+    """
+    source = resolved_path(path)
+    if not source.exists():
+        raise FileNotFoundError(errno.ENOENT, f"no {kind} file here", str(source))
+    if source.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"a {kind} file is needed, not a folder", str(source))
+    _check_archive(source, kind)
+    location = "cpu" if map_location is None else map_location
+    try:
+        record = torch.load(source, map_location=location, weights_only=True)
+    except _UNREADABLE as error:
+        raise StoredFileError(
+            f"{source} is no {kind} file: it holds other objects than tensors and plain values, "
+            "which are not loaded from a file for safety, or tensors that map_location="
+            f"{location!r} cannot place ({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from error
+    _check_header(source, record, kind, newest)
+    return record
+
+
+def remove_file(path: PathLike) -> None:
+    """Remove a file and what a crash left beside it; nothing happens if there is none."""
+    target = resolved_path(path)
+    target.unlink(missing_ok=True)
+    _remove_leftovers(target)
+
+
+def resolved_path(path: PathLike) -> Path:
+    """The file behind a path; a link leads to its target.
+
+    Raises:
+        TypeError: if it is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"path must be a string or os.PathLike; got {type(path).__name__}. For a file object "
+            "use torch.save(la.state_dict(), file)."
+        )
+    return Path(os.path.realpath(path))
+
+
+def _check_archive(source: Path, kind: str) -> None:
+    """Check that a file is whole; torch reads the bytes of tensors without a checksum."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise StoredFileError(
+            f"{source} is no {kind} file, or only a part of one ({error}). If it was copied or "
+            "downloaded, fetch it again; else save it again."
+        ) from error
+    if damaged is not None:
+        raise StoredFileError(
+            f"{source} is damaged: {damaged} has a wrong checksum. Fetch or save it again."
+        )
+
+
+def _check_header(source: Path, record: object, kind: str, newest: int) -> None:
+    if not isinstance(record, dict) or "format" not in record:
+        advice = ""
+        if isinstance(record, dict) and "cls_name" in record:
+            advice = " It looks like a bare state: use load_state_dict(torch.load(path))."
+        raise StoredFileError(f"{source} is no {kind} file: it does not say so.{advice}")
+    if record["format"] != kind:
+        raise StoredFileError(f"{source} is a {record['format']!r} file, not a {kind!r} file.")
+    version = record.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise StoredFileError(f"{source} has the impossible format_version {version!r}.")
+    if version > newest:
+        raise StoredFileError(
+            f"{source} has format_version {version}, written by laplace-debiased "
+            f"{record.get('library_version')}; this is {__version__}, which reads up to {newest}. "
+            "Upgrade laplace-debiased."
+        )
+
+
+def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
+    """A new, locked file beside the target."""
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(_TOKEN_LENGTH // 2)}.tmp")
+        try:
+            file = open(temporary, "xb")  # noqa: SIM115
+        except FileExistsError:
+            continue
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                errno.ENOENT, "the folder does not exist; create it first", str(target.parent)
+            ) from None
+        # Between the two lines above and below another writer may have taken it for a leftover.
+        if _locked(file) is not False and temporary.exists():
+            return temporary, file
+        file.close()
+
+
+def _locked(file: BinaryIO) -> bool | None:
+    """Whether the lock could be taken; None where the file system has none."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of writers that are gone: a living one holds a lock on its own."""
+    prefix = f".{target.name}."
+    try:
+        names = [entry for entry in os.listdir(target.parent) if entry.startswith(prefix)]
+    except OSError:
+        return
+    for name in names:
+        token = name[len(prefix) :].removesuffix(".tmp")
+        if not name.endswith(".tmp") or len(token) != _TOKEN_LENGTH:
+            continue
+        with suppress(OSError), open(target.parent / name, "rb") as file:
+            if _locked(file):
+                os.unlink(target.parent / name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

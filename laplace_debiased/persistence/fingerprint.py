@@ -1,0 +1,155 @@
+"""Which model a posterior belongs to: names, shapes, dtypes and hashes of its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PARALLEL_BYTES = 8 * 2**20
+"""Models above this size are hashed in two threads; hashing holds no interpreter lock."""
+
+
+@dataclass(frozen=True)
+class TensorPrint:
+    """One parameter or buffer.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype, as torch prints it.
+        digest: SHA-256 of its entries in row-major order, hexadecimal.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """Identity of a model's weights, wherever they are stored.
+
+    All parameters and all persistent buffers count (BatchNorm's running statistics are part of
+    the function); the device, memory layout, mode, ``requires_grad`` and the sign of a zero do not.
+
+    Attributes:
+        entries: by qualified name, in alphabetical order; a tied tensor counts under its first
+            name.
+    """
+
+    entries: Mapping[str, TensorPrint]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything, hexadecimal."""
+        whole = hashlib.sha256()
+        for name, entry in self.entries.items():
+            whole.update(repr((name, entry.shape, entry.dtype, entry.digest)).encode())
+        return whole.hexdigest()
+
+    def differences(self, other: ModelFingerprint, *, values: bool = True) -> tuple[str, ...]:
+        """What ``other`` has differently, one phrase per entry; empty if it is the same model.
+
+        Args:
+            other: the fingerprint to compare with.
+            values: whether weights count, or names, shapes and dtypes alone.
+        """
+        found = [f"{name} is missing" for name in self.entries if name not in other.entries]
+        found += [f"{name} is new" for name in other.entries if name not in self.entries]
+        for name, one in self.entries.items():
+            two = other.entries.get(name)
+            if two is None:
+                continue
+            if one.shape != two.shape:
+                found.append(f"{name} has shape {list(two.shape)}, not {list(one.shape)}")
+            elif values and one.dtype != two.dtype:
+                found.append(f"{name} is {two.dtype}, not {one.dtype}")
+            elif values and one.digest != two.digest:
+                found.append(f"{name} has other values")
+        return tuple(found)
+
+    def to_state(self) -> dict[str, list[Any]]:
+        """Plain values: name → [shape, dtype, digest]."""
+        return {
+            name: [list(entry.shape), entry.dtype, entry.digest]
+            for name, entry in self.entries.items()
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> ModelFingerprint:
+        """Read :meth:`to_state`.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            return cls(
+                {
+                    str(name): TensorPrint(tuple(int(n) for n in shape), str(dtype), str(digest))
+                    for name, (shape, dtype, digest) in state.items()
+                }
+            )
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(
+                "the state's model fingerprint is damaged; save the posterior again."
+            ) from None
+
+
+def fingerprint(model: nn.Module) -> ModelFingerprint:
+    """Fingerprint of a model's present weights: reads every weight once.
+
+    Raises:
+        ValueError: if a tensor has no values to read (on the meta device, say).
+    """
+    named = sorted(named_tensors(model))
+    tensors = [tensor for _, tensor in named]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if size > _PARALLEL_BYTES:
+        with ThreadPoolExecutor(2) as pool:
+            digests = list(pool.map(tensor_digest, tensors))
+    else:
+        digests = [tensor_digest(tensor) for tensor in tensors]
+    return ModelFingerprint(
+        {
+            name: TensorPrint(tuple(tensor.shape), str(tensor.dtype), digest)
+            for (name, tensor), digest in zip(named, digests, strict=True)
+        }
+    )
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by qualified name; tied ones once."""
+    yield from model.named_parameters()
+    passing = {
+        f"{name}.{buffer}" if name else buffer
+        for name, module in model.named_modules()
+        for buffer in module._non_persistent_buffers_set
+    }
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in passing)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's entries in row-major order, hexadecimal.
+
+    Raises:
+        ValueError: if it has no values to read.
+    """
+    # Gradient and inference modes are per thread; nothing here must depend on the caller's.
+    with torch.inference_mode(False), torch.no_grad():
+        values = tensor.detach()
+        if values.is_meta or values.layout is not torch.strided:
+            raise ValueError(
+                f"the model has a tensor on the {values.device} device with layout "
+                f"{values.layout}, whose values cannot be read; give it dense weights first."
+            )
+        flat = values.cpu().contiguous().reshape(-1)
+        if flat.dtype in _FLOATS:
+            flat = flat + 0.0  # a step of length zero turns −0 into 0
+        raw = flat.view(torch.uint8) if flat.numel() else flat.new_zeros(0, dtype=torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
