@@ -55,6 +55,7 @@ class DebiasedPosterior(StoredPosterior):
     enable_backprop: bool
     coverage: Coverage
     tuned_link_approx: LinkApprox | None = None
+    tuning_result: TuningResult | None = None
     _warned_about_link: bool = False
 
     @abstractmethod
@@ -66,7 +67,6 @@ class DebiasedPosterior(StoredPosterior):
         """Outputs [m, C] and their covariance under each of G scalar prior precisions."""
 
     # -- hyper-parameters ------------------------------------------------------------------
-    tuning_result: TuningResult | None = None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -145,6 +145,8 @@ class DebiasedPosterior(StoredPosterior):
 
         Raises:
             NotFittedError: before ``fit``.
+            ModelChangedError: if the model's weights or running statistics are no longer those of
+                the fit.
             ValueError: for an unknown or impossible combination.
         """
         self._check_H_init()
@@ -157,6 +159,7 @@ class DebiasedPosterior(StoredPosterior):
             raise ValueError("pred_type must be 'glm' or 'nn'.")
         if self.likelihood == Likelihood.REGRESSION and n_samples == 1:
             raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
+        self._check_model()
         samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
         if self.likelihood == Likelihood.REGRESSION:
             return samples.mean(0), samples.var(0)
@@ -178,12 +181,11 @@ class DebiasedPosterior(StoredPosterior):
         return class_probabilities(mean, covariance, link, n_samples, generator)
 
     def _glm_predictive_distribution(
-            ModelChangedError: if the model's weights or running statistics are no longer those of
-                the fit.
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
         self._check_H_init()
+        self._check_model()
         if joint:
             mean, covariance = self._moments(X, OutputCovariance.JOINT)
             return mean.flatten(), covariance
@@ -197,7 +199,6 @@ class DebiasedPosterior(StoredPosterior):
         n_samples: int,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
-        self._check_model()
     ) -> Tensor:
         if diagonal_output and f_var.shape != f_mu.shape:
             f_var = f_var.diagonal(dim1=-2, dim2=-1)
@@ -217,10 +218,10 @@ class DebiasedPosterior(StoredPosterior):
         if parse_choice(PredType, pred_type, "pred_type") is PredType.GLM:
             moments = self._glm_predictive_distribution(x, diagonal_output=diagonal_output)
             return self._glm_functional_samples(*moments, n_samples, diagonal_output, generator)
+        self._check_model()
         return self._nn_functional_samples(x, n_samples, generator)
 
     def predictive_samples(
-        self._check_model()
         self,
         x: Inputs,
         pred_type: PredType | str = PredType.GLM,
@@ -253,7 +254,6 @@ class DebiasedPosterior(StoredPosterior):
     def _link(self, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
         if link_approx is None:
             if pred is PredType.NN:
-        self._check_model()
                 return LinkApprox.MC
             return self.tuned_link_approx or LinkApprox.PROBIT
         link = parse_choice(LinkApprox, link_approx, "link_approx")
@@ -334,8 +334,10 @@ class DebiasedPosterior(StoredPosterior):
         Raises:
             ValueError: for impossible arguments.
             NumericalError: if no grid point has a finite loss. The prior is left as it was.
+            ModelChangedError: if the model is no longer the one of the fit.
         """
         self._check_H_init()
+        self._check_model()
         pred = parse_choice(PredType, pred_type, "pred_type")
         if method is None:
             method = TuningMethod.MARGLIK if val_loader is None else TuningMethod.GRIDSEARCH
@@ -371,5 +373,3 @@ class DebiasedPosterior(StoredPosterior):
                 self._warned_about_link = False
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}.")
-            ModelChangedError: if the model is no longer the one of the fit.
-        self._check_model()

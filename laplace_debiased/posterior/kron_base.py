@@ -25,8 +25,8 @@ from laplace_debiased.debiasing import scheme_plan
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import CurvatureOptions, Magnitudes
-from laplace_debiased.posterior.backends import (
 from laplace_debiased.persistence import ModelWatch
+from laplace_debiased.posterior.backends import (
     BackendFactors,
     block_shape,
     check_backend,
@@ -156,20 +156,17 @@ class KronPosterior(DebiasedPosterior):
         options = self._resolved_options(request)
         check_weights(self._covered_model)
         previous = None if override else self._fitted
+        watch = self._watch_over(adding=previous is not None)
         # What a fit keeps must not be inference tensors, even where the caller is in that mode.
         with preserved_rng(seed), torch.inference_mode(False), torch.no_grad():
             curvature_pass = self._make_pass(self._candidates(request))
             exclude = previous.drawn if previous is not None and budget is not None else frozenset()
             plan = make_plan(request, options, exclude, scorer(curvature_pass, self._loss_model))
-        watch = self._watch_over(adding=previous is not None)
             coverage = self._inspected_coverage(plan)
             curvature_pass = self._make_pass(coverage)
             walk, estimator = self._walks(curvature_pass, coverage, options, request)
             fitted = fit_kron(plan, walk, estimator, options, request, coverage.covered, previous)
-            noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
             self._adopt(fitted, coverage, watch)
-            if noise is not None:
-                self.sigma_noise = noise
 
     def _budget(self, n_samples: int | str | None, magnitude_loader: object) -> int | None:
         if isinstance(n_samples, str):
@@ -255,12 +252,12 @@ class KronPosterior(DebiasedPosterior):
         self._set_coverage(coverage)
         self.H, self.H_facs = curvature_sum, factors
         self._fitted, self._pass = fitted, curvature_pass
+        self._watch = watch
         self.mean = self._map_estimate()
         self.loss = estimate.mean_loss * n_data
         self.n_data, self.n_outputs = n_data, estimate.n_outputs
         self._posterior_scale = None
 
-        self._watch = watch
     @property
     def effective_sample_size(self) -> float | None:
         """How many samples of equal curvature would estimate its scale as steadily.
@@ -350,15 +347,15 @@ class KronPosterior(DebiasedPosterior):
     def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
         """Restore :meth:`state_dict`.
 
+        Args:
+            state_dict: the state.
+            check_weights: refuse a model with other weights; False checks names and shapes only.
+
         Raises:
             ValueError: if it belongs to another class, likelihood, model or set of parameters.
                 Nothing is changed then.
         """
         kron_from_state(self, state_dict, check_weights=check_weights)
-        Args:
-            state_dict: the state.
-            check_weights: refuse a model with other weights; False checks names and shapes only.
-
 
 
 def _blocks(estimate: KronEstimate, scale: float) -> tuple[EigenBlock, ...]:

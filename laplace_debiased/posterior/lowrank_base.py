@@ -17,8 +17,8 @@ from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import LowRank
 from laplace_debiased.options import CurvatureOptions
-from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.persistence import ModelWatch
+from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.checks import check_prior_mean, check_weights, positive_value
 from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.fitting import FitRequest, make_plan, resolve_scheme, scorer
@@ -153,10 +153,10 @@ class LowRankPosterior(DebiasedPosterior):
         options = self._resolved_options(request)
         check_weights(self._covered_model)
         previous = None if override else self._fitted
+        watch = self._watch_over(adding=previous is not None)
         with preserved_rng(seed), torch.inference_mode(False):
             coverage = self._candidates(request)
             self._check_against(coverage)
-        watch = self._watch_over(adding=previous is not None)
             row_pass = self._make_pass(coverage)
             if automatic and magnitude_loader is None and self._settings.rank is None:
                 loss, key = self._loss_model, self.dict_key_y
@@ -169,10 +169,7 @@ class LowRankPosterior(DebiasedPosterior):
                 row_pass, self._loss_model, options, self._settings.rank, seed, progress_bar
             )
             fitted = fit_low_rank(plan, estimator, request, coverage.covered, previous)
-            noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
             self._adopt(fitted, coverage, watch)
-            if noise is not None:
-                self.sigma_noise = noise
 
     def _resolved_options(self, request: FitRequest) -> CurvatureOptions:
         settings = self._settings
@@ -209,10 +206,10 @@ class LowRankPosterior(DebiasedPosterior):
         row_pass = self._make_pass(coverage)
         self._set_coverage(coverage)
         self._operator, self._pass, self._fitted = operator, row_pass, fitted
+        self._watch = watch
         self.H = (pairs.basis, summed)
         self.mean = self._map_estimate()
         self.loss = fitted.estimate.mean_loss * n_data
-        self._watch = watch
         self.n_data, self.n_outputs = n_data, fitted.estimate.n_outputs
 
     @property
@@ -375,13 +372,13 @@ class LowRankPosterior(DebiasedPosterior):
     def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
         """Restore :meth:`state_dict`.
 
-        Raises:
-            ValueError: if it belongs to another class, likelihood, model or set of parameters.
-                Nothing is changed then.
         Args:
             state_dict: the state.
             check_weights: refuse a model with other weights; False checks names and shapes only.
 
+        Raises:
+            ValueError: if it belongs to another class, likelihood, model or set of parameters.
+                Nothing is changed then.
         """
         low_rank_from_state(self, state_dict, check_weights=check_weights)
 
