@@ -42,7 +42,7 @@ def layer_problems(model: nn.Module, layers: tuple[Layer, ...], inputs: Any) -> 
     device = next(model.parameters()).device
     probe = select_rows(to_device(inputs, device), slice(0, min(2, batch_length(inputs))))
     tape = record(model, layers, probe)
-    check_outputs(tape.outputs, batch_length(probe))
+    check_outputs(tape.outputs, batch_length(probe), positions=True)
     problems: dict[str, str] = {}
     usable = []
     for layer in layers:

@@ -1,20 +1,28 @@
 """Loss-Hessian roots and their traces, and the links from outputs to probabilities."""
 
+from laplace_debiased.likelihoods.bernoulli import Bernoulli
+from laplace_debiased.likelihoods.categorical import BradleyTerry, SoftmaxCrossEntropy
+from laplace_debiased.likelihoods.gaussian import UnitGaussian, residual_noise
 from laplace_debiased.likelihoods.links import (
+    InverseLink,
     gaussian_samples,
     laplace_bridge,
     monte_carlo,
     probit,
+    softmax,
 )
 from laplace_debiased.likelihoods.losses import (
+    LikelihoodName,
     LossModel,
-    SoftmaxCrossEntropy,
-    UnitGaussian,
     curvature_columns,
     loss_model,
 )
 
 __all__ = [
+    "Bernoulli",
+    "BradleyTerry",
+    "InverseLink",
+    "LikelihoodName",
     "LossModel",
     "SoftmaxCrossEntropy",
     "UnitGaussian",
@@ -24,4 +32,6 @@ __all__ = [
     "loss_model",
     "monte_carlo",
     "probit",
+    "residual_noise",
+    "softmax",
 ]

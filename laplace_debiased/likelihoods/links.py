@@ -1,54 +1,69 @@
 r"""From Gaussian network outputs to predictive probabilities.
 
-Given f ~ N(μ, Σ) per sample, these approximate E[softmax(f)]. They are laplace-torch's link
-approximations as pure functions: nothing is changed in place and every random draw comes from the
-caller's generator.
+Given f ~ N(μ, Σ) per sample, these approximate E[softmax(f)], or E[sigmoid(f)] for binary labels.
+They are laplace-torch's link approximations as pure functions: nothing is changed in place and
+every random draw comes from the caller's generator.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+InverseLink = Callable[[Tensor], Tensor]
+"""From outputs [..., C] to probabilities [..., C]."""
 
-def probit(mean: Tensor, variance: Tensor) -> Tensor:
+
+def softmax(outputs: Tensor) -> Tensor:
+    """Probabilities of classes that exclude each other [..., C]."""
+    return torch.softmax(outputs, dim=-1)
+
+
+def probit(mean: Tensor, variance: Tensor, inverse_link: InverseLink = softmax) -> Tensor:
     r"""Multi-class probit approximation (MacKay 1992; Daxberger et al. 2021, eq. 8).
 
-    softmax(μ / √(1 + π/8 · diag Σ)).
+    softmax(μ / √(1 + π/8 · diag Σ)); with a sigmoid it is MacKay's own, for one label at a time.
 
     Args:
         mean: μ [..., m, C].
         variance: diag Σ [..., m, C].
+        inverse_link: softmax, or sigmoid.
 
     Returns:
         Probabilities [..., m, C].
     """
-    return torch.softmax(mean / torch.sqrt(1.0 + math.pi / 8.0 * variance), dim=-1)
+    return inverse_link(mean / torch.sqrt(1.0 + math.pi / 8.0 * variance))
 
 
 def monte_carlo(
-    mean: Tensor, covariance: Tensor, n_samples: int, generator: torch.Generator | None = None
+    mean: Tensor,
+    covariance: Tensor,
+    n_samples: int,
+    generator: torch.Generator | None = None,
+    inverse_link: InverseLink = softmax,
 ) -> Tensor:
-    """Mean of softmax over draws of f.
+    """Mean of the inverse link over draws of f.
 
     Args:
-        mean: μ [m, C].
-        covariance: Σ [m, C, C], or its diagonal [m, C] for independent outputs.
+        mean: μ [..., C].
+        covariance: Σ [..., C, C], or its diagonal [..., C] for independent outputs.
         n_samples: number of draws.
         generator: source of the draws; None for torch's global one.
+        inverse_link: softmax, or sigmoid.
 
     Returns:
-        Probabilities [m, C].
+        Probabilities [..., C].
     """
-    return torch.softmax(gaussian_samples(mean, covariance, n_samples, generator), -1).mean(0)
+    return inverse_link(gaussian_samples(mean, covariance, n_samples, generator)).mean(0)
 
 
 def gaussian_samples(
     mean: Tensor, covariance: Tensor, n_samples: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draws from N(μ_n, Σ_n) for every n, [n_samples, m, C], with one noise for all n.
+    """Draws from N(μ_n, Σ_n) for every n, [n_samples, ..., C], with one noise for all n.
 
     Sharing the noise over n keeps draws of different inputs comparable, as in laplace-torch. The
     square root is a Cholesky factor, or an eigendecomposition where a covariance of low rank (more
@@ -67,7 +82,7 @@ def gaussian_samples(
         scaled = covariance.clamp_min(0.0).sqrt().unsqueeze(-1) * noise
     else:
         scaled = _symmetric_root(covariance) @ noise
-    return (mean.unsqueeze(-1) + scaled).permute(2, 0, 1)
+    return (mean.unsqueeze(-1) + scaled).movedim(-1, 0)
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False) -> Tensor:

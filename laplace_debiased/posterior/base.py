@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torchmetrics
-from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMethod
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
@@ -21,9 +21,18 @@ from laplace_debiased.data import preserved_rng
 from laplace_debiased.data.checks import checked_count
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import NotFittedError
-from laplace_debiased.likelihoods import LossModel, gaussian_samples, loss_model
+from laplace_debiased.likelihoods import (
+    InverseLink,
+    LikelihoodName,
+    LossModel,
+    gaussian_samples,
+    loss_model,
+    residual_noise,
+    softmax,
+)
 from laplace_debiased.options import parse_choice
 from laplace_debiased.posterior.checks import positive_value
+from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.predict import (
     class_probabilities,
     needs_covariance,
@@ -50,6 +59,8 @@ class DebiasedPosterior(StoredPosterior):
 
     model: nn.Module
     likelihood: str
+    _settings: Settings
+    _takes_positions: bool = False
     mean: Tensor
     params: list[Tensor]
     enable_backprop: bool
@@ -86,7 +97,27 @@ class DebiasedPosterior(StoredPosterior):
 
     @property
     def _loss_model(self) -> LossModel:
-        return loss_model(self.likelihood)
+        return loss_model(
+            self.likelihood,
+            ignore_index=self._settings.ignore_index,
+            positions=self._takes_positions,
+        )
+
+    def _residual_noise(self, mean_loss: float, n_outputs: int) -> float | None:
+        """σ of a fit's residuals, where the posterior was asked to follow them."""
+        if not self._settings.residual_noise:
+            return None
+        return residual_noise(mean_loss, n_outputs)
+
+    @property
+    def _inverse_link(self) -> InverseLink:
+        """From outputs to probabilities."""
+        return torch.sigmoid if self.likelihood == LikelihoodName.BERNOULLI else softmax
+
+    @property
+    def _predicts_outputs(self) -> bool:
+        """Whether predictions are moments of the outputs: in regression, and of rewards."""
+        return self.likelihood in (LikelihoodName.REGRESSION, LikelihoodName.REWARD_MODELING)
 
     def _tensors_of(self, coverage: Coverage) -> list[Tensor]:
         """The covered parameters, in order."""
@@ -135,13 +166,15 @@ class DebiasedPosterior(StoredPosterior):
             diagonal_output: regression: variances in place of covariances; "mc": independent
                 outputs.
             generator: source of all draws; torch's global one by default.
-            fitting: unused; kept for laplace-torch.
+            fitting: reward modelling: probabilities of a pair, as while fitting, in place of
+                rewards.
             model_kwargs: further arguments of the model, for "nn".
 
         Returns:
-            Classification: probabilities [m, C]. Regression: the mean [m, C] and the *epistemic*
-            covariance [m, C, C], [m, C] with ``diagonal_output`` or "nn"; with ``joint`` the mean
-            [m·C] and covariance [m·C, m·C].
+            Classification: probabilities [m, C] ([m, T, C] for outputs at T positions). Bernoulli:
+            the probability of every label [m, C]. Regression and rewards: the mean [m, C] and the
+            *epistemic* covariance [m, C, C], [m, C] with ``diagonal_output`` or "nn"; with
+            ``joint`` the mean [m·C] and covariance [m·C, m·C].
 
         Raises:
             NotFittedError: before ``fit``.
@@ -153,32 +186,34 @@ class DebiasedPosterior(StoredPosterior):
         pred = parse_choice(PredType, pred_type, "pred_type")
         link = self._link(link_approx, pred)
         self._check_generator(generator)
+        moments = self._predicts_outputs and not (
+            fitting and self.likelihood == LikelihoodName.REWARD_MODELING
+        )
         if pred is PredType.GLM:
-            return self._glm_predictive(x, joint, link, n_samples, diagonal_output, generator)
+            if moments:
+                return self._glm_predictive_distribution(x, joint, diagonal_output)
+            return self._glm_probabilities(x, link, n_samples, diagonal_output, generator)
         if pred is not PredType.NN:
             raise ValueError("pred_type must be 'glm' or 'nn'.")
-        if self.likelihood == Likelihood.REGRESSION and n_samples == 1:
+        if moments and n_samples == 1:
             raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
         self._check_model()
         samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
-        if self.likelihood == Likelihood.REGRESSION:
+        if moments:
             return samples.mean(0), samples.var(0)
-        return torch.softmax(samples, dim=-1).mean(0)
+        return self._inverse_link(samples).mean(0)
 
-    def _glm_predictive(
+    def _glm_probabilities(
         self,
         x: Inputs,
-        joint: bool,
         link: LinkApprox,
         n_samples: int,
         diagonal_output: bool,
         generator: torch.Generator | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if self.likelihood == Likelihood.REGRESSION:
-            return self._glm_predictive_distribution(x, joint, diagonal_output)
+    ) -> Tensor:
         diagonal = not needs_covariance(link, diagonal_output)
         mean, covariance = self._glm_predictive_distribution(x, diagonal_output=diagonal)
-        return class_probabilities(mean, covariance, link, n_samples, generator)
+        return class_probabilities(mean, covariance, link, n_samples, generator, self._inverse_link)
 
     def _glm_predictive_distribution(
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
@@ -231,9 +266,7 @@ class DebiasedPosterior(StoredPosterior):
     ) -> Tensor:
         """Samples after the inverse link [n_samples, m, C]; arguments as in ``__call__``."""
         samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-        if self.likelihood == Likelihood.REGRESSION:
-            return samples
-        return torch.softmax(samples, dim=-1)
+        return samples if self._predicts_outputs else self._inverse_link(samples)
 
     def _nn_functional_samples(
         self,
@@ -256,7 +289,7 @@ class DebiasedPosterior(StoredPosterior):
             if pred is PredType.NN:
                 return LinkApprox.MC
             return self.tuned_link_approx or LinkApprox.PROBIT
-        link = parse_choice(LinkApprox, link_approx, "link_approx")
+        link = self._checked_link(link_approx)
         if pred is PredType.NN and link is not LinkApprox.MC:
             raise ValueError("pred_type='nn' averages sampled networks: use link_approx='mc'.")
         tuned = self.tuned_link_approx
@@ -267,6 +300,16 @@ class DebiasedPosterior(StoredPosterior):
                 f"prediction uses {link.value!r}.",
                 UserWarning,
                 stacklevel=3,
+            )
+        return link
+
+    def _checked_link(self, link_approx: LinkApprox | str) -> LinkApprox:
+        link = parse_choice(LinkApprox, link_approx, "link_approx")
+        bridges = (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
+        if link in bridges and self.likelihood == LikelihoodName.BERNOULLI:
+            raise ValueError(
+                f"link_approx={link.value!r} is for classes that exclude each other; with "
+                "likelihood='bernoulli' use 'probit' or 'mc'."
             )
         return link
 
@@ -355,7 +398,7 @@ class DebiasedPosterior(StoredPosterior):
                 self.prior_precision = best
                 self.tuned_link_approx = None
             case TuningMethod.GRIDSEARCH:
-                link = parse_choice(LinkApprox, link_approx, "link_approx")
+                link = self._checked_link(link_approx)
                 if pred is PredType.NN:
                     link = LinkApprox.MC
                 if val_loader is None:

@@ -64,6 +64,22 @@ def check_prior_mean(value: Tensor, n_params: int) -> None:
         )
 
 
+def require_labels(n_labels: Tensor) -> None:
+    """Check that some label counts.
+
+    Args:
+        n_labels: labels that count, of every sample [m].
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not bool((n_labels > 0).any()):
+        raise ValueError(
+            f"none of the {len(n_labels)} samples has a label that counts: every target is "
+            "ignore_index. Check the labels, or ignore_index."
+        )
+
+
 def check_weights(model: nn.Module) -> None:
     """Check that every weight is finite.
 

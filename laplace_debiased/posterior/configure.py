@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
 from laplace.curvature.curvature import CurvatureInterface
-from laplace.utils.enums import Likelihood
-from torch import nn
+from torch import Tensor, nn
 
+from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.options import (
     CurvatureOptions,
     Fisher,
@@ -20,6 +20,9 @@ from laplace_debiased.options import (
     parse_choice,
 )
 from laplace_debiased.posterior.backends import backend_fisher
+
+RESIDUAL = "residual"
+"""What ``sigma_noise`` is called where every fit estimates it."""
 
 _ENUMS: dict[str, type[Enum]] = {
     "scheme": Scheme,
@@ -34,13 +37,15 @@ class Settings:
     """What a posterior was asked for.
 
     Attributes:
-        likelihood: "classification" or "regression", a plain string (an enum would make saved
+        likelihood: a :class:`LikelihoodName`'s value, as a plain string (an enum would make saved
             states unsafe to load).
         scheme: as given; None leaves it to the fit.
         options: the rest, with defaults.
         strict: whether a trainable parameter without a posterior is an error.
         backend: laplace-torch backend, or None for our own pass.
         rank: number of directions of a low-rank posterior; None for all.
+        ignore_index: class label that does not count, or None.
+        residual_noise: whether every fit sets σ to the root mean square of its residuals.
     """
 
     likelihood: str
@@ -49,6 +54,15 @@ class Settings:
     strict: bool
     backend: type[CurvatureInterface] | None
     rank: int | None = None
+    ignore_index: int | None = None
+    residual_noise: bool = False
+
+    @property
+    def host_likelihood(self) -> str:
+        """What laplace-torch is told: it does not know the Bernoulli likelihood."""
+        if self.likelihood == LikelihoodName.BERNOULLI:
+            return LikelihoodName.CLASSIFICATION.value
+        return self.likelihood
 
 
 def settings_from(
@@ -74,10 +88,11 @@ def settings_from(
             "damping=True is not supported: the eigenvalue tables are no products of factors that "
             "could be damped one by one (and laplace-torch drops its damping on scaling)."
         )
-    name = parse_choice(Likelihood, likelihood, "likelihood").value
-    if name == Likelihood.REWARD_MODELING.value:
-        raise ValueError("likelihood must be 'classification' or 'regression' here.")
+    name = parse_choice(LikelihoodName, likelihood, "likelihood").value
+    if backend is not None and name == LikelihoodName.BERNOULLI:
+        raise ValueError("likelihood='bernoulli' needs our own pass: drop backend.")
     given = dict(options)
+    ignore_index = _checked_ignore_index(given.pop("ignore_index", None), name, backend)
     strict = given.pop("strict", False)
     if not isinstance(strict, bool):
         raise ValueError(f"strict must be True or False; got {strict!r}.")
@@ -93,7 +108,41 @@ def settings_from(
         raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
     parsed.setdefault("sampling", _default_sampling(name, scheme, parsed))
     complete = CurvatureOptions(**({} if scheme is None else {"scheme": scheme}), **parsed)
-    return Settings(name, scheme, complete, strict, backend, rank)
+    return Settings(name, scheme, complete, strict, backend, rank, ignore_index)
+
+
+def with_noise(
+    settings: Settings, sigma_noise: float | Tensor | str
+) -> tuple[Settings, float | Tensor]:
+    """Settings and the σ to begin with, from σ or "residual".
+
+    Raises:
+        ValueError: for another string, or "residual" without a Gaussian likelihood.
+    """
+    if not isinstance(sigma_noise, str):
+        return settings, sigma_noise
+    if sigma_noise != RESIDUAL:
+        raise ValueError(
+            f"sigma_noise must be a positive number or {RESIDUAL!r}; got {sigma_noise!r}."
+        )
+    if settings.likelihood != LikelihoodName.REGRESSION:
+        raise ValueError("sigma_noise='residual' is for likelihood='regression' only.")
+    return replace(settings, residual_noise=True), 1.0
+
+
+def _checked_ignore_index(value: object, likelihood: str, backend: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index must be an integer or None; got {value!r}.")
+    if likelihood != LikelihoodName.CLASSIFICATION:
+        raise ValueError(
+            f"ignore_index marks class labels that do not count; it is for "
+            f"likelihood='classification', not {likelihood!r}."
+        )
+    if backend is not None:
+        raise ValueError("ignore_index needs our own pass: drop backend.")
+    return value
 
 
 def _default_sampling(
@@ -108,7 +157,7 @@ def _default_sampling(
     """
     if (
         parsed.get("magnitudes") is Magnitudes.KFAC
-        or likelihood == Likelihood.REGRESSION.value
+        or likelihood == LikelihoodName.REGRESSION
         or scheme is Scheme.SINGLE
     ):
         return Sampling.UNIFORM
@@ -120,8 +169,8 @@ def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(given) - known)
     if unknown:
         raise TypeError(
-            f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}, rank and "
-            "strict."
+            f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}, "
+            "ignore_index, rank and strict."
         )
     return {
         name: parse_choice(_ENUMS[name], value, name)

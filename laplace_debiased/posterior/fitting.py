@@ -175,7 +175,7 @@ def scorer(
             outputs = output_pass.outputs(inputs)
             targets = targets.to(outputs.device)
             loss.check_targets(outputs, targets)
-            return loss.hessian_trace(outputs), loss.losses(outputs, targets)
+            return loss.hessian_trace(outputs, targets), loss.losses(outputs, targets)
 
     return score
 

@@ -10,7 +10,7 @@ from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from laplace_debiased.curvature import layer_coverage
-from laplace_debiased.posterior.configure import settings_from
+from laplace_debiased.posterior.configure import settings_from, with_noise
 from laplace_debiased.posterior.kron_base import KronPosterior
 
 
@@ -52,7 +52,7 @@ class DebiasedKronLaplace(KronPosterior, KronLaplace):
         self,
         model: nn.Module,
         likelihood: str = "classification",
-        sigma_noise: float | Tensor = 1.0,
+        sigma_noise: float | Tensor | str = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
@@ -66,11 +66,12 @@ class DebiasedKronLaplace(KronPosterior, KronLaplace):
         **options: Any,
     ) -> None:
         settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
+        settings, sigma_noise = with_noise(settings, sigma_noise)
         coverage, _ = layer_coverage(model)
         coverage.require(strict=settings.strict)
         super().__init__(
             model,
-            settings.likelihood,
+            settings.host_likelihood,
             temperature=temperature,
             enable_backprop=enable_backprop,
             dict_key_x=dict_key_x,

@@ -23,6 +23,7 @@ from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.debiasing import scheme_plan
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
+from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import CurvatureOptions, Magnitudes
 from laplace_debiased.persistence import ModelWatch
@@ -62,10 +63,13 @@ from laplace_debiased.predictive import (
 class KronPosterior(DebiasedPosterior):
     """What the Kronecker posteriors share, over all weights or the last layer."""
 
+    _takes_positions = True
+
     def _configure(self, settings: Settings, coverage: Coverage) -> None:
         if settings.backend is not None:
             check_backend(settings.backend, self._covered_model, coverage)
         self._settings = settings
+        self.likelihood = settings.likelihood
         self._static_coverage = coverage
         self._fitted: FittedKron | None = None
         self._set_coverage(coverage)
@@ -99,7 +103,8 @@ class KronPosterior(DebiasedPosterior):
     @sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
         value = positive_value("sigma_noise", sigma_noise)
-        if self.likelihood != "regression" and float(torch.as_tensor(value).detach().sum()) != 1.0:
+        scale = float(torch.as_tensor(value).detach().sum())
+        if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
             raise ValueError("sigma_noise other than 1 is for likelihood='regression' only.")
         KronLaplace.sigma_noise.fset(self, value)
 
@@ -166,7 +171,10 @@ class KronPosterior(DebiasedPosterior):
             curvature_pass = self._make_pass(coverage)
             walk, estimator = self._walks(curvature_pass, coverage, options, request)
             fitted = fit_kron(plan, walk, estimator, options, request, coverage.covered, previous)
+            noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
             self._adopt(fitted, coverage, watch)
+            if noise is not None:
+                self.sigma_noise = noise
 
     def _budget(self, n_samples: int | str | None, magnitude_loader: object) -> int | None:
         if isinstance(n_samples, str):

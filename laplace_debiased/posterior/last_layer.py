@@ -20,7 +20,7 @@ from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.checks import check_prior_length
-from laplace_debiased.posterior.configure import Settings, settings_from
+from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
 from laplace_debiased.posterior.kron_base import KronPosterior
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
@@ -200,7 +200,7 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
         self,
         model: nn.Module,
         likelihood: str = "classification",
-        sigma_noise: float | Tensor = 1.0,
+        sigma_noise: float | Tensor | str = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
@@ -215,10 +215,11 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
         **options: Any,
     ) -> None:
         settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
+        settings, sigma_noise = with_noise(settings, sigma_noise)
         KronLLLaplace.__init__(
             self,
             model,
-            settings.likelihood,
+            settings.host_likelihood,
             temperature=temperature,
             enable_backprop=enable_backprop,
             feature_reduction=feature_reduction,
@@ -229,6 +230,7 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
             backend_kwargs=backend_kwargs,
         )
         self._settings = settings
+        self.likelihood = settings.likelihood
         self._fitted: FittedKron | None = None
         self.H = None
         self.sigma_noise = sigma_noise

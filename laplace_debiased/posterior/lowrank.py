@@ -9,7 +9,7 @@ from laplace.baselaplace import LowRankLaplace, ParametricLaplace
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.lowrank import parameter_coverage
-from laplace_debiased.posterior.configure import Settings, settings_from
+from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.lowrank_base import LowRankPosterior
 
 
@@ -55,7 +55,7 @@ class DebiasedLowRankLaplace(LowRankPosterior, LowRankLaplace):
         self,
         model: nn.Module,
         likelihood: str = "classification",
-        sigma_noise: float | Tensor = 1.0,
+        sigma_noise: float | Tensor | str = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
@@ -67,13 +67,14 @@ class DebiasedLowRankLaplace(LowRankPosterior, LowRankLaplace):
         **options: Any,
     ) -> None:
         settings = low_rank_settings(model, likelihood, backend, backend_kwargs, options)
+        settings, sigma_noise = with_noise(settings, sigma_noise)
         coverage = parameter_coverage(model)
         coverage.require(strict=settings.strict)
         # Not LowRankLaplace's own: it asks for a package that no plain install has.
         ParametricLaplace.__init__(
             self,
             model,
-            settings.likelihood,
+            settings.host_likelihood,
             temperature=temperature,
             enable_backprop=enable_backprop,
             dict_key_x=dict_key_x,

@@ -15,6 +15,7 @@ from laplace_debiased.curvature.lowrank import FunctionalNetwork, RowPass, param
 from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
+from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.operators import LowRank
 from laplace_debiased.options import CurvatureOptions
 from laplace_debiased.persistence import ModelWatch
@@ -48,6 +49,7 @@ class LowRankPosterior(DebiasedPosterior):
 
     def _configure(self, settings: Settings, coverage: Coverage) -> None:
         self._settings = settings
+        self.likelihood = settings.likelihood
         self._fitted = None
         self._operator = None
         self._static_coverage = coverage
@@ -91,7 +93,8 @@ class LowRankPosterior(DebiasedPosterior):
     @sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
         value = positive_value("sigma_noise", sigma_noise)
-        if self.likelihood != "regression" and float(torch.as_tensor(value).detach().sum()) != 1.0:
+        scale = float(torch.as_tensor(value).detach().sum())
+        if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
             raise ValueError("sigma_noise other than 1 is for likelihood='regression' only.")
         ParametricLaplace.sigma_noise.fset(self, value)
 
@@ -169,7 +172,10 @@ class LowRankPosterior(DebiasedPosterior):
                 row_pass, self._loss_model, options, self._settings.rank, seed, progress_bar
             )
             fitted = fit_low_rank(plan, estimator, request, coverage.covered, previous)
+            noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
             self._adopt(fitted, coverage, watch)
+            if noise is not None:
+                self.sigma_noise = noise
 
     def _resolved_options(self, request: FitRequest) -> CurvatureOptions:
         settings = self._settings

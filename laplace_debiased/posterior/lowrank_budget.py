@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from laplace_debiased.curvature.lowrank import RowPass
 from laplace_debiased.data import loader_length, preserved_rng, split_batch
 from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.likelihoods import LossModel, curvature_columns
+from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import CurvatureOptions, Fisher
 
 ROW_BUDGETS = 4
@@ -69,8 +69,7 @@ def automatic_budget(
         case Fisher.EMPIRICAL:
             n_columns = 1
         case _:
-            # The exact root does not read targets.
-            n_columns = curvature_columns(loss, outputs, outputs, Fisher.TYPE2).shape[-1]
+            n_columns = loss.hessian_root(outputs).shape[-1]
     fitting = max_gram_samples(n_columns, row_pass, options.byte_budget)
     if loader_length(loader, n_data) <= fitting:
         return None

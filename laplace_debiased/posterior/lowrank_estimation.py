@@ -38,6 +38,7 @@ from laplace_debiased.data import (
 from laplace_debiased.debiasing import Measurement, scheme_plan
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes
+from laplace_debiased.posterior.checks import require_labels
 from laplace_debiased.posterior.lowrank_budget import fits_gram, max_gram_samples
 
 
@@ -107,7 +108,7 @@ class Survey:
     @property
     def effective_samples(self) -> float:
         """(Σ w h)² / Σ (w h)² over draws, h the trace of each sample's loss Hessian."""
-        traces = self.loss.hessian_trace(self.outputs).double().cpu()
+        traces = self.loss.hessian_trace(self.outputs, self.targets).double().cpu()
         shares, counts = traces * self.draws.weights, self.draws.counts
         squares = float((counts * shares.square()).sum())
         total = float(counts.sum())
@@ -181,6 +182,7 @@ class LowRankEstimator:
             if self.options.fisher is Fisher.MC:
                 shape = (len(batch), outputs[-1].shape[-1], self.options.mc_samples)
                 noises.append(self.loss.label_noise(shape, generator))
+        require_labels(torch.cat([self.loss.n_labels(part) for part in targets]))
         draws = Draws(
             *(
                 torch.cat([getattr(b, name) for b in parts])

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.lowrank import FeatureRowPass, FunctionalNetwork, RowPass
+from laplace_debiased.posterior.configure import with_noise
 from laplace_debiased.posterior.fitting import FitRequest
 from laplace_debiased.posterior.last_layer import LastLayerPosterior
 from laplace_debiased.posterior.lowrank import low_rank_settings
@@ -44,7 +45,7 @@ class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, 
         self,
         model: nn.Module,
         likelihood: str = "classification",
-        sigma_noise: float | Tensor = 1.0,
+        sigma_noise: float | Tensor | str = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
@@ -58,12 +59,13 @@ class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, 
         **options: Any,
     ) -> None:
         settings = low_rank_settings(model, likelihood, backend, backend_kwargs, options)
+        settings, sigma_noise = with_noise(settings, sigma_noise)
         # LLLaplace's own constructor leads to LowRankLaplace's, which asks for a package that no
         # plain install has.
         ParametricLaplace.__init__(
             self,
             model,
-            settings.likelihood,
+            settings.host_likelihood,
             temperature=temperature,
             enable_backprop=enable_backprop,
             dict_key_x=dict_key_x,
@@ -77,6 +79,7 @@ class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, 
         )
         self._last_layer_name = last_layer_name
         self._settings = settings
+        self.likelihood = settings.likelihood
         self._fitted = None
         self.sigma_noise = sigma_noise
         if self.model.last_layer is not None:

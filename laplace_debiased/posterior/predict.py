@@ -10,7 +10,13 @@ from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.guards import call_with, evaluation_mode, to_device
-from laplace_debiased.likelihoods import laplace_bridge, monte_carlo, probit
+from laplace_debiased.likelihoods import (
+    InverseLink,
+    laplace_bridge,
+    monte_carlo,
+    probit,
+    softmax,
+)
 
 
 def needs_covariance(link: LinkApprox, diagonal_output: bool) -> bool:
@@ -31,15 +37,17 @@ def class_probabilities(
     link: LinkApprox,
     n_samples: int,
     generator: torch.Generator | None = None,
+    inverse_link: InverseLink = softmax,
 ) -> Tensor:
-    """Predictive probabilities [m, C] from Gaussian outputs.
+    """Predictive probabilities [..., C] from Gaussian outputs.
 
     Args:
-        mean: μ [m, C].
-        covariance: Σ [m, C, C], or variances [m, C] where the link needs no more.
-        link: the approximation.
+        mean: μ [..., C].
+        covariance: Σ [..., C, C], or variances [..., C] where the link needs no more.
+        link: the approximation; the bridges are for softmax only.
         n_samples: draws for ``mc``.
         generator: source of these draws.
+        inverse_link: softmax, or sigmoid.
     """
     match link:
         case LinkApprox.PROBIT:
@@ -48,9 +56,9 @@ def class_probabilities(
                 if covariance.shape == mean.shape
                 else covariance.diagonal(dim1=-2, dim2=-1)
             )
-            return probit(mean, variance)
+            return probit(mean, variance, inverse_link)
         case LinkApprox.MC:
-            return monte_carlo(mean, covariance, n_samples, generator)
+            return monte_carlo(mean, covariance, n_samples, generator, inverse_link)
         case LinkApprox.BRIDGE:
             return laplace_bridge(mean, covariance)
         case LinkApprox.BRIDGE_NORM:
@@ -67,7 +75,7 @@ def network_samples(
     differentiable: bool,
     **model_kwargs: Any,
 ) -> Iterator[Tensor]:
-    """Outputs [m, C] of the network at each weight sample; its own weights are never written.
+    """Outputs of the network at each weight sample; its own weights are never written.
 
     Args:
         model: the network.

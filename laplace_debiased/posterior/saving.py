@@ -16,6 +16,7 @@ from laplace_debiased.curvature.guards import model_lock, requiring_grad
 from laplace_debiased.errors import StoredFileError
 from laplace_debiased.persistence import read_record, write_record
 from laplace_debiased.persistence.files import PathLike
+from laplace_debiased.posterior.configure import RESIDUAL
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.stored import StoredPosterior
@@ -38,6 +39,8 @@ def constructor_arguments(posterior: Any) -> dict[str, Any]:
         "dict_key_y": posterior.dict_key_y,
         "strict": settings.strict,
         "rank": settings.rank,
+        "ignore_index": settings.ignore_index,
+        "sigma_noise": RESIDUAL if settings.residual_noise else None,
         "scheme": settings.scheme,
         "backend": settings.backend,
         "backend_kwargs": dict(getattr(posterior, "_backend_kwargs", None) or {}) or None,

@@ -10,6 +10,8 @@ import torch
 import torchmetrics
 from torch import Tensor
 
+from laplace_debiased.likelihoods import LikelihoodName
+
 Prediction = tuple[Tensor, ...]
 """(probabilities [m, C],) in classification; (mean [m, C], variance) in regression."""
 
@@ -34,6 +36,25 @@ class CategoricalNLL:
         """Add a batch."""
         chosen = prediction[0].gather(-1, targets.unsqueeze(-1)).double()
         self._sum -= float(chosen.log().sum())
+        self._count += len(targets)
+
+    def value(self) -> float:
+        """The mean so far."""
+        return self._sum / self._count if self._count else math.nan
+
+
+class BinaryNLL:
+    """Mean over samples of the negative log probability of all their binary labels, in nats."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        """Add a batch."""
+        p = prediction[0].double()
+        y = targets.reshape(p.shape).double()
+        # xlogy: a label of probability zero that does not occur costs nothing.
+        self._sum -= float((torch.xlogy(y, p) + torch.xlogy(1 - y, 1 - p)).sum())
         self._count += len(targets)
 
     def value(self) -> float:
@@ -104,8 +125,8 @@ class CallableScorer:
 
 def scorer_factory(
     loss: torchmetrics.Metric | Callable[..., Tensor | float] | None,
+    likelihood: str,
     *,
-    regression: bool,
     noise_variance: float,
 ) -> Callable[[], Scorer]:
     """Makes a fresh scorer for every prior precision.
@@ -114,8 +135,10 @@ def scorer_factory(
         TypeError: if ``loss`` is neither a metric, nor callable, nor None.
     """
     match loss:
-        case None if regression:
+        case None if likelihood == LikelihoodName.REGRESSION:
             return lambda: GaussianNLL(noise_variance)
+        case None if likelihood == LikelihoodName.BERNOULLI:
+            return BinaryNLL
         case None:
             return CategoricalNLL
         case torchmetrics.Metric():

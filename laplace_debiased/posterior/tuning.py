@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from laplace_debiased.data import split_batch
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.options import parse_choice
 from laplace_debiased.posterior.predict import class_probabilities, needs_covariance
 from laplace_debiased.posterior.scores import Prediction, Scorer, scorer_factory
@@ -145,14 +146,12 @@ class GridSearch:
 
     def __post_init__(self) -> None:
         sigma = float(torch.as_tensor(self.posterior.sigma_noise).detach())
-        factory = scorer_factory(
-            self.loss, regression=self._regression, noise_variance=sigma * sigma
-        )
+        factory = scorer_factory(self.loss, self.posterior.likelihood, noise_variance=sigma * sigma)
         object.__setattr__(self, "_fresh_scorer", factory)
 
     @property
     def _regression(self) -> bool:
-        return self.posterior.likelihood == "regression"
+        return self.posterior.likelihood == LikelihoodName.REGRESSION
 
     @property
     def _diagonal(self) -> bool:
@@ -187,6 +186,7 @@ class GridSearch:
         for index, (inputs, targets) in enumerate(self._batches(val_loader, progress_bar)):
             mean, covariances = self.posterior._sweep(inputs, priors, self._diagonal)
             self.posterior._loss_model.check_targets(mean, targets)
+            mean, covariances, targets = self._scored(mean, covariances, targets)
             for scorer, node in zip(scorers, on_grid.tolist(), strict=True):
                 scorer.update(self._predict(mean, covariances[node], index), targets)
             if stored is not None:
@@ -206,11 +206,27 @@ class GridSearch:
         if empty:
             raise ValueError("val_loader is empty.")
 
+    def _scored(
+        self, mean: Tensor, covariances: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Only what has a label that counts; the positions of sequences as samples."""
+        n_lead = targets.ndim if mean.ndim == 3 else 1
+        mask = self.posterior._loss_model.label_mask(targets)
+        if n_lead == 2:
+            mean, covariances = mean.flatten(0, 1), covariances.flatten(1, 2)
+            targets, mask = targets.flatten(), None if mask is None else mask.flatten()
+        if mask is None:
+            return mean, covariances, targets
+        return mean[mask], covariances[:, mask], targets[mask]
+
     def _predict(self, mean: Tensor, covariance: Tensor, batch: int) -> Prediction:
         if self._regression:
             return mean, covariance
         generator = torch.Generator(mean.device).manual_seed(self.seed + batch)
-        return (class_probabilities(mean, covariance, self.link, self.n_samples, generator),)
+        inverse = self.posterior._inverse_link
+        return (
+            class_probabilities(mean, covariance, self.link, self.n_samples, generator, inverse),
+        )
 
     def _sampled_loss(self, prior: float, loader: DataLoader) -> float:
         """Validation loss of sampled networks at one prior precision."""
@@ -223,10 +239,13 @@ class GridSearch:
                     pred_type=PredType.NN,
                     n_samples=self.n_samples,
                     generator=generator,
+                    fitting=True,
                 )
-                scorer.update(
-                    prediction if isinstance(prediction, tuple) else (prediction,), targets
-                )
+                if isinstance(prediction, tuple):
+                    scorer.update(prediction, targets)
+                else:
+                    probs, _, targets = self._scored(prediction, prediction.unsqueeze(0), targets)
+                    scorer.update((probs,), targets)
         return scorer.value()
 
     def _result(

@@ -11,6 +11,7 @@ J̃_c = (U_Bᵀ g_c)(U_Aᵀ a)ᵀ, so that the sum over j can be taken first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -135,7 +136,8 @@ def functional_moments(
         differentiable: keep the graph, for gradients with respect to ``inputs``.
 
     Returns:
-        Outputs f [m, C], and their covariance in the shape that ``covariance`` says.
+        Outputs f [m, C], and their covariance in the shape that ``covariance`` says. Where a sample
+        has outputs at T positions, f [m, T, C] with the covariance at each of them.
     """
     match covariance:
         case OutputCovariance.JOINT:
@@ -152,11 +154,14 @@ def functional_moments(
 
 
 def _chunk_covariance(chunk: Chunk, blocks: NamedBlocks, diagonal: bool) -> Tensor:
-    m, n_outputs = chunk.outputs.shape
+    *lead, n_outputs = chunk.outputs.shape
+    m = math.prod(lead)
     shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
     total = chunk.outputs.new_zeros(shape)
     for layer in chunk.layers:
         for rows, scale in whitened_jacobians(layer, chunk.layer_rows(layer), blocks):
+            rows = per_position(rows, n_outputs)
+            scale = None if scale is None else repeated(scale, m)
             if diagonal:
                 squares = rows.square()
                 part = squares.sum(-1) if scale is None else squares @ scale.unsqueeze(-1)
@@ -164,7 +169,23 @@ def _chunk_covariance(chunk: Chunk, blocks: NamedBlocks, diagonal: bool) -> Tens
             else:
                 left = rows if scale is None else rows * scale.unsqueeze(1)
                 total = total + left @ rows.transpose(1, 2)
-    return total
+    return total.reshape(*lead, *shape[1:])
+
+
+def per_position(rows: Tensor, n_outputs: int) -> Tensor:
+    """Rows [m, T·C, ...] of samples with outputs at T positions, as rows [m·T, C, ...].
+
+    Positions share the weights, so their outputs are correlated; only the covariance at each
+    position is wanted.
+    """
+    return rows.reshape(-1, n_outputs, *rows.shape[2:])
+
+
+def repeated(values: Tensor, length: int) -> Tensor:
+    """Per-sample values [m, ...], once for every position of a sample [length, ...]."""
+    if len(values) == length:
+        return values
+    return values.repeat_interleave(length // len(values), dim=0)
 
 
 def _joint(

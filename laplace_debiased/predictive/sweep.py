@@ -6,6 +6,7 @@ is linear in the table 1/(hNλ + δ): for G priors it is one matrix product per 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from laplace_debiased.curvature.passes import Chunk, CurvaturePass, identity_col
 from laplace_debiased.predictive.functional import (
     NamedBlocks,
     OutputCovariance,
+    per_position,
+    repeated,
     rotated_jacobians,
 )
 from laplace_debiased.predictive.last_layer import covariance_of_features
@@ -39,7 +42,8 @@ def prior_sweep(
         diagonal: variances only.
 
     Returns:
-        Outputs f [m, C]; covariances [G, m, C] if ``diagonal``, else [G, m, C, C].
+        Outputs f [m, C]; covariances [G, m, C] if ``diagonal``, else [G, m, C, C]. For outputs at T
+        positions, [m, T, ...] in place of [m, ...].
     """
     outputs, sweeps = [], []
     for chunk in curvature_pass.chunks(inputs, identity_columns):
@@ -50,7 +54,8 @@ def prior_sweep(
 
 
 def _chunk_sweep(chunk: Chunk, blocks: NamedBlocks, priors: Tensor, diagonal: bool) -> Tensor:
-    m, n_outputs = chunk.outputs.shape
+    *lead, n_outputs = chunk.outputs.shape
+    m = math.prod(lead)
     shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
     total = chunk.outputs.new_zeros(len(priors), *shape)
     for layer in chunk.layers:
@@ -58,11 +63,13 @@ def _chunk_sweep(chunk: Chunk, blocks: NamedBlocks, priors: Tensor, diagonal: bo
             eigenvalues = blocks.block(name).eigenvalues
             if isinstance(jacobian, tuple):
                 g, a = jacobian
-                scale = _reciprocal_products(a.square(), eigenvalues, priors)  # [G, m, D_out]
-                total += _scaled_grams(g, scale, diagonal)
+                squares = repeated(a.square(), m)
+                scale = _reciprocal_products(squares, eigenvalues, priors)  # [G, m, D_out]
+                total += _scaled_grams(per_position(g, n_outputs), scale, diagonal)
             else:
-                total += _table_grams(jacobian.flatten(2), eigenvalues.flatten(), priors, diagonal)
-    return total
+                rows = per_position(jacobian, n_outputs).flatten(2)
+                total += _table_grams(rows, eigenvalues.flatten(), priors, diagonal)
+    return total.reshape(len(priors), *lead, *shape[1:])
 
 
 def _reciprocal_products(squares: Tensor, eigenvalues: Tensor, priors: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def test_targets_that_do_not_fit_are_refused(
 
 
 def test_single_logit_and_unknown_likelihood_are_refused() -> None:
-    with pytest.raises(ValueError, match="two logits"):
+    with pytest.raises(ValueError, match="bernoulli"):
         loss_model("classification").check_targets(torch.zeros(2, 1), torch.zeros(2).long())
     with pytest.raises(ValueError, match="likelihood must be"):
         loss_model("poisson")

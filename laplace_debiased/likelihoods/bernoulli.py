@@ -1,0 +1,75 @@
+"""The Bernoulli likelihood: one binary label, or several independent ones, from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Bernoulli:
+    """Independent binary labels with logits f: ℓ = Σ_c softplus(f_c) − y_c f_c.
+
+    One output is binary classification; C outputs are C labels that do not exclude each other.
+    """
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError unless ``targets`` are labels in [0, 1] of the outputs' shape [m, C]."""
+        if outputs.ndim != 2:
+            raise ValueError(
+                f"bernoulli needs model outputs (logits) of shape (batch, labels); got "
+                f"{tuple(outputs.shape)}."
+            )
+        flat_binary = targets.ndim == 1 and outputs.shape[1] == 1
+        if targets.shape != outputs.shape and not (flat_binary and len(targets) == len(outputs)):
+            raise ValueError(
+                f"bernoulli targets have shape {tuple(targets.shape)} but the model's outputs have "
+                f"shape {tuple(outputs.shape)}: give one label per logit. Class indices need "
+                "likelihood='classification', or torch.nn.functional.one_hot."
+            )
+        if targets.is_complex():
+            raise ValueError(f"bernoulli targets must be real labels; got {targets.dtype}.")
+        if len(targets) and not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise ValueError(
+                "bernoulli targets must be labels between 0 and 1 and no NaN; got values from "
+                f"{float(targets.min())} to {float(targets.max())}."
+            )
+
+    def n_labels(self, targets: Tensor) -> Tensor:
+        """One for every sample [m]."""
+        return torch.ones(len(targets), device=targets.device)
+
+    def label_mask(self, targets: Tensor) -> Tensor | None:
+        """None: every label counts."""
+        return None
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Binary cross-entropy, summed over labels [m]."""
+        labels = _like(outputs, targets)
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            outputs, labels, reduction="none"
+        ).sum(-1)
+
+    def hessian_root(self, outputs: Tensor) -> Tensor:
+        """Diag √(p (1 − p)) [m, C, C]; formed from both tails, so that no digit is lost."""
+        return torch.diag_embed((torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt())
+
+    def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Σ_c p_c (1 − p_c) [m]."""
+        return (torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sum(-1)
+
+    def output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """P − y [m, C]."""
+        return torch.sigmoid(outputs) - _like(outputs, targets)
+
+    def label_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Uniform numbers [m, C, draws], one per label."""
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def sampled_output_gradients(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """P − ŷ [m, C, draws] with ŷ_c ~ Bernoulli(p_c)."""
+        p = torch.sigmoid(outputs).unsqueeze(-1)
+        return p - (noise.to(p.device) < p.double()).to(p.dtype)
+
+
+def _like(outputs: Tensor, targets: Tensor) -> Tensor:
+    return targets.reshape(outputs.shape).to(outputs.dtype)

@@ -1,0 +1,158 @@
+"""The categorical likelihood: one label per sample, or one per position of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SoftmaxCrossEntropy:
+    """Categorical likelihood with logits f: ℓ = −log softmax(f)_y, summed over positions.
+
+    Attributes:
+        ignore_index: label that does not count: no loss and no curvature; None for no such label.
+        positions: whether outputs may also be [m, T, C], with targets [m, T]: the labels of a
+            sequence are independent given its input. A sample is then a whole sequence.
+    """
+
+    ignore_index: int | None = None
+    positions: bool = False
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError unless ``targets`` are class indices [m] ([m, T]) in 0..C−1."""
+        if outputs.ndim != 2 and not (self.positions and outputs.ndim == 3):
+            allowed = " or (batch, positions, classes)" if self.positions else ""
+            raise ValueError(
+                f"classification needs model outputs of shape (batch, classes){allowed}; got "
+                f"{tuple(outputs.shape)}."
+            )
+        n_classes = outputs.shape[-1]
+        if n_classes < 2:
+            raise ValueError(
+                "classification needs at least 2 classes (logits); the model returned "
+                f"{n_classes} output. For a single logit use likelihood='bernoulli'."
+            )
+        wanted = "(batch,)" if outputs.ndim == 2 else "(batch, positions)"
+        if (
+            targets.ndim != outputs.ndim - 1
+            or targets.is_floating_point()
+            or targets.is_complex()
+            or targets.dtype is torch.bool
+        ):
+            raise ValueError(
+                f"classification needs integer class indices of shape {wanted}; got targets of "
+                f"shape {tuple(targets.shape)} and dtype {targets.dtype}. Convert one-hot labels "
+                "with `labels.argmax(-1)`."
+            )
+        if targets.shape != outputs.shape[:-1]:
+            got, given = (
+                [str(len(t)) for t in (outputs, targets)]
+                if targets.ndim == 1
+                else [str(tuple(s)) for s in (outputs.shape[:-1], targets.shape)]
+            )
+            raise ValueError(f"{got} model outputs for {given} targets.")
+        self._check_range(targets, n_classes)
+
+    def _check_range(self, targets: Tensor, n_classes: int) -> None:
+        labels = targets if self.ignore_index is None else targets[targets != self.ignore_index]
+        if not labels.numel():
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= n_classes:
+            hint = ""
+            if low < 0 and self.ignore_index is None:
+                hint = f" If {low} marks labels that do not count, pass ignore_index={low}."
+            raise ValueError(
+                f"class indices must lie in 0..{n_classes - 1}; got values from {low} to {high}."
+                f"{hint}"
+            )
+
+    def n_labels(self, targets: Tensor) -> Tensor:
+        """Labels that count of every sample [m]."""
+        return _per_sample(self._counted(targets).double())
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of every sample, summed over its positions [m]."""
+        counted = self._counted(targets)
+        log_p = torch.log_softmax(outputs, dim=-1)
+        chosen = log_p.gather(-1, targets.masked_fill(~counted, 0).unsqueeze(-1)).squeeze(-1)
+        return -_per_sample(torch.where(counted, chosen, torch.zeros_like(chosen)))
+
+    def hessian_root(self, outputs: Tensor) -> Tensor:
+        r"""Cholesky factor of diag(p) − p pᵀ in closed form, [..., C, C−1], per position.
+
+        With tail sums q_j = Σ_{k>j} p_k (and q_{−1} = 1), column j is
+        √(p_j q_j / q_{j−1}) at row j and −p_i √(p_j / (q_{j−1} q_j)) at rows i > j. The matrix has
+        rank C − 1, so this root saves a backward pass per sample over the usual
+        diag(√p) − p √pᵀ. Tail sums are summed from the end, so that no digit is lost to a
+        dominating class.
+        """
+        p = torch.softmax(outputs, dim=-1)
+        tails = p.flip(-1).cumsum(-1).flip(-1)  # tails[j] = Σ_{k≥j} p_k
+        before, after = tails[..., :-1], tails[..., 1:]
+        tiny = torch.finfo(p.dtype).tiny
+        head = (p[..., :-1] / before.clamp_min(tiny)).sqrt()
+        diagonal = head * after.sqrt()
+        below = -head / after.clamp_min(tiny).sqrt()
+        root = torch.tril(p.unsqueeze(-1) * below.unsqueeze(-2), diagonal=-1)
+        return root.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+
+    def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """1 − Σ_c p_c² [m], summed over the positions that count (all, without ``targets``)."""
+        p = torch.softmax(outputs, dim=-1)
+        traces = (p * (1.0 - p)).sum(-1)
+        if targets is not None:
+            traces = traces * self._counted(targets)
+        return _per_sample(traces)
+
+    def output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """P − onehot(y) [m, C] ([m, T, C]), zero where a label does not count."""
+        counted = self._counted(targets)
+        p = torch.softmax(outputs, dim=-1)
+        labels = targets.masked_fill(~counted, 0)
+        gradient = p - torch.nn.functional.one_hot(labels, p.shape[-1]).to(p.dtype)
+        return gradient * counted.unsqueeze(-1)
+
+    def label_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Uniform numbers [m, draws] ([m, T, draws]), one per label."""
+        return torch.rand((*shape[:-2], shape[-1]), generator=generator, dtype=torch.float64)
+
+    def sampled_output_gradients(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """P − onehot(ŷ) [..., C, draws] with ŷ ~ softmax(f), by inversion of its distribution."""
+        p = torch.softmax(outputs, dim=-1)
+        cumulative = p.detach().double().cumsum(-1)
+        labels = torch.searchsorted(cumulative, noise.to(p.device) * cumulative[..., -1:])
+        onehot = torch.nn.functional.one_hot(labels.clamp_max(p.shape[-1] - 1), p.shape[-1])
+        return p.unsqueeze(-1) - onehot.to(p.dtype).transpose(-1, -2)
+
+    def label_mask(self, targets: Tensor) -> Tensor | None:
+        """Which labels count [m] ([m, T]); None where all do."""
+        counted = self._counted(targets)
+        return None if bool(counted.all()) else counted
+
+    def _counted(self, targets: Tensor) -> Tensor:
+        if self.ignore_index is None:
+            return torch.ones_like(targets, dtype=torch.bool)
+        return targets != self.ignore_index
+
+
+@dataclass(frozen=True)
+class BradleyTerry(SoftmaxCrossEntropy):
+    """Which of two is preferred: softmax over the pair's rewards f [m, 2]."""
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError unless outputs are [m, 2] and ``targets`` say which is preferred."""
+        if outputs.ndim != 2 or outputs.shape[1] != 2:
+            raise ValueError(
+                "reward_modeling is fitted on pairs: for inputs (batch, 2, ...) the model must "
+                f"return the two rewards (batch, 2); got {tuple(outputs.shape)}."
+            )
+        super().check_targets(outputs, targets)
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    """Sum over positions, if there are any."""
+    return values if values.ndim == 1 else values.sum(-1)
