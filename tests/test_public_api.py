@@ -8,7 +8,16 @@ import pytest
 import laplace_debiased
 from laplace_debiased.posterior import DebiasedKronLaplace
 
-ROOMS = ["likelihoods", "data", "curvature", "debiasing", "operators", "predictive", "posterior"]
+ROOMS = [
+    "likelihoods",
+    "data",
+    "curvature",
+    "debiasing",
+    "operators",
+    "predictive",
+    "persistence",
+    "posterior",
+]
 FIT = {
     "train_loader": inspect.Parameter.empty,
     "override": True,
@@ -17,6 +26,8 @@ FIT = {
     "n_samples": "auto",
     "n_data": None,
     "seed": 0,
+    "checkpoint": None,
+    "checkpoint_interval": 60.0,
 }
 
 
@@ -39,4 +50,11 @@ def test_fit_has_the_promised_arguments() -> None:
     parameters = inspect.signature(DebiasedKronLaplace.fit).parameters
     assert {k: v.default for k, v in parameters.items() if k != "self"} == FIT
     keyword_only = [k for k, v in parameters.items() if v.kind is inspect.Parameter.KEYWORD_ONLY]
-    assert keyword_only == ["magnitude_loader", "n_samples", "n_data", "seed"]
+    assert keyword_only == [
+        "magnitude_loader",
+        "n_samples",
+        "n_data",
+        "seed",
+        "checkpoint",
+        "checkpoint_interval",
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from laplace_debiased.debiasing import (
 )
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes, Scheme
+from laplace_debiased.persistence import FitCheckpoint, WalkProgress, digest_of
 from laplace_debiased.posterior.checks import require_labels
 
 
@@ -98,6 +99,7 @@ class KronEstimator:
         options: the choices.
         seed: seed of label draws (``fisher="mc"``).
         progress_bar: show progress over batches.
+        checkpoint: where the walks keep what they have so far, or None.
     """
 
     curvature_pass: CurvaturePass
@@ -106,35 +108,27 @@ class KronEstimator:
     options: CurvatureOptions
     seed: int = 0
     progress_bar: bool = False
+    checkpoint: FitCheckpoint | None = None
 
     def fold_statistics(self, plan: CurvaturePlan) -> FoldStatistics:
         """First walk: factors of every fold, and the loss."""
         summed_bias = self.options.magnitudes is not Magnitudes.KFAC
         sums = [FactorAccumulator(self.names, summed_bias=summed_bias) for _ in plan.fold_sizes]
-        total_loss, n_outputs = 0.0, 0
-        shares: list[Tensor] = []
-        labels: list[Tensor] = []
-        for batch, chunk in self._factor_walk(plan):
+        tally = _Tally()
+        walk = self._progress("Kronecker factors", [*sums, tally])
+        for batch, chunk in self._factor_walk(plan, walk):
             part = _rows_of(batch, chunk.rows, chunk.outputs.device)
-            losses = self.loss.losses(chunk.outputs, part.targets).double()
-            weights = (part.weights * part.counts).to(losses)
-            total_loss += float((losses * weights).sum())
-            traces = self.loss.hessian_trace(chunk.outputs, part.targets).double()
-            shares += [
-                (traces * part.weights.to(traces)).repeat_interleave(part.counts.to(traces.device))
-            ]
-            n_outputs = chunk.outputs.shape[-1]
-            labels.append(self.loss.n_labels(part.targets))
+            tally.add(self.loss, chunk.outputs, part)
             self._add_chunk(sums, chunk, part)
-        require_labels(torch.cat(labels))
+        require_labels(torch.cat(tally.labels))
         factors = tuple(
             accumulator.means(size) for accumulator, size in zip(sums, plan.fold_sizes, strict=True)
         )
         return FoldStatistics(
             factors,
-            total_loss / sum(plan.fold_sizes),
-            n_outputs,
-            _effective_samples(torch.cat(shares)),
+            tally.total_loss / sum(plan.fold_sizes),
+            tally.n_outputs,
+            _effective_samples(torch.cat(tally.shares)),
         )
 
     def _add_chunk(
@@ -167,7 +161,8 @@ class KronEstimator:
     ) -> list[tuple[Tensor, ...]]:
         """Second walk: directional curvatures along each measurement's eigenbasis."""
         sums = [MagnitudeAccumulator(basis) for basis in bases]
-        for batch, chunk in self._walk(plan, "directional curvature"):
+        walk = self._progress("directional curvature", sums, bases)
+        for batch, chunk in self._walk(plan, "directional curvature", walk):
             part = _rows_of(batch, chunk.rows, chunk.outputs.device)
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
             for layer in chunk.layers:
@@ -180,9 +175,24 @@ class KronEstimator:
                         )
         return [accumulator.tables() for accumulator in sums]
 
-    def _factor_walk(self, plan: CurvaturePlan) -> Iterator[tuple[Batch, ColumnChunk]]:
+    def _progress(
+        self,
+        what: str,
+        sums: Sequence[object],
+        bases: Sequence[tuple[BlockBasis, ...]] = (),
+    ) -> WalkProgress | None:
+        """Where a walk is, with its sums set to the checkpoint's; only along the same bases."""
+        if self.checkpoint is None:
+            return None
+        values = [v for basis in bases for block in basis for v in vars(block).values()]
+        key = digest_of([value for value in values if isinstance(value, Tensor)])
+        return self.checkpoint.walk(what, sums, key)
+
+    def _factor_walk(
+        self, plan: CurvaturePlan, walk: WalkProgress | None
+    ) -> Iterator[tuple[Batch, ColumnChunk]]:
         """Column by column; each column scaled by the square root of its sample's weight."""
-        for batch, columns in self._batches(plan, "Kronecker factors"):
+        for batch, columns in self._batches(plan, "Kronecker factors", walk):
             weights = batch.weights * batch.counts
             scaled = columns if bool((weights == 1).all()) else _scaled_columns(columns, weights)
             yield from (
@@ -192,9 +202,11 @@ class KronEstimator:
                 )
             )
 
-    def _walk(self, plan: CurvaturePlan, what: str) -> Iterator[tuple[Batch, Chunk]]:
+    def _walk(
+        self, plan: CurvaturePlan, what: str, walk: WalkProgress | None
+    ) -> Iterator[tuple[Batch, Chunk]]:
         """Batches of the plan with their chunks."""
-        for batch, columns in self._batches(plan, what):
+        for batch, columns in self._batches(plan, what, walk):
             yield from (
                 (batch, chunk)
                 for chunk in self.curvature_pass.chunks(
@@ -202,16 +214,29 @@ class KronEstimator:
                 )
             )
 
-    def _batches(self, plan: CurvaturePlan, what: str) -> Iterator[tuple[Batch, Columns]]:
-        """Batches of the plan and their columns; label draws repeat from walk to walk."""
+    def _batches(
+        self, plan: CurvaturePlan, what: str, walk: WalkProgress | None
+    ) -> Iterator[tuple[Batch, Columns]]:
+        """Batches of the plan and their columns; label draws repeat from walk to walk.
+
+        Whoever asks for the next batch is done with the one before.
+        """
+        if walk is not None and walk.complete:
+            return
         generator = torch.Generator().manual_seed(self.seed)
         batches: Iterable[Batch] = plan.batches()
         if self.progress_bar:
             batches = tqdm(batches, total=len(plan), desc=f"[{what}]")
         for unsorted in batches:
+            if walk is not None and walk.is_behind(unsorted, generator):
+                continue
             batch = _by_fold(unsorted)
             with torch.no_grad():
                 yield batch, self._columns_of(batch, generator)
+            if walk is not None:
+                walk.add(unsorted, generator)
+        if walk is not None:
+            walk.finish(generator)
 
     @property
     def _n_columns(self) -> int | None:
@@ -237,6 +262,35 @@ class KronEstimator:
             return curvature_columns(self.loss, outputs, targets, self.options.fisher, noise=drawn)
 
         return columns
+
+
+@dataclass
+class _Tally:
+    """What the first walk adds up beside the factors.
+
+    Attributes:
+        total_loss: weighted loss over the draws so far.
+        n_outputs: C.
+        shares: per chunk, weight times trace of the loss Hessian of every draw.
+        labels: per chunk, number of labels of every sample.
+    """
+
+    total_loss: float = 0.0
+    n_outputs: int = 0
+    shares: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+
+    def add(self, loss: LossModel, outputs: Tensor, part: Batch) -> None:
+        """Add a chunk."""
+        losses = loss.losses(outputs, part.targets).double()
+        weights = (part.weights * part.counts).to(losses)
+        self.total_loss += float((losses * weights).sum())
+        traces = loss.hessian_trace(outputs, part.targets).double()
+        self.shares.append(
+            (traces * part.weights.to(traces)).repeat_interleave(part.counts.to(traces.device))
+        )
+        self.n_outputs = outputs.shape[-1]
+        self.labels.append(loss.n_labels(part.targets))
 
 
 def _effective_samples(shares: Tensor) -> float:

@@ -26,7 +26,9 @@ from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import CurvatureOptions, Magnitudes
-from laplace_debiased.persistence import ModelWatch
+from laplace_debiased.persistence import FitCheckpoint, ModelWatch
+from laplace_debiased.persistence.checkpoint import DEFAULT_INTERVAL
+from laplace_debiased.persistence.files import PathLike
 from laplace_debiased.posterior.backends import (
     BackendFactors,
     block_shape,
@@ -51,6 +53,7 @@ from laplace_debiased.posterior.fitting import (
     resolve_scheme,
     scorer,
 )
+from laplace_debiased.posterior.resuming import opened_checkpoint
 from laplace_debiased.posterior.state import kron_from_state, kron_to_state
 from laplace_debiased.predictive import (
     NamedBlocks,
@@ -126,6 +129,8 @@ class KronPosterior(DebiasedPosterior):
         n_samples: int | str | None = "auto",
         n_data: int | None = None,
         seed: int = 0,
+        checkpoint: PathLike | None = None,
+        checkpoint_interval: float = DEFAULT_INTERVAL,
     ) -> None:
         """Estimate the curvature at the model's weights.
 
@@ -139,9 +144,14 @@ class KronPosterior(DebiasedPosterior):
                 for everything that the loader yields; "auto" for the recommended budget.
             n_data: N, when it is not the size of the training set behind the loader.
             seed: seed of every draw. The global generators are left as they are.
+            checkpoint: file for what the fit has so far. The same call goes on from there after a
+                crash, loading but not computing the batches behind it, and gives the same
+                posterior; on success the file is removed.
+            checkpoint_interval: seconds between two writes of it; 0 writes after every batch.
 
         Raises:
-            ValueError: for bad data, budgets, or arguments that contradict each other.
+            ValueError: for bad data, budgets, a checkpoint of another fit, or arguments that
+                contradict each other.
             NumericalError: for NaN or infinite weights, outputs or curvature.
             CoverageError: if the forward pass shows that nothing can be covered.
             An exception of the loader passes through. In all cases the earlier posterior and the
@@ -165,16 +175,24 @@ class KronPosterior(DebiasedPosterior):
         # What a fit keeps must not be inference tensors, even where the caller is in that mode.
         with preserved_rng(seed), torch.inference_mode(False), torch.no_grad():
             curvature_pass = self._make_pass(self._candidates(request))
+            kept = opened_checkpoint(self, checkpoint, checkpoint_interval, request, options, watch)
             exclude = previous.drawn if previous is not None and budget is not None else frozenset()
-            plan = make_plan(request, options, exclude, scorer(curvature_pass, self._loss_model))
+            score = scorer(curvature_pass, self._loss_model)
+            if kept is not None:
+                score = kept.scored(score)
+            plan = make_plan(request, options, exclude, score)
             coverage = self._inspected_coverage(plan)
+            if kept is not None:
+                kept.bind(plan, covered=list(coverage.covered))
             curvature_pass = self._make_pass(coverage)
-            walk, estimator = self._walks(curvature_pass, coverage, options, request)
+            walk, estimator = self._walks(curvature_pass, coverage, options, request, kept)
             fitted = fit_kron(plan, walk, estimator, options, request, coverage.covered, previous)
             noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
             self._adopt(fitted, coverage, watch)
             if noise is not None:
                 self.sigma_noise = noise
+            if kept is not None:
+                kept.remove()
 
     def _budget(self, n_samples: int | str | None, magnitude_loader: object) -> int | None:
         if isinstance(n_samples, str):
@@ -220,6 +238,7 @@ class KronPosterior(DebiasedPosterior):
         coverage: Coverage,
         options: CurvatureOptions,
         request: FitRequest,
+        kept: FitCheckpoint | None,
     ) -> tuple[FirstWalk, KronEstimator | None]:
         estimator = KronEstimator(
             curvature_pass,
@@ -228,6 +247,7 @@ class KronPosterior(DebiasedPosterior):
             options,
             request.seed,
             request.progress_bar,
+            kept,
         )
         if options.magnitudes is not Magnitudes.KFAC:
             return estimator, estimator

@@ -112,8 +112,9 @@ def rebuilt(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     # What is covered is the state's to say: a network may be frozen by the time it is served.
+    construct: Callable[..., Any] = kind
     with _trainable(model, state.get("covered", ())):
-        posterior: Any = kind(model, **{**arguments, "strict": False})
+        posterior = construct(model, **{**arguments, "strict": False})
         posterior.load_state_dict(state, check_weights=check_weights)
     posterior._settings = _with_strict(posterior._settings, arguments.get("strict", False))
     return posterior
