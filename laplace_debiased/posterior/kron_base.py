@@ -36,6 +36,7 @@ from laplace_debiased.posterior.backends import (
     isolated_copy,
 )
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
+from laplace_debiased.posterior.budget import RECOMMENDED_SAMPLES, kron_budget
 from laplace_debiased.posterior.checks import (
     check_prior_length,
     check_prior_mean,
@@ -67,6 +68,7 @@ class KronPosterior(DebiasedPosterior):
     """What the Kronecker posteriors share, over all weights or the last layer."""
 
     _takes_positions = True
+    _recommended_samples = RECOMMENDED_SAMPLES
 
     def _configure(self, settings: Settings, coverage: Coverage) -> None:
         if settings.backend is not None:
@@ -141,7 +143,9 @@ class KronPosterior(DebiasedPosterior):
             progress_bar: show progress.
             magnitude_loader: B̃; both loaders are then walked whole.
             n_samples: curvature budget in all, drawn from the training set behind the loader; None
-                for everything that the loader yields; "auto" for the recommended budget.
+                for everything that the loader yields; "auto" for 256 (2,048 for a last layer)
+                where the loader can be drawn from and holds more, else for everything, as with
+                ``override=False`` and ``magnitude_loader``.
             n_data: N, when it is not the size of the training set behind the loader.
             seed: seed of every draw. The global generators are left as they are.
             checkpoint: file for what the fit has so far. The same call goes on from there after a
@@ -157,7 +161,12 @@ class KronPosterior(DebiasedPosterior):
             An exception of the loader passes through. In all cases the earlier posterior and the
             model are left as they were.
         """
-        budget = self._budget(n_samples, magnitude_loader)
+        budget = kron_budget(
+            n_samples,
+            train_loader,
+            elsewhere=magnitude_loader is not None or not override,
+            recommended=self._recommended_samples,
+        )
         request = FitRequest(
             train_loader,
             magnitude_loader,
@@ -193,15 +202,6 @@ class KronPosterior(DebiasedPosterior):
                 self.sigma_noise = noise
             if kept is not None:
                 kept.remove()
-
-    def _budget(self, n_samples: int | str | None, magnitude_loader: object) -> int | None:
-        if isinstance(n_samples, str):
-            if n_samples != "auto":
-                raise ValueError(
-                    f"n_samples must be a positive integer, None or 'auto'; got {n_samples!r}."
-                )
-            return None
-        return n_samples
 
     def _resolved_options(self, request: FitRequest) -> CurvatureOptions:
         settings = self._settings

@@ -16,9 +16,11 @@ from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.curvature.guards import evaluation_mode, model_lock, select_rows, to_device
 from laplace_debiased.data import CurvaturePlan, preserved_rng, split_batch
+from laplace_debiased.data.inputs import calling_by_signature
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
+from laplace_debiased.posterior.budget import RECOMMENDED_LAST_LAYER_SAMPLES
 from laplace_debiased.posterior.checks import check_prior_length
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
@@ -78,7 +80,7 @@ class LastLayerPosterior(DebiasedPosterior):
         # On a copy: a search that fails leaves its hooks behind.
         probe = FeatureExtractor(copy.deepcopy(self._covered_model))
         sample = select_rows(to_device(inputs, self._device), slice(0, 1))
-        with torch.no_grad(), evaluation_mode(probe):
+        with torch.no_grad(), evaluation_mode(probe), calling_by_signature(probe.model):
             probe.find_last_layer(sample)
         return probe._last_layer_name
 
@@ -193,6 +195,7 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
     """
 
     _key = ("last_layer", "debiased_kron")
+    _recommended_samples = RECOMMENDED_LAST_LAYER_SAMPLES
 
     _pass: FeaturePass
 

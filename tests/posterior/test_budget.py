@@ -1,0 +1,71 @@
+"""What ``n_samples="auto"`` stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from laplace_debiased import DebiasedLaplace
+from laplace_debiased.posterior.budget import RECOMMENDED_SAMPLES, kron_budget
+
+
+def dataset(n: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(n, 3, generator=generator), torch.arange(n) % 2)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(dataset(5))
+
+
+def auto(loader: object, *, elsewhere: bool = False) -> int | None:
+    return kron_budget("auto", loader, elsewhere=elsewhere)
+
+
+def test_auto_is_a_budget_where_the_data_are_more_than_that():
+    assert auto(DataLoader(dataset(RECOMMENDED_SAMPLES + 1))) == RECOMMENDED_SAMPLES
+    assert auto(DataLoader(dataset(RECOMMENDED_SAMPLES))) is None
+
+
+def test_auto_counts_what_the_sampler_draws_from():
+    few = Subset(dataset(1000), range(100))
+    assert auto(DataLoader(few)) is None
+
+
+def test_auto_walks_what_cannot_be_drawn_from():
+    assert auto(DataLoader(Stream())) is None
+    sampler = WeightedRandomSampler(torch.ones(1000), 1000)
+    assert auto(DataLoader(dataset(1000), sampler=sampler)) is None
+    assert auto([(torch.zeros(2, 3), torch.zeros(2))]) is None
+
+
+def test_auto_leaves_the_choice_to_loaders_that_make_it():
+    assert auto(DataLoader(dataset(1000)), elsewhere=True) is None
+
+
+@pytest.mark.parametrize("value", [7, None, 1.5])
+def test_other_values_are_passed_on(value):
+    assert kron_budget(value, DataLoader(dataset(1000)), elsewhere=False) is value
+
+
+def test_other_strings_are_refused():
+    with pytest.raises(ValueError, match="'auto'"):
+        kron_budget("all", DataLoader(dataset(10)), elsewhere=False)
+
+
+def test_a_fit_without_options_takes_the_budget_and_keeps_the_size_of_the_data():
+    la = DebiasedLaplace(torch.nn.Linear(3, 2))
+    loader = DataLoader(dataset(700), batch_size=50)
+    la.fit(loader)
+    assert la.n_data == 700
+    assert la._fitted.estimate.n_samples == RECOMMENDED_SAMPLES
+    la.fit(loader, override=False)  # a whole data set more, as in laplace-torch
+    assert la.n_data == 1400
