@@ -8,16 +8,33 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, SubsetRandomSampler
 from tqdm import tqdm
 
 from benchmarks.fidelity.measure import Row, log_predictive, measure
-from benchmarks.fidelity.methods import ABLATIONS, FULL_DATA, KRON, LOW_RANK, Method
-from benchmarks.fidelity.problems import Problem, digits, resnet20
+from benchmarks.fidelity.methods import (
+    FISHERS,
+    FOLDS,
+    FULL_DATA,
+    KRON,
+    LOW_RANK,
+    SIZES,
+    SPLITS,
+    Method,
+)
+from benchmarks.fidelity.problems import Problem, digits, resnet20, small_mlp
 from benchmarks.fidelity.references import dense_reference, kronecker_reference
 from benchmarks.fidelity.report import markdown, write
 from laplace_debiased.factory import DebiasedLaplace
 
-_SUITES = {"kron": KRON, "lowrank": LOW_RANK, "ablations": ABLATIONS}
+_SUITES = {
+    "kron": KRON,
+    "lowrank": LOW_RANK,
+    "sizes": SIZES,
+    "splits": SPLITS,
+    "folds": FOLDS,
+    "fishers": FISHERS,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     priors = torch.tensor(options.priors)
     if options.problem == "digits":
         problem = digits()
+    elif options.problem == "digits_mlp":
+        problem = digits(network=small_mlp, name="digits, MLP")
     else:
         problem = resnet20(options.images, options.weights, options.test_inputs)
     references = {
@@ -61,10 +80,27 @@ def _fitter(
 
     def fit(seed: int) -> Callable[[], Tensor]:
         la = DebiasedLaplace(problem.model, **method.options)
-        la.fit(problem.train, n_samples=samples, seed=seed)
+        if method.overlap is None:
+            la.fit(problem.train, n_samples=samples, seed=seed)
+        else:
+            directions, magnitudes = overlapping(problem.train, samples // 2, method.overlap, seed)
+            la.fit(directions, magnitude_loader=magnitudes, seed=seed)
         return lambda: log_predictive(*la._sweep(problem.test_inputs, priors, diagonal=True))
 
     return fit
+
+
+def overlapping(
+    train: DataLoader, size: int, overlap: float, seed: int
+) -> tuple[DataLoader, DataLoader]:
+    """Two loaders of ``size`` samples each over one data set, with that share in common."""
+    n_data = len(train.dataset)  # type: ignore[arg-type]
+    order = torch.randperm(n_data, generator=torch.Generator().manual_seed(seed)).tolist()
+    shift = size - round(overlap * size)
+    return tuple(  # type: ignore[return-value]
+        DataLoader(train.dataset, batch_size=64, sampler=SubsetRandomSampler(chosen))
+        for chosen in (order[:size], order[shift : shift + size])
+    )
 
 
 def _chosen(methods: Sequence[Method], only: Sequence[str] | None) -> list[Method]:
@@ -82,7 +118,7 @@ def _notes(problem: Problem, options: argparse.Namespace) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
-    parser.add_argument("--problem", choices=["digits", "resnet20"], default="digits")
+    parser.add_argument("--problem", choices=["digits", "digits_mlp", "resnet20"], default="digits")
     parser.add_argument("--images", type=Path, help="ImageFolder (or a zip of it) for resnet20")
     parser.add_argument("--weights", type=Path, help="state dict for resnet20")
     parser.add_argument("--suites", nargs="+", choices=sorted(_SUITES), default=["kron"])
@@ -102,7 +138,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.problem == "resnet20" and (options.images is None or options.weights is None):
         parser.error("--problem resnet20 needs --images and --weights")
     if options.priors is None:
-        options.priors = [0.1, 1.0, 10.0] if options.problem == "digits" else [1.0, 10.0, 100.0]
+        resnet = options.problem == "resnet20"
+        options.priors = [1.0, 10.0, 100.0] if resnet else [0.1, 1.0, 10.0]
     return options
 
 

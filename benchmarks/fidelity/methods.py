@@ -15,11 +15,14 @@ class Method:
         options: arguments of ``DebiasedLaplace``.
         samples_per_budget: curvature samples per unit of budget (10 for one-column Fisher types at
             equal numbers of backward passes).
+        overlap: share of the magnitude batch that is also in the direction batch, for two batches
+            of half the budget each; None for the scheme's own split.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     samples_per_budget: int = 1
+    overlap: float | None = None
 
 
 def _kron(name: str, scheme: str, magnitudes: str, **more: Any) -> Method:
@@ -65,15 +68,61 @@ LOW_RANK = (
     _low_rank("low rank, cross_fit, Rayleigh–Ritz", "cross_fit", magnitudes="rayleigh_ritz"),
 )
 
-ABLATIONS = (
-    _kron("cross_fit, kfac", "cross_fit", "kfac"),
-    _kron("cross_fit, ggn, 4 folds", "cross_fit", "ggn", folds=4),
-    _kron("cross_fit, ggn, curvature, 4 folds", "cross_fit", "ggn", folds=4, sampling="curvature"),
-    _kron("two_batch, ggn, ¼ directions", "two_batch", "ggn", direction_fraction=0.25),
-    _kron("two_batch, ggn, ¾ directions", "two_batch", "ggn", direction_fraction=0.75),
-    _kron("cross_fit, ggn, MC Fisher", "cross_fit", "ggn", fisher="mc"),
-    _kron("cross_fit, ggn, empirical Fisher", "cross_fit", "ggn", fisher="empirical"),
+SPLITS = (
+    *(
+        _kron(
+            f"two_batch, ggn, {share:.0%} directions", "two_batch", "ggn", direction_fraction=share
+        )
+        for share in (0.125, 0.25, 0.5, 0.75, 0.875)
+    ),
+    *(
+        Method(
+            f"two_batch, ggn, {overlap:.0%} overlap",
+            {"scheme": "two_batch", "magnitudes": "ggn"},
+            overlap=overlap,
+        )
+        for overlap in (0.0, 0.5, 1.0)
+    ),
+)
+"""How a budget is split between directions and magnitudes."""
+
+FOLDS = (
+    *(_kron(f"cross_fit, ggn, {k} folds", "cross_fit", "ggn", folds=k) for k in (2, 4, 8)),
+    *(
+        _kron(
+            f"cross_fit, ggn, curvature, {k} folds",
+            "cross_fit",
+            "ggn",
+            folds=k,
+            sampling="curvature",
+        )
+        for k in (2, 4, 8)
+    ),
+    *(_kron(f"cross_fit, kfac, {k} folds", "cross_fit", "kfac", folds=k) for k in (2, 4)),
+)
+"""Into how many folds a cross-fit splits its budget."""
+
+FISHERS = (
+    *(
+        _kron(f"cross_fit, ggn, {fisher} Fisher", "cross_fit", "ggn", fisher=fisher)
+        for fisher in ("type2", "mc", "empirical")
+    ),
+    Method(
+        "cross_fit, ggn, MC Fisher on 10·m",
+        {"scheme": "cross_fit", "magnitudes": "ggn", "fisher": "mc"},
+        10,
+    ),
     Method(
         "K-FAC, MC Fisher on 10·m", {"scheme": "single", "magnitudes": "kfac", "fisher": "mc"}, 10
     ),
 )
+"""Which Fisher, at equal samples and at equal numbers of backward passes."""
+
+SIZES = (
+    LAPLACE_TORCH,
+    PAPER,
+    _kron("single, ggn", "single", "ggn"),
+    _kron("cross_fit, ggn", "cross_fit", "ggn"),
+    _kron("cross_fit, ggn, curvature", "cross_fit", "ggn", sampling="curvature"),
+)
+"""The main methods, for budgets from a few samples to most of the data."""

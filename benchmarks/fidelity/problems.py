@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +50,25 @@ def small_digits_cnn() -> nn.Module:
     )
 
 
-def digits(seed: int = 0, n_test: int = 400) -> Problem:
-    """scikit-learn's digits, 1,397 for training; a small CNN trained with Adam to fit them."""
+def small_mlp() -> nn.Module:
+    """A tanh network with 3,466 parameters on 8×8 images."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 32),
+        nn.Tanh(),
+        nn.Linear(32, 32),
+        nn.Tanh(),
+        nn.Linear(32, 10),
+    )
+
+
+def digits(
+    network: Callable[[], nn.Module] = small_digits_cnn,
+    name: str = "digits",
+    seed: int = 0,
+    n_test: int = 400,
+) -> Problem:
+    """scikit-learn's digits, 1,397 for training; a small network trained with Adam to fit them."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -60,7 +78,7 @@ def digits(seed: int = 0, n_test: int = 400) -> Problem:
     test, train = order[:n_test], order[n_test:]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = small_digits_cnn()
+        model = network()
         dataset = TensorDataset(inputs[train], labels[train])
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
         for _ in range(25):
@@ -70,7 +88,7 @@ def digits(seed: int = 0, n_test: int = 400) -> Problem:
                 optimizer.step()
     model.eval().zero_grad()
     loader = DataLoader(dataset, batch_size=64)
-    return Problem("digits", model, loader, inputs[test], labels[test], dense=True)
+    return Problem(name, model, loader, inputs[test], labels[test], dense=True)
 
 
 def resnet20(images: Path, weights: Path, n_test: int, seed: int = 0) -> Problem:
