@@ -24,7 +24,7 @@ from benchmarks.fidelity.methods import (
 )
 from benchmarks.fidelity.problems import Problem, digits, resnet20, small_mlp
 from benchmarks.fidelity.references import dense_reference, kronecker_reference
-from benchmarks.fidelity.report import markdown, write
+from benchmarks.fidelity.report import markdown, read, write
 from laplace_debiased.factory import DebiasedLaplace
 
 _SUITES = {
@@ -56,16 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem.dense:
         references["posterior with the dense GGN of all data"] = dense_reference(problem, priors)
     methods = _chosen([m for suite in options.suites for m in _SUITES[suite]], options.only)
-    rows: list[Row] = []
+    name = f"fidelity_{options.problem}" + (f"_{options.tag}" if options.tag else "")
+    rows = read(options.output, name) if options.resume else []
     n_data = len(problem.train.dataset)  # type: ignore[arg-type]
     if options.full_data:
-        rows = [
+        rows += [
             measure(m.name, n_data, [0], _fitter(problem, m, n_data, priors), references)
             for m in _chosen(FULL_DATA, options.only)
         ]
-    name = f"fidelity_{options.problem}" + (f"_{options.tag}" if options.tag else "")
+    done = {(row.method, row.budget) for row in rows}
     for budget in options.budgets:
         for method in tqdm(methods, desc=f"m={budget}"):
+            if (method.name, budget) in done:
+                continue
             fit = _fitter(problem, method, budget, priors)
             rows.append(measure(method.name, budget, range(options.draws), fit, references))
             write(options.output, name, rows, options.priors, _notes(problem, options))
@@ -132,6 +135,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-inputs", type=int, default=300)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, help="keeps the reference fit between runs")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that an earlier run has written"
+    )
     parser.add_argument("--tag", default="", help="suffix of the result files")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)

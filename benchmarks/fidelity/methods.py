@@ -25,12 +25,17 @@ class Method:
     overlap: float | None = None
 
 
-def _kron(name: str, scheme: str, magnitudes: str, **more: Any) -> Method:
-    return Method(name, {"scheme": scheme, "magnitudes": magnitudes, **more})
+# Sampling is spelled out: the library's own default depends on the scheme.
+def _kron(
+    name: str, scheme: str, magnitudes: str, sampling: str = "uniform", **more: Any
+) -> Method:
+    return Method(name, {"scheme": scheme, "magnitudes": magnitudes, "sampling": sampling, **more})
 
 
-def _low_rank(name: str, scheme: str, **more: Any) -> Method:
-    return Method(name, {"hessian_structure": "lowrank", "scheme": scheme, **more})
+def _low_rank(name: str, scheme: str, sampling: str = "uniform", **more: Any) -> Method:
+    return Method(
+        name, {"hessian_structure": "lowrank", "scheme": scheme, "sampling": sampling, **more}
+    )
 
 
 LAPLACE_TORCH = _kron("laplace-torch K-FAC (single, kfac)", "single", "kfac")
@@ -78,7 +83,7 @@ SPLITS = (
     *(
         Method(
             f"two_batch, ggn, {overlap:.0%} overlap",
-            {"scheme": "two_batch", "magnitudes": "ggn"},
+            {"scheme": "two_batch", "magnitudes": "ggn", "sampling": "uniform"},
             overlap=overlap,
         )
         for overlap in (0.0, 0.5, 1.0)
@@ -109,7 +114,7 @@ FISHERS = (
     ),
     Method(
         "cross_fit, ggn, MC Fisher on 10·m",
-        {"scheme": "cross_fit", "magnitudes": "ggn", "fisher": "mc"},
+        {"scheme": "cross_fit", "magnitudes": "ggn", "fisher": "mc", "sampling": "uniform"},
         10,
     ),
     Method(

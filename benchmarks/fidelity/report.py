@@ -45,6 +45,14 @@ def write(
     figure(rows, priors, references[0]).savefig(folder / f"{name}.png", dpi=130)
 
 
+def read(folder: Path, name: str) -> list[Row]:
+    """The rows that :func:`write` has written, if any."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return []
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
 def figure(rows: Sequence[Row], priors: Sequence[float], reference: str) -> Figure:
     """KL against budget, one panel per prior and one line per method."""
     drawn = Figure(figsize=(4.6 * len(priors), 4.4), layout="constrained")
