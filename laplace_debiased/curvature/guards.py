@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.data.inputs import batch_length, select_rows, to_device
+
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, ModelLock] = weakref.WeakKeyDictionary()
 _REGISTRY_LOCK = threading.Lock()
 _SERIAL = itertools.count()
+
+__all__ = [
+    "HALF_DTYPES",
+    "ModelLock",
+    "batch_length",
+    "call_with",
+    "evaluation_mode",
+    "exact_arithmetic",
+    "full_precision",
+    "model_lock",
+    "requiring_grad",
+    "select_rows",
+    "to_device",
+]
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -153,16 +169,11 @@ def call_with(
     return torch.func.functional_call(model, expanded, args, dict(kwargs or {}), tie_weights=False)
 
 
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move a model's input (a tensor, or a mapping that holds tensors) to ``device``."""
-    if isinstance(inputs, Tensor) or callable(getattr(inputs, "to", None)):
-        return inputs.to(device)
-    if isinstance(inputs, MutableMapping):
-        return {
-            key: value.to(device) if isinstance(value, Tensor) else value
-            for key, value in inputs.items()
-        }
-    return inputs
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No automatic casts inside: sums of squares are formed in the precision of their terms."""
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -171,33 +182,3 @@ def full_precision(tensor: Tensor) -> Tensor:
     Sums of squares overflow in float16 and lose their digits in bfloat16.
     """
     return tensor.float() if tensor.dtype in HALF_DTYPES else tensor
-
-
-def batch_length(inputs: Any) -> int:
-    """Number of samples of a model's input.
-
-    Raises:
-        TypeError: if the input holds no tensor.
-    """
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0]
-    if hasattr(inputs, "items"):
-        for value in inputs.values():
-            if isinstance(value, Tensor) and value.ndim > 0:
-                return value.shape[0]
-    raise TypeError(
-        f"model inputs must be a tensor or a mapping of tensors; got {type(inputs).__name__}."
-    )
-
-
-def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
-    """Those samples of a model's input; entries of a mapping that are not per sample are kept."""
-    if isinstance(inputs, Tensor):
-        return inputs[rows]
-    length = batch_length(inputs)
-    return {
-        key: value[rows]
-        if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == length
-        else value
-        for key, value in inputs.items()
-    }

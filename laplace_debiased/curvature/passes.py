@@ -18,6 +18,7 @@ from laplace_debiased.curvature.guards import (
 )
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.tape import LayerTape, record
+from laplace_debiased.data.inputs import tensor_shapes
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
@@ -218,7 +219,7 @@ class BackwardPass:
     def _chunk_length(self, inputs: Any, length: int, n_columns: int | None) -> int:
         if length <= 1:
             return max(length, 1)
-        key = (_shapes(inputs), n_columns)
+        key = (tensor_shapes(inputs), n_columns)
         if key not in self._bytes_per_sample:
             tape = record(self.model, self.layers, select_rows(inputs, slice(0, 1)))
             self._bytes_per_sample[key] = bytes_per_sample(tape, self.layers, n_columns)
@@ -297,11 +298,3 @@ def bytes_per_sample(tape: LayerTape, layers: tuple[Layer, ...], n_columns: int 
         graph += inputs.numel() + (2 + columns) * n_outputs
         largest = max(largest, 2 * positions.numel() + 2 * columns * (entries + n_outputs))
     return max(1, size * (graph + largest))
-
-
-def _shapes(inputs: Any) -> tuple:
-    if isinstance(inputs, Tensor):
-        return tuple(inputs.shape[1:])
-    return tuple(
-        (key, tuple(value.shape[1:])) for key, value in inputs.items() if isinstance(value, Tensor)
-    )

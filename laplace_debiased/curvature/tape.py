@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from laplace_debiased.curvature.guards import evaluation_mode, requiring_grad
 from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.data.inputs import invoke, plain_tensors
 
 
 @dataclass(eq=False)
@@ -99,7 +100,7 @@ def _recording(layers: Iterable[Layer], tape: LayerTape) -> Iterator[None]:
 
 
 def record(model: nn.Module, layers: Iterable[Layer], inputs: Any) -> LayerTape:
-    """Run ``model(inputs)`` in evaluation mode with gradients on, and record ``layers``.
+    """Run the model on a batch in evaluation mode with gradients on, and record ``layers``.
 
     Raises:
         TypeError: if the model does not return a tensor.
@@ -112,10 +113,9 @@ def record(model: nn.Module, layers: Iterable[Layer], inputs: Any) -> LayerTape:
         evaluation_mode(model),
         requiring_grad(recorded),
     ):
-        if isinstance(inputs, Tensor) and inputs.is_inference():
-            inputs = inputs.clone()
+        inputs = plain_tensors(inputs)
         with _recording(layers, tape):
-            outputs = model(inputs)
+            outputs = invoke(model, inputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it in "

@@ -18,6 +18,7 @@ from torch.utils.data import (
 )
 
 from laplace_debiased.data.checks import checked_count
+from laplace_debiased.data.inputs import batch_length
 from laplace_debiased.data.rng import preserved_rng
 
 __all__ = [
@@ -54,15 +55,16 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
     """Split what a loader yields into inputs and targets.
 
     Args:
-        batch: A pair (inputs, targets), or a mapping that holds the targets [m, ...] under
-            ``dict_key_y``; then the whole mapping is the input.
+        batch: A pair (inputs, targets), the inputs a tensor, several, or a mapping; or a mapping
+            that holds the targets [m, ...] under ``dict_key_y``; then the whole mapping is the
+            input.
         dict_key_y: Key of the targets in a mapping.
 
     Returns:
         The inputs as they came and the targets [m, ...].
 
     Raises:
-        TypeError: ``batch`` is neither, or its targets are not a tensor.
+        TypeError: ``batch`` is neither, its targets are not a tensor, or its inputs hold none.
         ValueError: The key is missing, or inputs and targets differ in length.
     """
     if isinstance(batch, Mapping):
@@ -85,9 +87,11 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
             "The targets of a batch must be a tensor with a batch dimension, got "
             f"{'a scalar tensor' if isinstance(targets, Tensor) else type(targets).__name__}."
         )
-    if isinstance(inputs, Tensor) and (inputs.ndim == 0 or len(inputs) != len(targets)):
+    length = batch_length(inputs)
+    if length != len(targets):
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else f"of {length} samples"
         raise ValueError(
-            f"A batch has inputs {tuple(inputs.shape)} but targets {tuple(targets.shape)}: "
+            f"A batch has inputs {shape} but targets {tuple(targets.shape)}: "
             "their first dimensions must agree."
         )
     return inputs, targets

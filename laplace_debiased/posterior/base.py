@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.curvature.guards import HALF_DTYPES
+from laplace_debiased.curvature.guards import HALF_DTYPES, exact_arithmetic
 from laplace_debiased.data import preserved_rng
 from laplace_debiased.data.checks import checked_count
 from laplace_debiased.data.loaders import loader_generators
@@ -47,7 +47,8 @@ from laplace_debiased.posterior.tuning import (
 )
 from laplace_debiased.predictive import OutputCovariance
 
-Inputs = Tensor | MutableMapping[str, Any]
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
+"""What a model takes: a tensor, several, or a mapping that holds tensors."""
 
 
 class DebiasedPosterior(StoredPosterior):
@@ -198,7 +199,8 @@ class DebiasedPosterior(StoredPosterior):
         if moments and n_samples == 1:
             raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
         self._check_model()
-        samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
+        with exact_arithmetic(self._device):
+            samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
         if moments:
             return samples.mean(0), samples.var(0)
         return self._inverse_link(samples).mean(0)
@@ -221,11 +223,12 @@ class DebiasedPosterior(StoredPosterior):
         """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
         self._check_H_init()
         self._check_model()
-        if joint:
-            mean, covariance = self._moments(X, OutputCovariance.JOINT)
-            return mean.flatten(), covariance
-        kind = OutputCovariance.DIAGONAL if diagonal_output else OutputCovariance.PER_SAMPLE
-        return self._moments(X, kind)
+        with exact_arithmetic(self._device):
+            if joint:
+                mean, covariance = self._moments(X, OutputCovariance.JOINT)
+                return mean.flatten(), covariance
+            kind = OutputCovariance.DIAGONAL if diagonal_output else OutputCovariance.PER_SAMPLE
+            return self._moments(X, kind)
 
     def _glm_functional_samples(
         self,
@@ -254,7 +257,8 @@ class DebiasedPosterior(StoredPosterior):
             moments = self._glm_predictive_distribution(x, diagonal_output=diagonal_output)
             return self._glm_functional_samples(*moments, n_samples, diagonal_output, generator)
         self._check_model()
-        return self._nn_functional_samples(x, n_samples, generator)
+        with exact_arithmetic(self._device):
+            return self._nn_functional_samples(x, n_samples, generator)
 
     def predictive_samples(
         self,
@@ -407,7 +411,10 @@ class DebiasedPosterior(StoredPosterior):
                     log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
                 )
                 search = GridSearch(self, grid, pred, link, n_samples, loss, refine, seed)
-                with preserved_rng(None, generators=loader_generators(val_loader)):
+                with (
+                    preserved_rng(None, generators=loader_generators(val_loader)),
+                    exact_arithmetic(self._device),
+                ):
                     result = search.run(val_loader, progress_bar)
                 result.warn_on_edge()
                 self.prior_precision = torch.as_tensor(result.prior_precision, dtype=torch.float64)

@@ -19,6 +19,7 @@ from laplace_debiased.curvature import (
     layer_problems,
     layers_of,
 )
+from laplace_debiased.curvature.guards import exact_arithmetic
 from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.debiasing import scheme_plan
@@ -182,7 +183,12 @@ class KronPosterior(DebiasedPosterior):
         previous = None if override else self._fitted
         watch = self._watch_over(adding=previous is not None)
         # What a fit keeps must not be inference tensors, even where the caller is in that mode.
-        with preserved_rng(seed), torch.inference_mode(False), torch.no_grad():
+        with (
+            preserved_rng(seed),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            exact_arithmetic(self._device),
+        ):
             curvature_pass = self._make_pass(self._candidates(request))
             kept = opened_checkpoint(self, checkpoint, checkpoint_interval, request, options, watch)
             exclude = previous.drawn if previous is not None and budget is not None else frozenset()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.curvature.guards import exact_arithmetic
 from laplace_debiased.curvature.lowrank import FunctionalNetwork, RowPass, parameter_coverage
 from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.data.checks import checked_seed
@@ -157,7 +158,11 @@ class LowRankPosterior(DebiasedPosterior):
         check_weights(self._covered_model)
         previous = None if override else self._fitted
         watch = self._watch_over(adding=previous is not None)
-        with preserved_rng(seed), torch.inference_mode(False):
+        with (
+            preserved_rng(seed),
+            torch.inference_mode(False),
+            exact_arithmetic(self._device),
+        ):
             coverage = self._candidates(request)
             self._check_against(coverage)
             row_pass = self._make_pass(coverage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from laplace_debiased.curvature.guards import (
     to_device,
 )
 from laplace_debiased.curvature.passes import check_outputs
+from laplace_debiased.data.inputs import AttributeDict, call_arguments, logits_of
 
 Parameters = dict[str, Tensor]
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -117,7 +118,10 @@ class FunctionalNetwork:
         Raises:
             TypeError: if the model does not return a tensor.
         """
-        outputs = call_with(self.model, {**constants, **parameters}, (inputs,))
+        # Only plain dicts go through vmap; a model may read its batch by attribute.
+        inputs = AttributeDict(inputs) if isinstance(inputs, dict) else inputs
+        args, kwargs = call_arguments(self.model, inputs)
+        outputs = logits_of(call_with(self.model, {**constants, **parameters}, args, kwargs))
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it "
@@ -145,20 +149,26 @@ class FunctionalNetwork:
 
 def sample_axes(inputs: Any) -> Any:
     """Which axis of a model's input runs over samples, for ``torch.vmap``."""
-    if isinstance(inputs, Tensor):
-        return 0
     length = batch_length(inputs)
-    return {
-        key: 0 if isinstance(value, Tensor) and value.ndim and len(value) == length else None
-        for key, value in inputs.items()
-    }
+    return _nested(lambda t: 0 if t.ndim and len(t) == length else None, inputs)
 
 
 def with_batch_axis(sample: Any, axes: Any) -> Any:
     """One sample's input as a batch of one."""
-    if isinstance(sample, Tensor):
-        return sample.unsqueeze(0)
-    return {k: v.unsqueeze(0) if axes[k] == 0 else v for k, v in sample.items()}
+    if isinstance(sample, dict):
+        return {key: with_batch_axis(value, axes[key]) for key, value in sample.items()}
+    if isinstance(sample, tuple | list):
+        return type(sample)(with_batch_axis(v, a) for v, a in zip(sample, axes, strict=True))
+    return sample.unsqueeze(0) if axes == 0 else sample
+
+
+def _nested(function: Callable[[Tensor], Any], inputs: Any) -> Any:
+    """``function`` of every tensor in dicts, tuples and lists; None for what is none."""
+    if isinstance(inputs, dict):
+        return {key: _nested(function, value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(_nested(function, value) for value in inputs)
+    return function(inputs) if isinstance(inputs, Tensor) else None
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -166,8 +176,10 @@ def _widened(value: Tensor) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping) or (hasattr(value, "items") and not isinstance(value, Tensor)):
+    if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_plain(entry) for entry in value)
     if not isinstance(value, Tensor):
         return value
     return _widened(value.clone() if value.is_inference() else value)

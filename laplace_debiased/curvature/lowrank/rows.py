@@ -24,6 +24,7 @@ from laplace_debiased.curvature.lowrank.network import (
     sample_axes,
     with_batch_axis,
 )
+from laplace_debiased.data.inputs import tensor_shapes
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 _LIVE_GRADIENTS = 4
@@ -178,7 +179,7 @@ class RowPass:
 
     def _bytes(self, inputs: Any) -> tuple[int, int]:
         """Working memory of one sample: what its graph saves, and what each column adds."""
-        key = _shapes(inputs)
+        key = tensor_shapes(inputs)
         if key not in self._saved:
             self._saved[key] = self._measure(select_rows(inputs, slice(0, 1)))
         saved, largest = self._saved[key]
@@ -207,9 +208,3 @@ class RowPass:
 
 def _refuse(packed: None) -> Tensor:
     raise AssertionError("the graph of a size measurement is never walked")
-
-
-def _shapes(inputs: Any) -> tuple:
-    if isinstance(inputs, Tensor):
-        return tuple(inputs.shape[1:])
-    return tuple((key, tuple(v.shape[1:])) for key, v in inputs.items() if isinstance(v, Tensor))

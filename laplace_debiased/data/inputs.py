@@ -1,0 +1,217 @@
+"""What a model takes: a tensor, several, or a mapping; how it is cut, moved and handed over."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "AttributeDict",
+    "batch_length",
+    "call_arguments",
+    "calling_by_signature",
+    "invoke",
+    "logits_of",
+    "map_tensors",
+    "plain_tensors",
+    "select_rows",
+    "tensor_shapes",
+    "tensors_of",
+    "to_device",
+]
+
+LABELS = "labels"
+"""Entry that a keyword call leaves out where the model has a default for it: given their labels,
+Hugging Face's models compute a loss, and remember what kind it was."""
+
+
+def is_mapping(inputs: Any) -> bool:
+    """Whether ``inputs`` go by name: a dict, or a tokenizer's batch."""
+    return isinstance(inputs, Mapping)
+
+
+def tensors_of(inputs: Any) -> Iterator[Tensor]:
+    """All tensors of a model's input, in order."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif is_mapping(inputs):
+        for value in inputs.values():
+            yield from tensors_of(value)
+    elif isinstance(inputs, tuple | list):
+        for value in inputs:
+            yield from tensors_of(value)
+
+
+def map_tensors(function: Callable[[Tensor], Any], inputs: Any) -> Any:
+    """The same structure with ``function`` of every tensor; what is no tensor stays."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if is_mapping(inputs):
+        return _like(inputs, {key: map_tensors(function, value) for key, value in inputs.items()})
+    if isinstance(inputs, tuple | list):
+        values = [map_tensors(function, value) for value in inputs]
+        named = isinstance(inputs, tuple) and hasattr(inputs, "_fields")
+        return type(inputs)(*values) if named else type(inputs)(values)
+    return inputs
+
+
+class AttributeDict(dict[str, Any]):
+    """A dict whose entries can be read as attributes too, as a tokenizer's batch allows."""
+
+    def __getattr__(self, name: str) -> Any:
+        """The entry of that name."""
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _like(inputs: Mapping[str, Any], entries: dict[str, Any]) -> Any:
+    """The entries as the mapping's own type, where that is built from a dict."""
+    try:
+        return type(inputs)(entries)  # type: ignore[call-arg]
+    except (TypeError, ValueError):
+        return entries
+
+
+def batch_length(inputs: Any) -> int:
+    """Number m of samples of a model's input: of its first tensor that has a dimension.
+
+    Raises:
+        TypeError: if the input holds no such tensor.
+    """
+    for tensor in tensors_of(inputs):
+        if tensor.ndim > 0:
+            return tensor.shape[0]
+    raise TypeError(
+        "model inputs must be a tensor with a batch dimension, or a mapping, tuple or list that "
+        f"holds one; got {type(inputs).__name__}."
+    )
+
+
+def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
+    """Those samples of a model's input; tensors that are not per sample [m, ...] are kept."""
+    if isinstance(inputs, Tensor):
+        return inputs[rows]
+    length = batch_length(inputs)
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor[rows] if tensor.ndim > 0 and tensor.shape[0] == length else tensor
+
+    return map_tensors(chosen, inputs)
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Move every tensor of a model's input to ``device``."""
+    return map_tensors(lambda tensor: tensor.to(device), inputs)
+
+
+def tensor_shapes(inputs: Any) -> tuple:
+    """Structure and per-sample shapes of a model's input, to be compared and hashed."""
+    if isinstance(inputs, Tensor):
+        return tuple(inputs.shape[1:])
+    if is_mapping(inputs):
+        return tuple((str(key), tensor_shapes(value)) for key, value in inputs.items())
+    if isinstance(inputs, tuple | list):
+        return tuple(tensor_shapes(value) for value in inputs)
+    return ()
+
+
+def call_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a model is called with a batch's inputs, from the signature of its ``forward``.
+
+    One argument as it comes is laplace-torch's convention. A mapping goes in by keywords where the
+    signature names some of its keys (then those that it takes), or takes keywords only; several
+    tensors go in one by one where the signature has room for them.
+
+    Args:
+        model: the model.
+        inputs: a batch's inputs.
+
+    Returns:
+        Positional and keyword arguments.
+    """
+    if isinstance(inputs, Tensor) or not (is_mapping(inputs) or isinstance(inputs, tuple | list)):
+        return (inputs,), {}
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return (inputs,), {}
+    kinds = inspect.Parameter
+    positional = [
+        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
+    several = any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
+    if is_mapping(inputs):
+        return _by_name(inputs, list(parameters), bool(positional) or several)
+    n = len(inputs)
+    if n >= 2 and (several or 2 <= n <= len(positional)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def _by_name(
+    inputs: Mapping[str, Any], parameters: list[inspect.Parameter], takes_positional: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kinds = inspect.Parameter
+    named = {
+        p.name: p for p in parameters if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    }
+    any_name = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
+    known = [key for key in inputs if key in named]
+    if not known and not (any_name and not takes_positional):
+        return (inputs,), {}
+    optional = LABELS in named and named[LABELS].default is not kinds.empty
+    keys = [
+        key
+        for key in inputs
+        if (key in named or any_name) and not (key == LABELS and (optional or key not in named))
+    ]
+    return (), {str(key): inputs[key] for key in keys}
+
+
+def invoke(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a batch's inputs, and take the logits of what it returns."""
+    args, kwargs = call_arguments(model, inputs)
+    return logits_of(model(*args, **kwargs))
+
+
+@contextmanager
+def calling_by_signature(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model(inputs)`` is ``invoke(model, inputs)``, for callers who know but that."""
+
+    def rewrite(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if kwargs or len(args) != 1:
+            return None
+        return call_arguments(module, args[0])
+
+    def unpack(module: nn.Module, args: tuple, outputs: Any) -> Any:
+        return logits_of(outputs)
+
+    handles = [
+        model.register_forward_pre_hook(rewrite, with_kwargs=True),
+        model.register_forward_hook(unpack),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def plain_tensors(inputs: Any) -> Any:
+    """The inputs with inference tensors copied, so that derivatives can be taken through them."""
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, inputs)
+
+
+def logits_of(outputs: Any) -> Any:
+    """The entry ``logits`` of a model's output, if it is a record that has one."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else outputs
