@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SubsetRandomSampler
 from tqdm import tqdm
 
-from benchmarks.fidelity.measure import Row, log_predictive, measure
+from benchmarks.fidelity.measure import log_predictive, measure
 from benchmarks.fidelity.methods import (
     FISHERS,
     FOLDS,
