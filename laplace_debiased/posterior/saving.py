@@ -40,12 +40,16 @@ def constructor_arguments(posterior: Any) -> dict[str, Any]:
         "strict": settings.strict,
         "rank": settings.rank,
         "ignore_index": settings.ignore_index,
+        "allow_probabilities": settings.allow_probabilities,
         "sigma_noise": RESIDUAL if settings.residual_noise else None,
         "scheme": settings.scheme,
         "backend": settings.backend,
-        "backend_kwargs": dict(getattr(posterior, "_backend_kwargs", None) or {}) or None,
         "asdl_fisher_kwargs": dict(getattr(posterior, "_asdl_fisher_kwargs", None) or {}) or None,
     }
+    if settings.backend is not None:
+        given = dict(posterior._backend_kwargs)
+        given.pop("last_layer", None)  # laplace-torch's own addition
+        arguments["backend_kwargs"] = given or None
     for option in fields(settings.options):
         arguments.setdefault(option.name, getattr(settings.options, option.name))
     if posterior._covered_model is not posterior.model:

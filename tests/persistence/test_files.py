@@ -1,0 +1,129 @@
+"""A record is written whole or not at all; anything else is refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from laplace_debiased.errors import StoredFileError
+from laplace_debiased.persistence import files, read_record, remove_file, write_record
+
+KIND = "test record"
+
+
+def write(path: Path, value: float = 1.0) -> None:
+    write_record(path, KIND, 1, {"value": torch.full((1000,), value)})
+
+
+def value(path: Path) -> float:
+    return float(read_record(path, KIND, 1)["value"][0])
+
+
+class Killed(BaseException):
+    """What an interrupt at the worst moment looks like."""
+
+
+@pytest.mark.parametrize("moment", ["save", "fsync", "replace"])
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    path = tmp_path / "a.pt"
+    write(path, 1.0)
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    owner = torch if moment == "save" else os
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, moment, stop)
+        with pytest.raises(Killed):
+            write(path, 2.0)
+    assert value(path) == 1.0
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_next_write_clears_what_a_crash_left_but_not_what_another_writer_holds(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.pt"
+    dead = tmp_path / ".a.pt.0123456789ab.tmp"
+    dead.write_bytes(b"half")
+    users = tmp_path / ".a.pt.notes.tmp"
+    users.write_bytes(b"mine")
+    temporary, file = files._open_temporary(path)
+    with file:
+        write(path)
+        assert temporary.exists()
+    assert not dead.exists()
+    assert users.exists()
+    write(path)
+    assert not temporary.exists()
+    remove_file(path)
+    assert os.listdir(tmp_path) == [users.name]
+
+
+def test_link_is_followed_and_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.pt"
+    link.symlink_to(tmp_path / "real" / "a.pt")
+    write(link, 3.0)
+    assert link.is_symlink()
+    assert value(tmp_path / "real" / "a.pt") == 3.0
+
+
+def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    write(path)
+    whole = path.read_bytes()
+    for length in [0, 1, 4, *range(100, len(whole), len(whole) // 25), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(StoredFileError, match="only a part"):
+            read_record(path, KIND, 1)
+
+
+def test_flipped_bit_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    """torch.load itself reads it without complaint."""
+    path = tmp_path / "a.pt"
+    write(path)
+    raw = bytearray(path.read_bytes())
+    place = raw.find(torch.ones(100).numpy().tobytes())
+    raw[place + 50] ^= 1
+    path.write_bytes(raw)
+    assert not torch.equal(torch.load(path, weights_only=True)["value"], torch.ones(1000))
+    with pytest.raises(StoredFileError, match="checksum"):
+        read_record(path, KIND, 1)
+
+
+def test_foreign_files_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    for content, match in [
+        ({"weight": torch.ones(2)}, "does not say so"),
+        ({"cls_name": "X", "mean": torch.ones(2)}, "load_state_dict"),
+        ({"format": "another"}, "'another' file"),
+        ({"format": KIND, "format_version": 2, "library_version": "9.9"}, r"9\.9.*Upgrade"),
+        ({"format": KIND, "format_version": True}, "impossible format_version"),
+        ([1, 2], "does not say so"),
+        (torch.nn.Linear(1, 1), "other objects"),
+    ]:
+        torch.save(content, path)
+        with pytest.raises(StoredFileError, match=match):
+            read_record(path, KIND, 1)
+    path.write_text("hello")
+    with pytest.raises(StoredFileError, match="no test record file"):
+        read_record(path, KIND, 1)
+
+
+def test_impossible_paths_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no test record file.*nowhere"):
+        read_record(tmp_path / "nowhere.pt", KIND, 1)
+    with pytest.raises(FileNotFoundError, match=r"does not exist.*no_folder"):
+        write(tmp_path / "no_folder" / "a.pt")
+    with pytest.raises(IsADirectoryError, match="not a folder"):
+        read_record(tmp_path, KIND, 1)
+    with pytest.raises(TypeError, match="string or os"):
+        write_record(io.BytesIO(), KIND, 1, {})  # type: ignore[arg-type]
+    remove_file(tmp_path / "nothing.pt")

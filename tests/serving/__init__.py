@@ -1,0 +1,1 @@
+"""Posteriors that serve: threads, gradient modes, copies."""
