@@ -2,7 +2,7 @@
 
 from laplace_debiased.persistence.checkpoint import FitCheckpoint, WalkProgress, digest_of
 from laplace_debiased.persistence.files import read_record, remove_file, write_record
-from laplace_debiased.persistence.fingerprint import ModelFingerprint, TensorPrint, fingerprint
+from laplace_debiased.persistence.identity import ModelFingerprint, TensorPrint, fingerprint
 from laplace_debiased.persistence.watch import ModelWatch
 
 __all__ = [

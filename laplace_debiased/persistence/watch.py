@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature.guards import model_lock
 from laplace_debiased.errors import ModelChangedError
-from laplace_debiased.persistence.fingerprint import ModelFingerprint, fingerprint, named_tensors
+from laplace_debiased.persistence.identity import ModelFingerprint, fingerprint, named_tensors
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VERSION = attrgetter("_version")
@@ -77,11 +77,14 @@ class ModelWatch:
         # A copy belongs to copied tensors, at other addresses.
         return type(self), (self.reference,)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> bool:
         """Check that the model's weights are those of the fit.
 
         Args:
             model: the model with the weights that the reference describes.
+
+        Returns:
+            Whether its modules or tensors may be other objects than at the last check.
 
         Raises:
             ModelChangedError: naming what changed.
@@ -89,11 +92,11 @@ class ModelWatch:
         # Sampled networks swap their weights under this lock.
         with model_lock(model):
             if self._glance is not None and self._glance.still_holds():
-                return
+                return False
             changes = self.reference.differences(fingerprint(model))
             if not changes:
                 self._glance = _glance_at(model)
-                return
+                return True
         more = f" and {len(changes) - _MAX_NAMED} more" if len(changes) > _MAX_NAMED else ""
         raise ModelChangedError(
             "the model is not the one that this posterior was fitted to: "

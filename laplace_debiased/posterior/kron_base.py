@@ -19,7 +19,7 @@ from laplace_debiased.curvature import (
     layer_problems,
     layers_of,
 )
-from laplace_debiased.curvature.guards import exact_arithmetic
+from laplace_debiased.curvature.guards import exact_arithmetic, requiring_grad
 from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.debiasing import scheme_plan
@@ -228,7 +228,9 @@ class KronPosterior(DebiasedPosterior):
             batches.close()  # type: ignore[attr-defined]
         model = self._covered_model
         layers = layers_of(model, self._static_coverage.covered)
-        coverage = self._static_coverage.without(layer_problems(model, layers, first.inputs))
+        with requiring_grad(self._tensors_of(self._static_coverage)):
+            problems = layer_problems(model, layers, first.inputs)
+        coverage = self._static_coverage.without(problems)
         coverage.require(strict=self._settings.strict)
         check_prior_length(self.prior_precision, coverage.covered, coverage.n_covered)
         check_prior_mean(self.prior_mean, coverage.n_covered)
@@ -291,6 +293,10 @@ class KronPosterior(DebiasedPosterior):
         self.loss = estimate.mean_loss * n_data
         self.n_data, self.n_outputs = n_data, estimate.n_outputs
         self._posterior_scale = None
+
+    def _renew(self) -> None:
+        self._set_coverage(self.coverage)
+        self._pass = self._make_pass(self.coverage)
 
     @property
     def effective_sample_size(self) -> float | None:

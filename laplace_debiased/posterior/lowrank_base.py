@@ -234,6 +234,10 @@ class LowRankPosterior(DebiasedPosterior):
         assert self.H is not None
         return self.H[0].shape[1]
 
+    def _renew(self) -> None:
+        self._set_coverage(self.coverage)
+        self._pass = self._make_pass(self.coverage)
+
     @property
     def effective_sample_size(self) -> float | None:
         """How many samples of equal curvature would estimate its scale as steadily.

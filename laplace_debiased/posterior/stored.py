@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -51,8 +52,13 @@ class StoredPosterior(_Host):
         Raises:
             ModelChangedError: naming what changed.
         """
-        if self._watch is not None:
-            self._watch.check(self._covered_model)
+        if self._watch is not None and self._watch.check(self._covered_model):
+            # A layer that was replaced by its equal: what refers to the old one would see nothing.
+            self._renew()
+
+    @abstractmethod
+    def _renew(self) -> None:
+        """Refer to the modules and parameters that the model has now."""
 
     def save(self, path: PathLike) -> None:
         """Write the posterior with all its options to a file; the model is saved by its owner.

@@ -1,0 +1,216 @@
+"""A prediction notices that its model is another one, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from laplace_debiased import DebiasedLaplace
+from laplace_debiased.errors import ModelChangedError
+from laplace_debiased.persistence import ModelFingerprint, ModelWatch, fingerprint
+from tests.persistence.cases import INPUTS, LABELS, fitted, loader, network
+from tests.untouched import untouched
+
+Change = Callable[[nn.Module], object]
+
+
+def step(model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    model.train()
+    nn.functional.cross_entropy(model(INPUTS), LABELS).backward()
+    optimiser.step()
+    model.zero_grad()
+
+
+def set_data(model: nn.Module) -> None:
+    model[0].weight.data = model[0].weight.data * 1.5
+
+
+def replace_parameter(model: nn.Module) -> None:
+    model[3].bias = nn.Parameter(model[3].bias.detach() + 1)
+
+
+def replace_layer(model: nn.Module) -> None:
+    model[3] = nn.Linear(5, 3).double()
+
+
+CHANGES: dict[str, Change] = {
+    "an optimiser's step": lambda m: step(m, torch.optim.SGD(m.parameters(), lr=1e-3)),
+    "running statistics": lambda m: m.train()(INPUTS),
+    "a write under no_grad": lambda m: nn.init.zeros_(m[3].bias),
+    "a write through data": lambda m: m[0].weight.data.mul_(1.1),
+    "a frozen layer's write through data": lambda m: m[1].weight.data.zero_(),
+    "other data": set_data,
+    "another parameter": replace_parameter,
+    "another layer": replace_layer,
+    "other weights loaded": lambda m: m.load_state_dict(network(0.5).state_dict()),
+    "another dtype": lambda m: m.float(),
+}
+
+
+@pytest.mark.parametrize(
+    ("structure", "name"),
+    [*(("kron", name) for name in CHANGES), ("lowrank", "a write through data")],
+)
+def test_changed_model_is_refused_at_every_prediction(structure: str, name: str) -> None:
+    model = network()
+    la = fitted(structure, model)
+    expected = la(INPUTS)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    CHANGES[name](model)
+    x = INPUTS.float() if name == "another dtype" else INPUTS
+    for call in (
+        lambda: la(x),
+        lambda: la(x, pred_type="nn"),
+        lambda: la.functional_samples(x, n_samples=2),
+        lambda: la.optimize_prior_precision(val_loader=loader()),
+        lambda: la.fit(loader(), override=False),
+    ):
+        with pytest.raises(ModelChangedError, match=r"[Cc]all fit again|Fit anew"):
+            call()
+    # The posterior itself is as good as before: with its weights back, it goes on.
+    model.eval().double().load_state_dict(before)
+    assert torch.equal(la(INPUTS), expected)
+
+
+def reassign(model: nn.Module) -> None:
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def signed_zero(model: nn.Module) -> None:
+    """A step of length zero turns −0 into 0."""
+    with torch.no_grad():
+        model[0].bias.copy_(model[0].bias + torch.zeros(5).double())
+
+
+HARMLESS: dict[str, Change] = {
+    "the same weights loaded": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())),
+    "the same weights assigned": reassign,
+    "a step of length zero": lambda m: step(m.eval(), _frozen_statistics(m)),
+    "signs of zero": signed_zero,
+    "train mode": lambda m: m.train(),
+    "frozen": lambda m: m.requires_grad_(False),
+    "channels": lambda m: setattr(m[0].weight, "data", m[0].weight.data.clone()),
+    "gradients": lambda m: m(INPUTS).sum().backward(),
+    "a hook": lambda m: m[0].register_forward_hook(lambda *_: None),
+}
+
+
+def _frozen_statistics(model: nn.Module) -> torch.optim.Optimizer:
+    model[1].momentum = 0.0
+    model[1].track_running_stats = False
+    return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_nothing_else_is_an_alarm(name: str) -> None:
+    model = network()
+    if name == "signs of zero":
+        model[0].bias.data.fill_(-0.0)
+    la = fitted("kron", model)
+    la(INPUTS)
+    HARMLESS[name](model)
+    model[1].track_running_stats = True
+    for _ in range(2):
+        la(INPUTS)
+        la(INPUTS, pred_type="nn", n_samples=2)
+    la.fit(loader(), override=False)
+
+
+@pytest.mark.parametrize("structure", ["kron_last_layer", "lowrank_last_layer"])
+def test_last_layer_posterior_has_a_model_of_its_own(structure: str) -> None:
+    """laplace-torch copies the network: what becomes of the original is no matter."""
+    model = network()
+    la = fitted(structure, model)
+    expected = la(INPUTS)
+    replace_layer(model)
+    assert torch.equal(la(INPUTS), expected)
+    with torch.no_grad():
+        la.model.model[3].weight += 1
+    with pytest.raises(ModelChangedError, match=r"3\.weight has other values"):
+        la(INPUTS)
+
+
+def test_check_reads_no_weights_and_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    watch = ModelWatch(fingerprint(model))
+    with untouched(model):
+        watch.check(model)
+    calls = []
+    monkeypatch.setattr(
+        "laplace_debiased.persistence.watch.fingerprint",
+        lambda m: calls.append(m) or fingerprint(m),
+    )
+    for _ in range(3):
+        watch.check(model)
+    assert calls == []
+    model.load_state_dict(model.state_dict())
+    watch.check(model)
+    watch.check(model)
+    assert calls == [model]
+
+
+def test_fingerprint_depends_on_names_shapes_dtypes_and_values_alone() -> None:
+    model = network()
+    print_ = fingerprint(model)
+    twin = copy.deepcopy(model).train().requires_grad_(False)
+    assert fingerprint(twin).digest == print_.digest
+    for change in (lambda m: m.half(), lambda m: m[3].bias.data.add_(1), replace_layer):
+        other = copy.deepcopy(model)
+        change(other)
+        assert fingerprint(other).digest != print_.digest
+    assert ModelFingerprint.from_state(print_.to_state()) == print_
+    with pytest.raises(ValueError, match="damaged"):
+        ModelFingerprint.from_state({"a": 1})
+
+
+def test_fingerprint_ignores_layout_and_what_a_state_dict_leaves_out() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 2)
+            self.again = self.conv
+            self.register_buffer("cache", torch.rand(3), persistent=False)
+            self.register_buffer("flag", torch.tensor([True, False]))
+            self.register_buffer("empty", torch.zeros(0))
+            self.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+            self.narrow = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+
+    model = Odd()
+    watch = ModelWatch(fingerprint(model))
+    watch.check(model)
+    assert sorted(watch.reference.entries) == [
+        "conv.bias", "conv.weight", "empty", "flag", "narrow", "phase",
+    ]  # fmt: skip
+    model.cache = torch.rand(7)
+    model.to(memory_format=torch.channels_last)
+    watch.check(model)
+    watch.check(model)
+    model.conv.weight.data[0, 0, 0, 0] = model.conv.weight.data.abs().max() * 2
+    model.flag.data.zero_()
+    with pytest.raises(ModelChangedError, match=r"conv\.weight has other values, flag has other"):
+        watch.check(model)
+    with pytest.raises(ValueError, match="meta"):
+        fingerprint(nn.Linear(2, 2, device="meta"))
+
+
+def test_fitting_again_makes_the_present_weights_the_model() -> None:
+    model = network()
+    la = DebiasedLaplace(model)
+    la.fit(loader())
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ModelChangedError):
+        la(INPUTS)
+    la.fit(loader())
+    assert torch.isfinite(la(INPUTS)).all()
+
+
+def test_large_models_hash_as_small_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    expected = fingerprint(model)
+    monkeypatch.setattr("laplace_debiased.persistence.identity._PARALLEL_BYTES", 0)
+    assert fingerprint(model) == expected
