@@ -21,3 +21,7 @@ class ModelChangedError(RuntimeError):
 
 class StoredFileError(ValueError):
     """A file that cannot be read as what it should hold: damaged, foreign, or too new."""
+
+
+class ModelCallError(RuntimeError, ValueError):
+    """The model fails on the inputs that it was given; its own exception is the cause."""

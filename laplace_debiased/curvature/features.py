@@ -24,7 +24,7 @@ from laplace_debiased.curvature.passes import (
     LayerRows,
     check_outputs,
 )
-from laplace_debiased.data.inputs import calling_by_signature, plain_tensors
+from laplace_debiased.data.inputs import calling_by_signature, explained_failure, plain_tensors
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 
@@ -59,7 +59,11 @@ class FeaturePass:
         inputs = to_device(inputs, self.device)
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
-            with evaluation_mode(self.model), calling_by_signature(self.model.model):
+            with (
+                evaluation_mode(self.model),
+                calling_by_signature(self.model.model),
+                explained_failure(inputs),
+            ):
                 outputs, features = self.model.forward_with_features(inputs)
         check_outputs(outputs, batch_length(inputs))
         outputs, features = full_precision(outputs), full_precision(features)

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.errors import ModelCallError
+
 __all__ = [
     "AttributeDict",
     "batch_length",
     "call_arguments",
     "calling_by_signature",
+    "described",
+    "explained_failure",
     "invoke",
     "logits_of",
     "map_tensors",
@@ -107,8 +111,21 @@ def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move every tensor of a model's input to ``device``."""
-    return map_tensors(lambda tensor: tensor.to(device), inputs)
+    """Move every tensor of a model's input to ``device``.
+
+    Raises:
+        ValueError: if one is on the meta device, and so holds no data.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.is_meta and device.type != "meta":
+            raise ValueError(
+                f"the model's inputs {described(tensor)} are on the meta device and hold no data; "
+                "load them onto a real one."
+            )
+        return tensor.to(device)
+
+    return map_tensors(moved, inputs)
 
 
 def tensor_shapes(inputs: Any) -> tuple:
@@ -176,9 +193,47 @@ def _by_name(
 
 
 def invoke(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with a batch's inputs, and take the logits of what it returns."""
+    """Call a model with a batch's inputs, and take the logits of what it returns.
+
+    Raises:
+        ModelCallError: if the model fails on them; out of memory passes through as it is.
+    """
     args, kwargs = call_arguments(model, inputs)
-    return logits_of(model(*args, **kwargs))
+    with explained_failure(inputs):
+        return logits_of(model(*args, **kwargs))
+
+
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+
+
+@contextmanager
+def explained_failure(inputs: Any) -> Iterator[None]:
+    """Turn a failure of the model's own code into one that says what went in.
+
+    Raises:
+        ModelCallError: in place of it.
+    """
+    try:
+        yield
+    except (ModelCallError, torch.OutOfMemoryError):
+        raise
+    except _FAILURES as error:
+        raise ModelCallError(
+            f"the model failed on inputs {described(inputs)}: {type(error).__name__}: {error}. "
+            "Check that the inputs have the shapes, dtypes and keys that the model was trained on."
+        ) from error
+
+
+def described(inputs: Any) -> str:
+    """Shapes and dtypes of a model's input, for messages."""
+    if isinstance(inputs, Tensor):
+        return f"{tuple(inputs.shape)} of {inputs.dtype}"
+    if is_mapping(inputs):
+        entries = (f"{key!r}: {described(value)}" for key, value in inputs.items())
+        return "{" + ", ".join(entries) + "}"
+    if isinstance(inputs, tuple | list):
+        return "(" + ", ".join(described(value) for value in inputs) + ")"
+    return type(inputs).__name__
 
 
 @contextmanager

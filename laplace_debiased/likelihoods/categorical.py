@@ -16,10 +16,12 @@ class SoftmaxCrossEntropy:
         ignore_index: label that does not count: no loss and no curvature; None for no such label.
         positions: whether outputs may also be [m, T, C], with targets [m, T]: the labels of a
             sequence are independent given its input. A sample is then a whole sequence.
+        allow_probabilities: whether outputs that all sum to one are taken for logits.
     """
 
     ignore_index: int | None = None
     positions: bool = False
+    allow_probabilities: bool = True
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError unless ``targets`` are class indices [m] ([m, T]) in 0..C−1."""

@@ -67,13 +67,18 @@ class LossModel(Protocol):
 
 
 def loss_model(
-    likelihood: str, *, ignore_index: int | None = None, positions: bool = False
+    likelihood: str,
+    *,
+    ignore_index: int | None = None,
+    positions: bool = False,
+    allow_probabilities: bool = True,
 ) -> LossModel:
     """The loss model of a likelihood's name.
 
     Args:
         likelihood: one of :class:`LikelihoodName`.
         ignore_index: label that does not count, for "classification".
+        allow_probabilities: whether "classification" takes outputs that all sum to one for logits.
         positions: whether "classification" may have outputs at several positions per sample.
 
     Raises:
@@ -81,7 +86,7 @@ def loss_model(
     """
     match str(getattr(likelihood, "value", likelihood)):
         case "classification":
-            return SoftmaxCrossEntropy(ignore_index, positions)
+            return SoftmaxCrossEntropy(ignore_index, positions, allow_probabilities)
         case "reward_modeling":
             return BradleyTerry()
         case "regression":

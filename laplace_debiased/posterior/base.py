@@ -102,6 +102,7 @@ class DebiasedPosterior(StoredPosterior):
             self.likelihood,
             ignore_index=self._settings.ignore_index,
             positions=self._takes_positions,
+            allow_probabilities=self._settings.allow_probabilities,
         )
 
     def _residual_noise(self, mean_loss: float, n_outputs: int) -> float | None:

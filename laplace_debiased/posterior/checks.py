@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.likelihoods import LossModel, SoftmaxCrossEntropy
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -80,13 +81,55 @@ def require_labels(n_labels: Tensor) -> None:
         )
 
 
-def check_weights(model: nn.Module) -> None:
-    """Check that every weight is finite.
+def rows_sum_to_one(outputs: Tensor) -> Tensor:
+    """Whether all outputs [m, C] ([m, T, C]) of a sample are non-negative and sum to one [m]."""
+    rows = outputs.detach()
+    resolution = max(1e-5, 4 * torch.finfo(rows.dtype).eps)
+    sums_to_one = (rows >= 0).all(-1) & ((rows.sum(-1) - 1).abs() <= resolution)
+    return sums_to_one.reshape(len(rows), -1).all(-1)
+
+
+def require_logits(loss: LossModel, sums_to_one: Tensor) -> None:
+    """Check that class outputs are not probabilities already.
+
+    Softmax of a softmax is a silent error: all that the loss sees are logits between 0 and 1. That
+    every row of many sums to one by chance is out of the question.
+
+    Args:
+        loss: the loss model.
+        sums_to_one: of all samples of a walk, from :func:`rows_sum_to_one` [m].
 
     Raises:
-        NumericalError: naming the first parameter that is not.
+        ValueError: if all do.
+    """
+    if not isinstance(loss, SoftmaxCrossEntropy) or loss.allow_probabilities:
+        return
+    if len(sums_to_one) > 1 and bool(sums_to_one.all()):
+        raise ValueError(
+            f"the model's outputs are probabilities: those of all {len(sums_to_one)} samples sum "
+            "to one. likelihood='classification' takes logits; remove the softmax at the model's "
+            "end. If these are logits nevertheless, pass allow_probabilities=True."
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Check that every weight is there, finite, and can be differentiated through.
+
+    Raises:
+        ValueError: naming the first parameter that holds no data or is an inference tensor.
+        NumericalError: naming the first parameter that is not finite.
     """
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device and holds no data; load the model's "
+                "weights first."
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was made under torch.inference_mode(), where no derivative "
+                "can be taken; build or load the model outside of it."
+            )
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise NumericalError(
                 f"parameter {name!r} holds NaN or infinite values; load or train the model again."

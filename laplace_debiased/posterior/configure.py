@@ -46,6 +46,7 @@ class Settings:
         rank: number of directions of a low-rank posterior; None for all.
         ignore_index: class label that does not count, or None.
         residual_noise: whether every fit sets σ to the root mean square of its residuals.
+        allow_probabilities: whether class outputs that all sum to one are taken for logits.
     """
 
     likelihood: str
@@ -56,6 +57,7 @@ class Settings:
     rank: int | None = None
     ignore_index: int | None = None
     residual_noise: bool = False
+    allow_probabilities: bool = False
 
     @property
     def host_likelihood(self) -> str:
@@ -93,9 +95,8 @@ def settings_from(
         raise ValueError("likelihood='bernoulli' needs our own pass: drop backend.")
     given = dict(options)
     ignore_index = _checked_ignore_index(given.pop("ignore_index", None), name, backend)
-    strict = given.pop("strict", False)
-    if not isinstance(strict, bool):
-        raise ValueError(f"strict must be True or False; got {strict!r}.")
+    allowed = _checked_flag("allow_probabilities", given.pop("allow_probabilities", False))
+    strict = _checked_flag("strict", given.pop("strict", False))
     rank = given.pop("rank", None)
     if rank is not None and not low_rank:
         raise ValueError("rank is for hessian_structure='lowrank' only.")
@@ -108,7 +109,22 @@ def settings_from(
         raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
     parsed.setdefault("sampling", _default_sampling(name, scheme, parsed))
     complete = CurvatureOptions(**({} if scheme is None else {"scheme": scheme}), **parsed)
-    return Settings(name, scheme, complete, strict, backend, rank, ignore_index)
+    return Settings(
+        name,
+        scheme,
+        complete,
+        strict,
+        backend,
+        rank,
+        ignore_index,
+        allow_probabilities=allowed,
+    )
+
+
+def _checked_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}.")
+    return value
 
 
 def with_noise(
@@ -170,7 +186,7 @@ def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise TypeError(
             f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}, "
-            "ignore_index, rank and strict."
+            "allow_probabilities, ignore_index, rank and strict."
         )
     return {
         name: parse_choice(_ENUMS[name], value, name)

@@ -40,7 +40,7 @@ from laplace_debiased.debiasing import (
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes, Scheme
 from laplace_debiased.persistence import FitCheckpoint, WalkProgress, digest_of
-from laplace_debiased.posterior.checks import require_labels
+from laplace_debiased.posterior.checks import require_labels, require_logits, rows_sum_to_one
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +121,7 @@ class KronEstimator:
             tally.add(self.loss, chunk.outputs, part)
             self._add_chunk(sums, chunk, part)
         require_labels(torch.cat(tally.labels))
+        require_logits(self.loss, torch.cat(tally.sums_to_one))
         factors = tuple(
             accumulator.means(size) for accumulator, size in zip(sums, plan.fold_sizes, strict=True)
         )
@@ -273,12 +274,14 @@ class _Tally:
         n_outputs: C.
         shares: per chunk, weight times trace of the loss Hessian of every draw.
         labels: per chunk, number of labels of every sample.
+        sums_to_one: per chunk, whether every sample's outputs look like probabilities.
     """
 
     total_loss: float = 0.0
     n_outputs: int = 0
     shares: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
+    sums_to_one: list[Tensor] = field(default_factory=list)
 
     def add(self, loss: LossModel, outputs: Tensor, part: Batch) -> None:
         """Add a chunk."""
@@ -291,6 +294,7 @@ class _Tally:
         )
         self.n_outputs = outputs.shape[-1]
         self.labels.append(loss.n_labels(part.targets))
+        self.sums_to_one.append(rows_sum_to_one(outputs))
 
 
 def _effective_samples(shares: Tensor) -> float:
@@ -304,7 +308,7 @@ def _scaled_columns(columns: Columns, weights: Tensor) -> Columns:
 
     def scaled(outputs: Tensor, rows: slice) -> Tensor:
         found = columns(outputs, rows)
-        return found * weights[rows].sqrt().to(found).reshape(-1, 1, 1)
+        return found * weights[rows].sqrt().to(found).reshape(-1, *[1] * (found.ndim - 1))
 
     return scaled
 

@@ -38,7 +38,7 @@ from laplace_debiased.data import (
 from laplace_debiased.debiasing import Measurement, scheme_plan
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes
-from laplace_debiased.posterior.checks import require_labels
+from laplace_debiased.posterior.checks import require_labels, require_logits, rows_sum_to_one
 from laplace_debiased.posterior.lowrank_budget import fits_gram, max_gram_samples
 
 
@@ -182,6 +182,7 @@ class LowRankEstimator:
             if self.options.fisher is Fisher.MC:
                 shape = (len(batch), outputs[-1].shape[-1], self.options.mc_samples)
                 noises.append(self.loss.label_noise(shape, generator))
+        require_logits(self.loss, rows_sum_to_one(torch.cat(outputs)))
         require_labels(torch.cat([self.loss.n_labels(part) for part in targets]))
         draws = Draws(
             *(

@@ -10,7 +10,7 @@ from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.guards import call_with, evaluation_mode, to_device
-from laplace_debiased.data.inputs import call_arguments, logits_of
+from laplace_debiased.data.inputs import call_arguments, explained_failure, logits_of
 from laplace_debiased.likelihoods import (
     InverseLink,
     laplace_bridge,
@@ -98,6 +98,7 @@ def network_samples(
             torch.inference_mode(False),
             torch.set_grad_enabled(differentiable),
             evaluation_mode(model),
+            explained_failure(inputs),
         ):
             args, named = call_arguments(model, inputs)
             outputs = logits_of(call_with(model, values, args, {**named, **model_kwargs}))

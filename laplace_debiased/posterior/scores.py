@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -104,7 +105,8 @@ class MetricScorer:
 
     def value(self) -> float:
         """The metric so far."""
-        return float(self._metric.compute().sum())
+        value = self._metric.compute()
+        return as_number(value.sum() if isinstance(value, Tensor) else value)
 
 
 class CallableScorer:
@@ -120,7 +122,23 @@ class CallableScorer:
 
     def value(self) -> float:
         """The function of everything."""
-        return float(self._function(*(torch.cat(part) for part in zip(*self._parts, strict=True))))
+        parts = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        return as_number(self._function(*parts))
+
+
+def as_number(value: object) -> float:
+    """A loss as a float.
+
+    Raises:
+        TypeError: if it is no single real number.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value.detach())
+    # A string converts to a float too, but is no loss; numpy's scalars are real numbers.
+    if isinstance(value, Real):
+        return float(value)
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f"loss must return one real number for the validation set; got {got}.")
 
 
 def scorer_factory(
@@ -133,6 +151,7 @@ def scorer_factory(
 
     Raises:
         TypeError: if ``loss`` is neither a metric, nor callable, nor None.
+        ValueError: if it is a metric that is to be maximised.
     """
     match loss:
         case None if likelihood == LikelihoodName.REGRESSION:
@@ -141,6 +160,11 @@ def scorer_factory(
             return BinaryNLL
         case None:
             return CategoricalNLL
+        case torchmetrics.Metric(higher_is_better=True):
+            raise ValueError(
+                f"loss={type(loss).__name__} is better the higher it is, but the grid search "
+                "minimises: pass a loss, or a function such as lambda probs, y: -metric(probs, y)."
+            )
         case torchmetrics.Metric():
             return lambda: MetricScorer(loss)
         case _ if callable(loss):

@@ -20,7 +20,12 @@ from laplace_debiased.curvature.guards import (
     to_device,
 )
 from laplace_debiased.curvature.passes import check_outputs
-from laplace_debiased.data.inputs import AttributeDict, call_arguments, logits_of
+from laplace_debiased.data.inputs import (
+    AttributeDict,
+    call_arguments,
+    explained_failure,
+    logits_of,
+)
 
 Parameters = dict[str, Tensor]
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -132,7 +137,11 @@ class FunctionalNetwork:
     def outputs(self, inputs: Any, *, differentiable: bool = False) -> Tensor:
         """Outputs [m, C] of a batch, checked to be finite."""
         inputs = self.prepare(inputs)
-        with differentiable_kernels(self.model), torch.set_grad_enabled(differentiable):
+        with (
+            differentiable_kernels(self.model),
+            torch.set_grad_enabled(differentiable),
+            explained_failure(inputs),
+        ):
             outputs = self.call(self.parameters(), self.constants(), inputs)
         check_outputs(outputs, batch_length(inputs))
         return outputs
