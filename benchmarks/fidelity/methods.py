@@ -48,6 +48,7 @@ KRON = (
     _kron("two_batch, ggn", "two_batch", "ggn"),
     _kron("cross_fit, ggn", "cross_fit", "ggn"),
     _kron("single, ggn, curvature", "single", "ggn", sampling="curvature"),
+    _kron("two_batch, ggn, curvature", "two_batch", "ggn", sampling="curvature"),
     _kron("cross_fit, ggn, curvature", "cross_fit", "ggn", sampling="curvature"),
     _kron(
         "cross_fit, ggn, curvature, ratio",
