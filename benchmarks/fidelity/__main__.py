@@ -47,14 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.problem == "digits_mlp":
         problem = digits(network=small_mlp, name="digits, MLP")
     else:
-        problem = resnet20(options.images, options.weights, options.test_inputs)
+        problem = resnet20(
+            options.images,
+            options.weights,
+            options.test_inputs,
+            few_layers=options.problem == "resnet20_few",
+        )
     references = {
         "Kronecker posterior with exact magnitudes on all data": kronecker_reference(
             problem, priors, options.cache
         )
     }
     if problem.dense:
-        references["posterior with the dense GGN of all data"] = dense_reference(problem, priors)
+        dense_cache = options.cache and options.cache.with_suffix(".dense")
+        references["posterior with the dense GGN of all data"] = dense_reference(
+            problem, priors, dense_cache
+        )
     methods = _chosen([m for suite in options.suites for m in _SUITES[suite]], options.only)
     name = f"fidelity_{options.problem}" + (f"_{options.tag}" if options.tag else "")
     rows = read(options.output, name) if options.resume else []
@@ -121,7 +129,9 @@ def _notes(problem: Problem, options: argparse.Namespace) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
-    parser.add_argument("--problem", choices=["digits", "digits_mlp", "resnet20"], default="digits")
+    parser.add_argument(
+        "--problem", choices=["digits", "digits_mlp", "resnet20", "resnet20_few"], default="digits"
+    )
     parser.add_argument("--images", type=Path, help="ImageFolder (or a zip of it) for resnet20")
     parser.add_argument("--weights", type=Path, help="state dict for resnet20")
     parser.add_argument("--suites", nargs="+", choices=sorted(_SUITES), default=["kron"])
@@ -141,10 +151,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tag", default="", help="suffix of the result files")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
-    if options.problem == "resnet20" and (options.images is None or options.weights is None):
-        parser.error("--problem resnet20 needs --images and --weights")
+    if options.problem.startswith("resnet20") and (
+        options.images is None or options.weights is None
+    ):
+        parser.error(f"--problem {options.problem} needs --images and --weights")
     if options.priors is None:
-        resnet = options.problem == "resnet20"
+        resnet = options.problem.startswith("resnet20")
         options.priors = [1.0, 10.0, 100.0] if resnet else [0.1, 1.0, 10.0]
     return options
 

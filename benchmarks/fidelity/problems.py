@@ -91,14 +91,31 @@ def digits(
     return Problem(name, model, loader, inputs[test], labels[test], dense=True)
 
 
-def resnet20(images: Path, weights: Path, n_test: int, seed: int = 0) -> Problem:
-    """CIFAR-10 ResNet-20 from files; fits draw from the training images."""
+FEW_LAYERS = ("conv1.weight", "layer1.0.conv1.weight", "linear.weight", "linear.bias")
+"""Parameters of the ResNet-20 whose GGN is small enough to be dense (3,386 entries)."""
+
+
+def resnet20(
+    images: Path, weights: Path, n_test: int, seed: int = 0, *, few_layers: bool = False
+) -> Problem:
+    """CIFAR-10 ResNet-20 from files; fits draw from the training images.
+
+    Args:
+        images: ImageFolder, or a zip of one.
+        weights: state dict.
+        n_test: test inputs.
+        seed: seed of their choice.
+        few_layers: freeze all parameters but ``FEW_LAYERS``, so that there is a dense reference.
+    """
     model = CifarResNet20()
     model.load_state_dict(torch.load(weights, weights_only=True))
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
+    if few_layers:
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name in FEW_LAYERS)
     inputs, labels = load_images(images, "train")
     test_inputs, test_labels = load_images(images, "test")
     chosen = torch.randperm(len(test_inputs), generator=torch.Generator().manual_seed(seed))[
@@ -106,5 +123,10 @@ def resnet20(images: Path, weights: Path, n_test: int, seed: int = 0) -> Problem
     ]
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=64)
     return Problem(
-        "CIFAR-10 ResNet-20", model, loader, test_inputs[chosen], test_labels[chosen], dense=False
+        "CIFAR-10 ResNet-20" + (", three layers" if few_layers else ""),
+        model,
+        loader,
+        test_inputs[chosen],
+        test_labels[chosen],
+        dense=few_layers,
     )

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks.fidelity.measure import log_predictive
 from benchmarks.fidelity.problems import Problem
 from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
+
+_LARGE = 100_000
 
 
 def kronecker_reference(problem: Problem, priors: Tensor, cache: Path | None = None) -> Tensor:
@@ -31,10 +34,20 @@ def kronecker_reference(problem: Problem, priors: Tensor, cache: Path | None = N
     return log_predictive(*la._sweep(problem.test_inputs, priors, diagonal=True))
 
 
-def dense_reference(problem: Problem, priors: Tensor) -> Tensor:
-    """Posterior with the dense GGN of all training data; log predictive [G, n, C], float64."""
-    inputs = problem.train.dataset.tensors[0]  # type: ignore[attr-defined]
-    ggn = sum_ggn(problem.model, inputs)
+def dense_reference(problem: Problem, priors: Tensor, cache: Path | None = None) -> Tensor:
+    """Posterior with the dense GGN of all training data; log predictive [G, n, C], float64.
+
+    Args:
+        problem: the network and its data.
+        priors: prior precisions [G].
+        cache: file that keeps the GGN between runs.
+    """
+    if cache is not None and cache.exists():
+        ggn = torch.load(cache, weights_only=True)
+    else:
+        ggn = sum_ggn(problem.model, problem.train.dataset.tensors[0])  # type: ignore[attr-defined]
+        if cache is not None:
+            torch.save(ggn, cache)
     outputs, jacobians = _jacobians(problem.model, problem.test_inputs)
     eigenvalues, eigenvectors = torch.linalg.eigh(ggn)
     squares = (jacobians @ eigenvectors).square()
@@ -44,10 +57,10 @@ def dense_reference(problem: Problem, priors: Tensor) -> Tensor:
     return log_predictive(outputs, variances)
 
 
-def sum_ggn(model: nn.Module, inputs: Tensor, chunk: int = 128) -> Tensor:
+def sum_ggn(model: nn.Module, inputs: Tensor, chunk: int = 64) -> Tensor:
     """Dense GGN [P, P] in float64, summed over the data."""
     total: Tensor | None = None
-    for part in inputs.split(chunk):
+    for part in tqdm(inputs.split(chunk), desc="dense GGN"):
         outputs, jacobians = _jacobians(model, part)
         roots = SoftmaxCrossEntropy().hessian_root(outputs)
         rows = torch.einsum("ncr,ncp->nrp", roots, jacobians).flatten(0, 1)
@@ -57,20 +70,28 @@ def sum_ggn(model: nn.Module, inputs: Tensor, chunk: int = 128) -> Tensor:
 
 
 def _jacobians(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs [n, C] and Jacobians [n, C, P] in float64."""
-    parameters = {
-        name: value.detach().double()
-        for name, value in model.named_parameters()
-        if value.requires_grad
+    """Outputs [n, C] and Jacobians [n, C, P] in the trainable parameters, in float64.
+
+    Large networks are differentiated in float32, as in the fits; sums are in float64 all the same.
+    """
+    large = sum(parameter.numel() for parameter in model.parameters()) > _LARGE
+    dtype = torch.float32 if large else torch.float64
+    named = {name: value.detach().to(dtype) for name, value in model.named_parameters()}
+    trainable = [name for name, value in model.named_parameters() if value.requires_grad]
+    parameters = {name: named[name] for name in trainable}
+    rest = {name: value for name, value in named.items() if name not in parameters}
+    buffers = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in model.named_buffers()
     }
-    buffers = {name: value.double() for name, value in model.named_buffers()}
 
     def outputs_of(values: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, (values, buffers), (x.unsqueeze(0),)).squeeze(0)
+        everything = ({**rest, **values}, buffers)
+        return torch.func.functional_call(model, everything, (x.unsqueeze(0),)).squeeze(0)
 
     jacobian = torch.func.vmap(torch.func.jacrev(outputs_of), in_dims=(None, 0))
-    parts = jacobian(parameters, inputs.double())
+    parts = jacobian(parameters, inputs.to(dtype))
     with torch.no_grad():
-        outputs = torch.func.vmap(outputs_of, in_dims=(None, 0))(parameters, inputs.double())
+        outputs = torch.func.vmap(outputs_of, in_dims=(None, 0))(parameters, inputs.to(dtype))
     flat = [part.flatten(2) for part in parts.values()]
-    return outputs, torch.cat(flat, dim=-1)
+    return outputs.double(), torch.cat(flat, dim=-1).double()
