@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.fidelity.measure import log_predictive, measure
 from benchmarks.fidelity.methods import (
+    DEFAULTS,
     FISHERS,
     FOLDS,
     FULL_DATA,
@@ -28,6 +29,7 @@ from benchmarks.fidelity.report import markdown, read, write
 from laplace_debiased.factory import DebiasedLaplace
 
 _SUITES = {
+    "defaults": DEFAULTS,
     "kron": KRON,
     "lowrank": LOW_RANK,
     "sizes": SIZES,
@@ -85,14 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fitter(
-    problem: Problem, method: Method, budget: int, priors: Tensor
+    problem: Problem, method: Method, samples_per_fit: int, priors: Tensor
 ) -> Callable[[int], Callable[[], Tensor]]:
-    samples = min(budget * method.samples_per_budget, len(problem.train.dataset))  # type: ignore[arg-type]
+    samples = min(samples_per_fit * method.samples_per_budget, len(problem.train.dataset))  # type: ignore[arg-type]
 
     def fit(seed: int) -> Callable[[], Tensor]:
         la = DebiasedLaplace(problem.model, **method.options)
         if method.overlap is None:
-            la.fit(problem.train, n_samples=samples, seed=seed)
+            budget = "auto" if method.automatic else samples
+            la.fit(problem.train, n_samples=budget, seed=seed)
         else:
             directions, magnitudes = overlapping(problem.train, samples // 2, method.overlap, seed)
             la.fit(directions, magnitude_loader=magnitudes, seed=seed)

@@ -17,12 +17,14 @@ class Method:
             equal numbers of backward passes).
         overlap: share of the magnitude batch that is also in the direction batch, for two batches
             of half the budget each; None for the scheme's own split.
+        automatic: whether the posterior chooses its budget itself.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     samples_per_budget: int = 1
     overlap: float | None = None
+    automatic: bool = False
 
 
 # Sampling is spelled out: the library's own default depends on the scheme.
@@ -73,6 +75,9 @@ LOW_RANK = (
     _low_rank("low rank, cross_fit, curvature", "cross_fit", sampling="curvature"),
     _low_rank("low rank, cross_fit, Rayleigh–Ritz", "cross_fit", magnitudes="rayleigh_ritz"),
 )
+
+DEFAULTS = (Method("ours, no options at all", automatic=True),)
+"""What a user gets who chooses nothing; run it at the budget that the library recommends."""
 
 SPLITS = (
     *(
