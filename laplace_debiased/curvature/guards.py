@@ -7,12 +7,13 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_debiased.data.inputs import batch_length, select_rows, to_device
 
@@ -28,6 +29,7 @@ __all__ = [
     "evaluation_mode",
     "exact_arithmetic",
     "full_precision",
+    "math_attention",
     "model_lock",
     "requiring_grad",
     "select_rows",
@@ -116,6 +118,39 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+class _AttentionSwitch:
+    """How many are inside ``math_attention``, and what restores the process's own choice."""
+
+    lock = threading.Lock()
+    inside = 0
+    restore = ExitStack()
+
+
+@contextmanager
+def math_attention() -> Iterator[None]:
+    """Plain attention kernels, which forward mode and vmap support, while anyone is inside.
+
+    The choice is the process's, not the thread's: the first to enter sets it and the last to leave
+    restores it, whoever that is.
+    """
+    switch = _AttentionSwitch
+    with switch.lock:
+        if switch.inside == 0:
+            fastpath = torch.backends.mha.get_fastpath_enabled()
+            switch.restore = ExitStack()
+            switch.restore.enter_context(sdpa_kernel(SDPBackend.MATH))
+            switch.restore.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+            torch.backends.mha.set_fastpath_enabled(False)
+        switch.inside += 1
+    try:
+        yield
+    finally:
+        with switch.lock:
+            switch.inside -= 1
+            if switch.inside == 0:
+                switch.restore.close()
 
 
 @contextmanager

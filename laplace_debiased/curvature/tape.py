@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from laplace_debiased.curvature.guards import evaluation_mode, requiring_grad
+from laplace_debiased.curvature.guards import batch_length, evaluation_mode, requiring_grad
 from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.curvature.rules.attention import ProjectionsApart, attention_layers
 from laplace_debiased.data.inputs import invoke, plain_tensors
+
+Calls = tuple[tuple[Tensor, ...], ...]
+"""Per call of a layer its tensors: one, or one per projection of an attention layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedCall:
+    """One call of a layer.
+
+    Attributes:
+        inputs: what it read.
+        versions: their version counters at that moment.
+        edges: graph edges of what it wrote. An edge and not the tensor: a following in-place
+            activation would otherwise redirect the gradient.
+        shapes: shapes of what it wrote.
+    """
+
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    edges: tuple[GradientEdge, ...]
+    shapes: tuple[torch.Size, ...]
 
 
 @dataclass(eq=False)
@@ -22,36 +44,44 @@ class LayerTape:
 
     Attributes:
         outputs: network outputs [m, C], attached to the graph.
-        inputs: input of every recorded layer, by layer name.
-        edges: graph edge of every recorded layer's output, by layer name. An edge and not the
-            tensor: a following in-place activation would otherwise redirect the gradient.
-        calls: number of calls of each layer.
+        calls: calls of every recorded layer whose outputs have a graph, by layer name.
     """
 
     outputs: Tensor
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    edges: dict[str, GradientEdge] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-    _versions: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
 
-    def input_of(self, layer: str) -> Tensor:
-        """The recorded input of a layer.
+    def inputs_of(self, layer: str) -> Calls:
+        """The recorded inputs of a layer.
 
         Raises:
-            RuntimeError: if the model has overwritten it since, in place.
+            RuntimeError: if the model has overwritten one since, in place.
         """
-        inputs = self.inputs[layer]
-        if not inputs.is_inference() and inputs._version != self._versions[layer]:
-            raise RuntimeError(
-                f"the input of layer {layer!r} was modified in place after the layer had read it; "
-                "its curvature cannot be recovered. Make the operation that follows out-of-place."
-            )
-        return inputs
+        for call in self.calls[layer]:
+            for inputs, version in zip(call.inputs, call.versions, strict=True):
+                if _version(inputs) != version:
+                    raise RuntimeError(
+                        f"the input of layer {layer!r} was modified in place after the layer had "
+                        "read it; its curvature cannot be recovered. Make the operation that "
+                        "follows out-of-place."
+                    )
+        return tuple(call.inputs for call in self.calls[layer])
+
+    def keep(self, name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+        """Record a call, if gradients reach its outputs."""
+        if not all(output.requires_grad for output in outputs):
+            return
+        call = RecordedCall(
+            inputs,
+            tuple(_version(tensor) for tensor in inputs),
+            tuple(get_gradient_edge(output) for output in outputs),
+            tuple(output.shape for output in outputs),
+        )
+        self.calls.setdefault(name, []).append(call)
 
     def pull_back(
         self, cotangents: Tensor, *, create_graph: bool = False, retain_graph: bool = True
-    ) -> dict[str, Tensor]:
-        """Gradients of Σ_n ⟨cotangents_n, f_n⟩ in every recorded layer's output.
+    ) -> dict[str, Calls]:
+        """Gradients of Σ_n ⟨cotangents_n, f_n⟩ in every recorded layer's outputs.
 
         Args:
             cotangents: one vector per sample [m, C].
@@ -59,62 +89,109 @@ class LayerTape:
             retain_graph: whether another pull-back follows.
 
         Returns:
-            By layer name; layers that do not affect the outputs are missing.
+            By layer name and call, zero where a call does not affect the outputs; layers that do
+            not affect them at all are missing.
         """
-        names = list(self.edges)
-        gradients = torch.autograd.grad(
-            self.outputs,
-            [self.edges[name] for name in names],
-            grad_outputs=cotangents,
-            retain_graph=retain_graph or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
+        edges = [edge for calls in self.calls.values() for call in calls for edge in call.edges]
+        gradients = iter(
+            torch.autograd.grad(
+                self.outputs,
+                edges,
+                grad_outputs=cotangents,
+                retain_graph=retain_graph or create_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         )
-        return {name: grad for name, grad in zip(names, gradients, strict=True) if grad is not None}
+        pulled = {}
+        for name, calls in self.calls.items():
+            found = [[next(gradients) for _ in call.edges] for call in calls]
+            if any(gradient is not None for call in found for gradient in call):
+                pulled[name] = tuple(
+                    tuple(
+                        cotangents.new_zeros(shape) if gradient is None else gradient
+                        for gradient, shape in zip(each, call.shapes, strict=True)
+                    )
+                    for each, call in zip(found, calls, strict=True)
+                )
+        return pulled
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
-def _recording(layers: Iterable[Layer], tape: LayerTape) -> Iterator[None]:
-    """Forward hooks on the covered layers; removed on the way out."""
+def _recording(
+    model: nn.Module,
+    layers: tuple[Layer, ...],
+    tape: LayerTape,
+    length: int,
+    broadcast: set[str],
+) -> Iterator[None]:
+    """Forward hooks on the covered layers, removed on the way out; attention projected apart."""
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            tape.calls[name] = tape.calls.get(name, 0) + 1
+    def recorder(name: str) -> Callable[..., Tensor | None]:
+        def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor):  # attention; its projections are recorded apart
+                return None
             inputs = args[0] if args else kwargs["input"]
-            tape.inputs[name] = inputs
-            tape._versions[name] = 0 if inputs.is_inference() else inputs._version
-            if output.requires_grad:
-                tape.edges[name] = get_gradient_edge(output)
+            written = None
+            if length > 1 and inputs.ndim > 1 and len(inputs) == 1 == len(output):
+                inputs = inputs.expand(length, *inputs.shape[1:])
+                output = written = output.expand(length, *output.shape[1:])
+                broadcast.add(name)
+            tape.keep(name, (inputs,), (output,))
+            return written
 
         return record
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for layer in layers:
             hook = recorder(layer.name)
-            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+            handle = layer.module.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        owners = attention_layers(model, [layer.name for layer in layers])
+        if owners:
+            wanted = frozenset(layer.name for layer in layers)
+
+            def keep(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+                if name in wanted:
+                    tape.keep(name, inputs, outputs)
+
+            stack.enter_context(ProjectionsApart(owners, keep))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def record(model: nn.Module, layers: Iterable[Layer], inputs: Any) -> LayerTape:
+def record(
+    model: nn.Module, layers: Iterable[Layer], inputs: Any, broadcast: set[str] | None = None
+) -> LayerTape:
     """Run the model on a batch in evaluation mode with gradients on, and record ``layers``.
+
+    A layer that reads one row for the whole batch, as position embeddings do, would give one
+    gradient for all samples. Its output is written out over the batch, so that each has its own.
+
+    Args:
+        model: the network.
+        layers: its covered layers.
+        inputs: one batch of model inputs.
+        broadcast: names of the layers that were written out are added to it, also when the model
+            raises afterwards.
 
     Raises:
         TypeError: if the model does not return a tensor.
     """
     tape, layers = LayerTape(outputs=torch.empty(0)), tuple(layers)
-    recorded = [p for layer in layers for p in layer.module.parameters()]
+    length = batch_length(inputs) if layers else 0
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         evaluation_mode(model),
-        requiring_grad(recorded),
+        # Read under the lock: another thread may be running a sampled network.
+        requiring_grad(p for layer in layers for p in layer.module.parameters()),
     ):
         inputs = plain_tensors(inputs)
-        with _recording(layers, tape):
+        with _recording(model, layers, tape, length, set() if broadcast is None else broadcast):
             outputs = invoke(model, inputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(

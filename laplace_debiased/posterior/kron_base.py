@@ -19,7 +19,7 @@ from laplace_debiased.curvature import (
     layer_problems,
     layers_of,
 )
-from laplace_debiased.curvature.guards import exact_arithmetic, requiring_grad
+from laplace_debiased.curvature.guards import exact_arithmetic, model_lock, requiring_grad
 from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.debiasing import scheme_plan
@@ -228,7 +228,7 @@ class KronPosterior(DebiasedPosterior):
             batches.close()  # type: ignore[attr-defined]
         model = self._covered_model
         layers = layers_of(model, self._static_coverage.covered)
-        with requiring_grad(self._tensors_of(self._static_coverage)):
+        with model_lock(model), requiring_grad(self._tensors_of(self._static_coverage)):
             problems = layer_problems(model, layers, first.inputs)
         coverage = self._static_coverage.without(problems)
         coverage.require(strict=self._settings.strict)

@@ -92,7 +92,8 @@ class LastLayerPosterior(DebiasedPosterior):
             candidate if (candidate := f"{name}.{attribute}") in covered else None
             for attribute in ("weight", "bias")
         )
-        rule = rule_for(nn.Linear(1, 1))
+        # A subclass of nn.Linear is one too; on the meta device none draws initial weights.
+        rule = rule_for(nn.Linear(1, 1, device="meta"))
         assert rule is not None
         layer = Layer(name, module, rule, weight, bias)
         return FeaturePass(self.model, layer, self._settings.options.byte_budget)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from laplace_debiased.curvature.guards import model_lock
 from laplace_debiased.errors import ModelChangedError, StoredFileError
 from laplace_debiased.persistence import ModelWatch, fingerprint
 from laplace_debiased.persistence.files import PathLike
@@ -52,9 +53,12 @@ class StoredPosterior(_Host):
         Raises:
             ModelChangedError: naming what changed.
         """
-        if self._watch is not None and self._watch.check(self._covered_model):
-            # A layer that was replaced by its equal: what refers to the old one would see nothing.
-            self._renew()
+        if self._watch is None:
+            return
+        with model_lock(self._covered_model):
+            if self._watch.check(self._covered_model):
+                # A layer may have been replaced by its equal: who refers to the old one sees none.
+                self._renew()
 
     @abstractmethod
     def _renew(self) -> None:

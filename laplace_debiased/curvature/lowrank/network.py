@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_debiased.curvature.coverage import FROZEN, Coverage
 from laplace_debiased.curvature.guards import (
     batch_length,
     call_with,
     evaluation_mode,
+    math_attention,
+    model_lock,
     to_device,
 )
 from laplace_debiased.curvature.passes import check_outputs
@@ -38,19 +39,14 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     The fused attention kernels and the encoder's fast path know neither, and automatic casts would
     change the precision of a measurement.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     device = next((p.device.type for p in model.parameters()), "cpu")
     with (
         evaluation_mode(model),
         torch.inference_mode(False),
         torch.autocast(device, enabled=False),
-        sdpa_kernel(SDPBackend.MATH),
+        math_attention(),
     ):
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
+        yield
 
 
 def parameter_coverage(model: nn.Module) -> Coverage:
@@ -77,13 +73,16 @@ class FunctionalNetwork:
 
     def parameters(self) -> Parameters:
         """Current values of the covered parameters, detached."""
-        named = dict(self.model.named_parameters())
+        # Another thread may be running a sampled network, whose weights are in the model meanwhile.
+        with model_lock(self.model):
+            named = dict(self.model.named_parameters())
         return {name: _widened(named[name].detach()) for name in self.names}
 
     def constants(self) -> Parameters:
         """What has to replace the model's other entries: those in half precision."""
         covered = frozenset(self.names)
-        entries = [*self.model.named_parameters(), *self.model.named_buffers()]
+        with model_lock(self.model):
+            entries = [*self.model.named_parameters(), *self.model.named_buffers()]
         return {
             name: value.detach().float()
             for name, value in entries
