@@ -77,11 +77,18 @@ def dense_bases(operator: EigenKron) -> list[Tensor]:
     """U of every block as a dense matrix, columns in the order of the flattened table."""
     bases = []
     for block in operator.blocks:
-        assert block.output_basis is not None
-        columns = torch.ones(1, 1, dtype=block.eigenvalues.dtype)
-        if block.input_basis is not None:
-            columns = block.input_basis.contiguous()
-        bases.append(torch.kron(block.output_basis.contiguous(), columns))
+        shape = block.eigenvalues.shape
+        rows, columns = (shape[0], 1) if len(shape) == 1 else tuple(shape[-2:])
+        left, right = (
+            torch.eye(size, dtype=block.eigenvalues.dtype) if basis is None else basis
+            for basis, size in ((block.output_basis, rows), (block.input_basis, columns))
+        )
+        groups = shape[0] if len(shape) == 3 else 1
+        left, right = left.expand(groups, -1, -1), right.expand(groups, -1, -1)
+        pairs = zip(left, right, strict=True)
+        bases.append(
+            torch.block_diag(*(torch.kron(u.contiguous(), v.contiguous()) for u, v in pairs))
+        )
     return bases
 
 

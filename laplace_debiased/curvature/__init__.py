@@ -7,20 +7,27 @@ from laplace_debiased.curvature.factors import (
     FactorAccumulator,
     KroneckerFactors,
     MagnitudeAccumulator,
-    select_samples,
 )
 from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.curvature.inspection import layer_problems
-from laplace_debiased.curvature.layers import Layer, LayerRule, registered_rules, rule_for
+from laplace_debiased.curvature.layers import (
+    Layer,
+    LayerCall,
+    LayerRule,
+    LinearMapRule,
+    register_layer_rule,
+    registered_rules,
+    rule_for,
+)
 from laplace_debiased.curvature.passes import (
     BackwardPass,
     Chunk,
     ColumnChunk,
     CurvaturePass,
-    LayerRows,
     identity_columns,
     no_columns,
 )
+from laplace_debiased.curvature.rows import LayerRows
 
 __all__ = [
     "BackwardPass",
@@ -35,15 +42,17 @@ __all__ = [
     "FeaturePass",
     "KroneckerFactors",
     "Layer",
+    "LayerCall",
     "LayerRows",
     "LayerRule",
+    "LinearMapRule",
     "MagnitudeAccumulator",
     "identity_columns",
     "layer_coverage",
     "layer_problems",
     "layers_of",
     "no_columns",
+    "register_layer_rule",
     "registered_rules",
     "rule_for",
-    "select_samples",
 ]

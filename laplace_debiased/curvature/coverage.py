@@ -14,7 +14,6 @@ from laplace_debiased.errors import CoverageError
 FROZEN = "frozen by the user (requires_grad=False)"
 TIED = "shared by several modules (tied weights)"
 UNUSED = "its module was not called in the forward pass, or does not affect the outputs"
-REUSED = "its module is called several times in one forward pass"
 NOT_LAST = "not in the last layer"
 _CHOSEN = (FROZEN, NOT_LAST)
 """Reasons that the user chose, which are no gaps."""
@@ -106,8 +105,15 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
     return owners
 
 
-def layer_coverage(model: nn.Module) -> tuple[Coverage, tuple[Layer, ...]]:
+def layer_coverage(
+    model: nn.Module, *, host_layers: bool = False
+) -> tuple[Coverage, tuple[Layer, ...]]:
     """Decide by layer type which parameters a Kronecker posterior can cover.
+
+    Args:
+        model: the network.
+        host_layers: only what laplace-torch's own backends get right: linear layers, and 2-d
+            convolutions without groups.
 
     Returns:
         The coverage, and the covered layers in the order of ``model.named_modules()``.
@@ -117,6 +123,8 @@ def layer_coverage(model: nn.Module) -> tuple[Coverage, tuple[Layer, ...]]:
     excluded: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         reason = _exclusion(parameter, owners[id(parameter)])
+        if reason is None and host_layers:
+            reason = _host_exclusion(owners[id(parameter)][0][1])
         if reason is None:
             covered.append(name)
         else:
@@ -133,13 +141,33 @@ def _exclusion(parameter: nn.Parameter, places: list[tuple[str, nn.Module, str]]
         return TIED
     _, module, attribute = places[0]
     rule = rule_for(module)
+    kind = type(module).__name__
     if rule is None:
-        return f"{type(module).__name__} layers are not supported"
-    if attribute not in ("weight", "bias"):
-        return f"{type(module).__name__}.{attribute} is re-parametrised"
-    if not isinstance(getattr(module, "weight", None), nn.Parameter):
-        return f"the weight of its {type(module).__name__} is re-parametrised"
+        return _no_rule(module, attribute)
+    if attribute not in rule.parameters:
+        if not isinstance(getattr(module, rule.parameters[0], None), nn.Parameter):
+            return f"{kind}.{attribute} is re-parametrised"
+        return f"{kind}.{attribute} is no parameter that the layer's rule covers"
+    if not isinstance(getattr(module, rule.parameters[0], None), nn.Parameter):
+        return f"the weight of its {kind} is re-parametrised"
     return rule.unsupported(module)
+
+
+def _host_exclusion(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return None
+    if isinstance(module, nn.Conv2d):
+        if module.groups == 1:
+            return None
+        return f"{type(module).__name__} with groups is not supported by the backend"
+    return f"{type(module).__name__} layers are not supported by the backend"
+
+
+def _no_rule(module: nn.Module, attribute: str) -> str:
+    kind = type(module).__name__
+    if any(True for _ in module.children()):
+        return f"{kind}.{attribute} belongs to no layer"
+    return f"{kind} layers are not supported"
 
 
 def layers_of(model: nn.Module, covered: Iterable[str]) -> tuple[Layer, ...]:
@@ -147,12 +175,14 @@ def layers_of(model: nn.Module, covered: Iterable[str]) -> tuple[Layer, ...]:
     names = frozenset(covered)
     layers = []
     for module_name, module in model.named_modules():
+        rule = rule_for(module)
+        if rule is None:
+            continue
         prefix = f"{module_name}." if module_name else ""
         weight, bias = (
             f"{prefix}{attribute}" if f"{prefix}{attribute}" in names else None
-            for attribute in ("weight", "bias")
+            for attribute in rule.parameters
         )
-        rule = rule_for(module)
-        if rule is not None and (weight or bias):
+        if weight or bias:
             layers.append(Layer(module_name, module, rule, weight, bias))
     return tuple(layers)

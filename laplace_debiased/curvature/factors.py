@@ -8,15 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.kernels import (
-    bias_curvature,
-    input_covariance,
-    output_covariance,
-    weight_curvature,
-)
 from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.passes import LayerRows
+from laplace_debiased.curvature.rows import FactorRule, LayerRows, same_column_factor
+from laplace_debiased.curvature.tape import Calls
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.options import WeightSharing
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +21,14 @@ class BlockFactors:
 
     Attributes:
         name: qualified parameter name.
-        output: B [D_out, D_out]. Weights: mean_n Σ_{r,t} g gᵀ. Biases: the same (K-FAC), or
-            mean_n Σ_r (Σ_t g)(Σ_t g)ᵀ where cross-position terms are kept ("ggn" magnitudes).
-        input: A [D_in, D_in] = mean_{n,t} a aᵀ; None for biases.
+        output: B [D_out, D_out], for the rows of the parameter as a matrix. Weights: mean_n
+            Σ_{r,t} g gᵀ. Biases: the same (K-FAC), or mean_n Σ_r (Σ_t g)(Σ_t g)ᵀ where
+            cross-position terms are kept ("ggn" magnitudes).
+        input: A [D_in, D_in] = mean_{n,t} a aᵀ, for its columns; None where the parameter is a
+            vector.
+
+    Where a weight is stored as [D_in, D_out] the two change places. Weights of G groups have G
+    matrices each, [G, D, D]. A vector [D] is a diagonal factor.
     """
 
     name: str
@@ -37,7 +38,8 @@ class BlockFactors:
     @property
     def numel(self) -> int:
         """Number of parameter entries of the block."""
-        return len(self.output) * (1 if self.input is None else len(self.input))
+        groups = len(self.output) if self.output.ndim == 3 else 1
+        return groups * self.output.shape[-1] * (1 if self.input is None else self.input.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,51 +96,75 @@ class FactorAccumulator:
     Args:
         names: covered parameters, in order.
         summed_bias: whether a bias factor sums over positions before the outer product.
+        sharing: how positions that share a weight enter its factors.
     """
 
-    def __init__(self, names: Sequence[str], *, summed_bias: bool) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        summed_bias: bool,
+        sharing: WeightSharing = WeightSharing.EXPAND,
+    ) -> None:
         self._names = tuple(names)
-        self._summed_bias = summed_bias
-        self._outputs: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
+        self._rule = FactorRule(summed_bias, sharing)
+        self._of_columns: dict[str, Tensor] = {}
+        self._of_inputs: dict[str, Tensor] = {}
+        self._transposed: dict[str, bool] = {}  # plain values: a checkpoint keeps them
 
-    def add_inputs(self, layer: Layer, inputs: Tensor, counts: Tensor | None = None) -> None:
-        """Add a layer's inputs to the factor A of its weight.
+    def add_inputs(self, layer: Layer, inputs: Calls, counts: Tensor | None = None) -> None:
+        """Add a layer's inputs to the input factor of its weight; its calls count alike.
 
         Args:
             layer: the layer.
             inputs: what its module was called with, m samples.
             counts: multiplicity of every sample [m]; None for ones.
         """
-        if layer.weight is not None:
-            covariance = layer.rule.input_covariance(layer.module, inputs, counts)
-            _add_to(self._inputs, layer.weight, covariance)
+        if layer.weight is None:
+            return
+        for call in inputs:
+            factor = layer.rule.input_factor(layer.module, call, self._rule.sharing, counts)
+            if factor is not None:
+                self._add_input_factor(layer, factor / len(inputs) if len(inputs) > 1 else factor)
 
-    def add_column(self, layer: Layer, cotangents: Tensor) -> None:
-        """Add one back-propagated column to the factors B.
+    def add_column(self, layer: Layer, inputs: Calls, cotangents: Calls) -> None:
+        """Add one back-propagated column to the factors of a layer's columns.
 
         Args:
             layer: the layer.
-            cotangents: gradients in its module's output, each scaled by the square root of its
+            inputs: as in :meth:`add_inputs`, of the same samples.
+            cotangents: gradients in its module's outputs, each scaled by the square root of its
                 sample's weight.
         """
-        g = layer.rule.output_positions(layer.module, cotangents).unsqueeze(1)
-        covariance = output_covariance(g)
-        if layer.weight is not None:
-            _add_to(self._outputs, layer.weight, covariance)
-        if layer.bias is not None:
-            if self._summed_bias and g.shape[2] > 1:
-                covariance = output_covariance(g.sum(2, keepdim=True))
-            _add_to(self._outputs, layer.bias, covariance)
+        calls = [
+            layer.rows(read, tuple(g.unsqueeze(1) for g in written), columns_only=True)
+            for read, written in zip(inputs, cotangents, strict=True)
+        ]
+        self._add_column_factors(layer, LayerRows.join(calls))
 
     def add_rows(self, layer: Layer, rows: LayerRows) -> None:
         """Add rows of weight one, all columns at once."""
-        if layer.weight is not None and rows.inputs is not None:
-            _add_to(self._inputs, layer.weight, input_covariance(rows.inputs))
-            _add_to(self._outputs, layer.weight, output_covariance(rows.columns))
-        if layer.bias is not None:
-            columns = rows.columns.sum(2, keepdim=True) if self._summed_bias else rows.columns
-            _add_to(self._outputs, layer.bias, output_covariance(columns))
+        if rows.weight is not None:
+            factor = rows.weight.input_factor(self._rule)
+            if factor is not None:
+                self._add_input_factor(layer, factor)
+        self._add_column_factors(layer, rows)
+
+    def _add_input_factor(self, layer: Layer, factor: Tensor) -> None:
+        assert layer.weight is not None
+        _add_to(self._of_inputs, layer.weight, factor)
+        if layer.rule.transposed:
+            self._transposed[layer.weight] = True
+
+    def _add_column_factors(self, layer: Layer, rows: LayerRows) -> None:
+        factor = None
+        if rows.weight is not None:
+            factor = rows.weight.column_factor(self._rule)
+            _add_to(self._of_columns, layer.parameter_of("weight"), factor)
+        if rows.bias is not None:
+            if factor is None or not same_column_factor(rows, self._rule):
+                factor = rows.bias.column_factor(self._rule)
+            _add_to(self._of_columns, layer.parameter_of("bias"), factor)
 
     def means(self, n_samples: float) -> KroneckerFactors:
         """Per-sample means over ``n_samples`` draws.
@@ -148,19 +174,18 @@ class FactorAccumulator:
         """
         blocks = []
         for name in self._names:
-            if name not in self._outputs:
+            if name not in self._of_columns:
                 raise RuntimeError(
                     f"parameter {name!r} did not affect the model's outputs on any sample of a "
                     "fold; freeze it with requires_grad_(False)."
                 )
-            inputs = self._inputs.get(name)
-            blocks.append(
-                BlockFactors(
-                    name,
-                    self._outputs[name] / n_samples,
-                    None if inputs is None else inputs / n_samples,
-                )
-            )
+            columns = self._of_columns[name] / n_samples
+            inputs = self._of_inputs.get(name)
+            if inputs is not None:
+                inputs = inputs / n_samples
+                if name in self._transposed:
+                    columns, inputs = inputs, columns
+            blocks.append(BlockFactors(name, columns, inputs))
         return KroneckerFactors(tuple(blocks), n_samples)
 
 
@@ -170,14 +195,15 @@ class BlockBasis:
 
     Attributes:
         name: qualified parameter name.
-        output_basis: U_B [D_out, D_out].
-        output_eigenvalues: [D_out], of the mean factor B.
-        input_basis: U_A [D_in, D_in], or None.
-        input_eigenvalues: [D_in], of the mean factor A, or None.
+        output_basis: U_B [D_out, D_out] or [G, D_out, D_out]; None for the identity, where the
+            factor is a diagonal (its eigenvalues are then in the order of the parameter).
+        output_eigenvalues: [D_out] or [G, D_out], of the mean factor B.
+        input_basis: U_A [D_in, D_in] or [G, D_in, D_in]; None for the identity, or for a vector.
+        input_eigenvalues: [D_in] or [G, D_in], of the mean factor A; None for a vector.
     """
 
     name: str
-    output_basis: Tensor
+    output_basis: Tensor | None
     output_eigenvalues: Tensor
     input_basis: Tensor | None = None
     input_eigenvalues: Tensor | None = None
@@ -185,8 +211,10 @@ class BlockBasis:
     @property
     def table_shape(self) -> tuple[int, ...]:
         """Shape of the block's eigenvalue table."""
-        outs = len(self.output_eigenvalues)
-        return (outs,) if self.input_basis is None else (outs, len(self.input_basis))
+        shape = tuple(self.output_eigenvalues.shape)
+        return (
+            shape if self.input_eigenvalues is None else (*shape, self.input_eigenvalues.shape[-1])
+        )
 
 
 class MagnitudeAccumulator:
@@ -198,33 +226,20 @@ class MagnitudeAccumulator:
 
     def add(self, layer: Layer, rows: LayerRows, coefficients: Tensor) -> None:
         """Add one layer's rows with coefficients c [m]."""
-        if layer.weight is not None and rows.inputs is not None:
-            block = self._basis[layer.weight]
-            assert block.input_basis is not None
-            table = weight_curvature(
-                rows.inputs, rows.columns, block.output_basis, block.input_basis, coefficients
-            )
-            _add_to(self._tables, layer.weight, table)
-        if layer.bias is not None:
-            basis = self._basis[layer.bias].output_basis
-            _add_to(self._tables, layer.bias, bias_curvature(rows.columns, basis, coefficients))
+        for part, block in rows.blocks():
+            name = layer.parameter_of(part)
+            _add_to(self._tables, name, block.curvature(self._basis[name], coefficients))
 
     def tables(self) -> tuple[Tensor, ...]:
         """One eigenvalue table per block, in the order of the basis."""
         return tuple(
-            self._tables.get(name, block.output_basis.new_zeros(block.table_shape))
+            self._tables.get(name, block.output_eigenvalues.new_zeros(block.table_shape))
             for name, block in self._basis.items()
         )
 
 
 def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = value if name not in sums else sums[name] + value
-
-
-def select_samples(rows: LayerRows, index: Tensor | slice) -> LayerRows:
-    """The rows of some samples of a chunk."""
-    inputs = None if rows.inputs is None else rows.inputs[index]
-    return LayerRows(inputs, rows.columns[index])
 
 
 def require_finite(name: str, tensor: Tensor, what: str) -> None:

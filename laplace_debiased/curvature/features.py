@@ -21,9 +21,9 @@ from laplace_debiased.curvature.passes import (
     Chunk,
     ColumnChunk,
     Columns,
-    LayerRows,
     check_outputs,
 )
+from laplace_debiased.curvature.rows import LayerRows
 from laplace_debiased.data.inputs import calling_by_signature, explained_failure, plain_tensors
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
@@ -111,14 +111,13 @@ class FeaturePass:
             rows = slice(start, min(start + step, m))
             to_pull = columns(outputs[rows], rows).unbind(-1)
             name = self.layer.name
-            each = ({name: column} for column in to_pull)
-            yield ColumnChunk(rows, outputs[rows], {name: features[rows]}, each)
+            each = ({name: ((column,),)} for column in to_pull)
+            yield ColumnChunk(rows, outputs[rows], {name: ((features[rows],),)}, each)
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
         to_pull = columns(outputs, rows)
 
         def layer_rows(layer: Layer) -> LayerRows:
-            g = to_pull.transpose(1, 2).unsqueeze(2)  # [m, R, T=1, C]
-            return LayerRows(features.unsqueeze(1) if layer.weight is not None else None, g)
+            return layer.rows((features,), (to_pull.transpose(1, 2),))
 
         return Chunk(rows, outputs, (self.layer,), layer_rows)

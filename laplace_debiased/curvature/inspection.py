@@ -1,4 +1,4 @@
-"""What only a forward pass shows about a layer: unused, reused, or not what its rule assumes."""
+"""What only a forward pass shows about a layer: unused, or not what its rule assumes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.coverage import REUSED, UNUSED
+from laplace_debiased.curvature.coverage import UNUSED
 from laplace_debiased.curvature.guards import batch_length, select_rows, to_device
-from laplace_debiased.curvature.kernels import weight_gradients
 from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.passes import check_outputs
-from laplace_debiased.curvature.tape import LayerTape, record
+from laplace_debiased.curvature.passes import check_outputs, map_calls
+from laplace_debiased.curvature.rows import LayerRows
+from laplace_debiased.curvature.tape import Calls, LayerTape, record
 
 MISMATCH = (
     "its gradient is not the sum over positions that its layer type implies: the layer's first "
     "dimension is not the batch, or its parameters are used outside of the layer too"
+)
+BROADCAST = (
+    "it reads one row for the whole batch, and the model needs its output in that very shape"
 )
 _TOLERANCE = 2e-2
 """Relative, norm-wise. Round-off of float32 stays below 1e-4; a wrong layout is off by order 1."""
@@ -41,26 +44,34 @@ def layer_problems(model: nn.Module, layers: tuple[Layer, ...], inputs: Any) -> 
     """
     device = next(model.parameters()).device
     probe = select_rows(to_device(inputs, device), slice(0, min(2, batch_length(inputs))))
-    tape = record(model, layers, probe)
+    tape, fixed = _record(model, layers, probe)
     check_outputs(tape.outputs, batch_length(probe), positions=True)
     problems: dict[str, str] = {}
     usable = []
     for layer in layers:
-        reason = _call_problem(tape, layer)
-        if reason is None:
-            usable.append(layer)
+        if layer.name in fixed:
+            problems |= dict.fromkeys(layer.parameter_names, BROADCAST)
+        elif layer.name not in tape.calls:
+            problems |= dict.fromkeys(layer.parameter_names, UNUSED)
         else:
-            problems |= dict.fromkeys(layer.parameter_names, reason)
+            usable.append(layer)
     if usable:
         problems |= _gradient_problems(tape, usable, model)
     return problems
 
 
-def _call_problem(tape: LayerTape, layer: Layer) -> str | None:
-    calls = tape.calls.get(layer.name, 0)
-    if calls == 0 or layer.name not in tape.edges:
-        return UNUSED
-    return REUSED if calls > 1 else None
+def _record(
+    model: nn.Module, layers: tuple[Layer, ...], probe: Any
+) -> tuple[LayerTape, frozenset[str]]:
+    """A tape, and the layers whose output the model does not take written out over the batch."""
+    broadcast: set[str] = set()
+    try:
+        return record(model, layers, probe, broadcast), frozenset()
+    except (RuntimeError, ValueError, AssertionError):
+        if not broadcast:
+            raise
+    fixed = frozenset(broadcast)
+    return record(model, [layer for layer in layers if layer.name not in fixed], probe), fixed
 
 
 def _gradient_problems(tape: LayerTape, layers: list[Layer], model: nn.Module) -> dict[str, str]:
@@ -87,24 +98,36 @@ def _gradient_problems(tape: LayerTape, layers: list[Layer], model: nn.Module) -
 
 
 def _matches(
-    tape: LayerTape, layer: Layer, cotangents: Tensor, expected: dict[str, Tensor | None]
+    tape: LayerTape, layer: Layer, cotangents: Calls, expected: dict[str, Tensor | None]
 ) -> bool:
     m = len(tape.outputs)
-    if cotangents.shape[0] != m or tape.inputs[layer.name].shape[0] != m:
+    inputs = tape.inputs_of(layer.name)
+    tensors = [tensor for calls in (inputs, cotangents) for call in calls for tensor in call]
+    if any(tensor.ndim == 0 or len(tensor) != m for tensor in tensors):
         return False
-    columns = layer.rule.output_positions(layer.module, cotangents)[:1].unsqueeze(1)
-    if layer.weight is not None:
-        inputs = layer.rule.input_positions(layer.module, tape.input_of(layer.name).detach())[:1]
-        if inputs.shape[1] != columns.shape[2]:
-            return False
-        if not _close(weight_gradients(inputs, columns), expected[layer.weight]):
-            return False
-    return layer.bias is None or _close(columns.sum(2), expected[layer.bias])
+    try:
+        rows = LayerRows.join(
+            [
+                layer.rows(read, written)
+                for read, written in zip(
+                    map_calls(lambda a: a.detach()[:1], inputs),
+                    map_calls(lambda g: g[:1].unsqueeze(1), cotangents),
+                    strict=True,
+                )
+            ]
+        )
+    except ValueError:
+        return False
+    return all(
+        _close(block.gradients(), expected[layer.parameter_of(part)])
+        for part, block in rows.blocks()
+    )
 
 
 def _close(actual: Tensor, expected: Tensor | None) -> bool:
     if expected is None:
         return False
+    expected = expected.to_dense() if expected.is_sparse else expected
     actual, expected = actual.flatten().float(), expected.flatten().float()
     if actual.numel() != expected.numel():
         return False

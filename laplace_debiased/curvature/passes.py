@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_debiased.curvature.guards import (
     batch_length,
@@ -17,26 +19,14 @@ from laplace_debiased.curvature.guards import (
     to_device,
 )
 from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.tape import LayerTape, record
+from laplace_debiased.curvature.rows import LayerRows
+from laplace_debiased.curvature.tape import Calls, LayerTape, record
 from laplace_debiased.data.inputs import tensor_shapes
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 Columns = Callable[[Tensor, slice], Tensor]
 """From outputs [m, C] of the given rows of a batch to the columns [m, C, R] to pull back."""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerRows:
-    """One layer's share of a chunk: inputs a, and columns g at its output, per position.
-
-    Attributes:
-        inputs: a [m, T, D_in]; None when the layer's weight is not covered.
-        columns: g [m, R, T, D_out].
-    """
-
-    inputs: Tensor | None
-    columns: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +63,8 @@ class ColumnChunk:
 
     rows: slice
     outputs: Tensor
-    inputs: Mapping[str, Tensor]
-    columns: Iterator[Mapping[str, Tensor]]
+    inputs: Mapping[str, Calls]
+    columns: Iterator[Mapping[str, Calls]]
 
 
 class CurvaturePass(Protocol):
@@ -178,9 +168,9 @@ class BackwardPass:
             check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
             outputs = full_precision(tape.outputs.detach())
             recorded = {
-                layer.name: full_precision(tape.input_of(layer.name).detach())
+                layer.name: map_calls(_detached, tape.inputs_of(layer.name))
                 for layer in self.layers
-                if layer.name in tape.edges
+                if layer.name in tape.calls
             }
             to_pull = columns(outputs, rows).to(tape.outputs.dtype)
             yield ColumnChunk(rows, outputs, recorded, _pull_back_each(tape, to_pull))
@@ -195,7 +185,9 @@ class BackwardPass:
             yield rows, inputs if rows == slice(0, length) else select_rows(inputs, rows)
 
     def _chunk(self, inputs: Any, rows: slice, columns: Columns, differentiable: bool) -> Chunk:
-        tape = record(self.model, self.layers, inputs)
+        # The fused attention kernels cannot be differentiated twice.
+        with sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
+            tape = record(self.model, self.layers, inputs)
         check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
         outputs = full_precision(tape.outputs if differentiable else tape.outputs.detach())
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
@@ -204,15 +196,14 @@ class BackwardPass:
         present = tuple(layer for layer in self.layers if stacks.get(layer.name))
 
         def layer_rows(layer: Layer) -> LayerRows:
-            stack = full_precision(torch.stack(stacks.pop(layer.name), dim=1))
-            m, n = stack.shape[:2]
-            g = layer.rule.output_positions(layer.module, stack.flatten(0, 1))
-            a = None
-            if layer.weight is not None:
-                raw = tape.input_of(layer.name)
-                raw = full_precision(raw if differentiable else raw.detach())
-                a = layer.rule.input_positions(layer.module, raw)
-            return LayerRows(a, g.reshape(m, n, *g.shape[1:]))
+            inputs = tape.inputs_of(layer.name)
+            inputs = map_calls(full_precision if differentiable else _detached, inputs)
+            return LayerRows.join(
+                [
+                    layer.rows(read, columns)
+                    for read, columns in zip(inputs, _stacked(stacks.pop(layer.name)), strict=True)
+                ]
+            )
 
         return Chunk(rows, outputs, present, layer_rows)
 
@@ -228,25 +219,42 @@ class BackwardPass:
 
 def _pull_back_all(
     tape: LayerTape, columns: Tensor, differentiable: bool
-) -> dict[str, list[Tensor]]:
-    stacks: dict[str, list[Tensor]] = {}
+) -> dict[str, list[Calls]]:
+    stacks: dict[str, list[Calls]] = {}
     for pulled in _pull_back_each(tape, columns, differentiable):
-        for name, gradient in pulled.items():
-            stacks.setdefault(name, []).append(gradient)
+        for name, calls in pulled.items():
+            stacks.setdefault(name, []).append(calls)
     return stacks
 
 
 def _pull_back_each(
     tape: LayerTape, columns: Tensor, differentiable: bool = False
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[dict[str, Calls]]:
     """One pull-back per column of ``columns`` [m, C, R]; nothing where no layer was recorded."""
-    n_columns = columns.shape[-1] if tape.edges else 0
+    n_columns = columns.shape[-1] if tape.calls else 0
     for r in range(n_columns):
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             pulled = tape.pull_back(
                 columns[..., r], create_graph=differentiable, retain_graph=r + 1 < n_columns
             )
         yield pulled
+
+
+def map_calls(function: Callable[[Tensor], Tensor], calls: Calls) -> Calls:
+    """A function of every tensor of a layer's calls."""
+    return tuple(tuple(function(tensor) for tensor in call) for call in calls)
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return full_precision(tensor.detach())
+
+
+def _stacked(columns: list[Calls]) -> Calls:
+    """R columns of a layer's calls as one [m, R, ...] per tensor."""
+    return tuple(
+        tuple(full_precision(torch.stack(parts, dim=1)) for parts in zip(*call, strict=True))
+        for call in zip(*columns, strict=True)
+    )
 
 
 def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> None:
@@ -287,14 +295,14 @@ def bytes_per_sample(tape: LayerTape, layers: tuple[Layer, ...], n_columns: int 
     columns = tape.outputs[0].numel() if n_columns is None else n_columns
     graph, largest = 0, 0
     for layer in layers:
-        if layer.name not in tape.inputs:
-            continue
-        inputs = tape.inputs[layer.name]
-        weight = getattr(layer.module, "weight", None)
-        entries = weight.numel() if isinstance(weight, Tensor) else 0
-        outs = weight.shape[0] if isinstance(weight, Tensor) else 1
-        positions = layer.rule.input_positions(layer.module, inputs.detach())
-        n_outputs = positions.shape[1] * outs
-        graph += inputs.numel() + (2 + columns) * n_outputs
-        largest = max(largest, 2 * positions.numel() + 2 * columns * (entries + n_outputs))
+        patches = working = 0
+        for call in tape.calls.get(layer.name, ()):
+            n_outputs = sum(shape.numel() for shape in call.shapes)
+            graph += sum(tensor.numel() for tensor in call.inputs) + (2 + columns) * n_outputs
+            zeros = (tape.outputs.new_zeros(shape).unsqueeze(1) for shape in call.shapes)
+            rows = layer.rows(tuple(tensor.detach() for tensor in call.inputs), tuple(zeros))
+            entries = sum(block.entries for _, block in rows.blocks())
+            patches += sum(block.patches for _, block in rows.blocks())
+            working = max(working, entries) + n_outputs
+        largest = max(largest, 2 * patches + 2 * columns * working)
     return max(1, size * (graph + largest))

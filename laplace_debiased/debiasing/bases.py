@@ -34,10 +34,15 @@ def _block_basis(block: BlockFactors) -> BlockBasis:
     return BlockBasis(block.name, output_vectors, output_values, input_vectors, input_values)
 
 
-def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (clamped at zero) and eigenvectors; once more in float64 if that fails."""
+def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues (clamped at zero) and eigenvectors; once more in float64 if that fails.
+
+    A diagonal factor [D] is its own eigenvalues, in its own order; its eigenbasis is None.
+    """
     require_finite(name, factor, what)
-    symmetric = 0.5 * (factor + factor.T)
+    if factor.ndim == 1:
+        return factor, None
+    symmetric = 0.5 * (factor + factor.mT)
     for dtype in (factor.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(symmetric.to(dtype))
@@ -63,14 +68,21 @@ def kfac_magnitudes(basis: Sequence[BlockBasis], factors: KroneckerFactors) -> t
 
 def _kfac_table(basis: BlockBasis, factors: BlockFactors) -> Tensor:
     outputs = _quadratic_forms(basis.output_basis, factors.output)
-    if basis.input_basis is None or factors.input is None:
+    if factors.input is None:
         return outputs
-    return torch.outer(outputs, _quadratic_forms(basis.input_basis, factors.input))
+    return _outer(outputs, _quadratic_forms(basis.input_basis, factors.input))
 
 
-def _quadratic_forms(basis: Tensor, matrix: Tensor) -> Tensor:
-    """diag(Uᵀ M U), clamped at zero against round-off."""
-    return (basis * (matrix @ basis)).sum(0).clamp_min(0.0)
+def _quadratic_forms(basis: Tensor | None, factor: Tensor) -> Tensor:
+    """diag(Uᵀ M U), clamped at zero against round-off; a diagonal M [D] comes with U = I."""
+    if basis is None:
+        return factor
+    return (basis * (factor @ basis)).sum(-2).clamp_min(0.0)
+
+
+def _outer(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """[..., D_out] and [..., D_in] to [..., D_out, D_in]."""
+    return outputs.unsqueeze(-1) * inputs.unsqueeze(-2)
 
 
 def own_magnitudes(basis: Sequence[BlockBasis]) -> tuple[Tensor, ...]:
@@ -78,7 +90,7 @@ def own_magnitudes(basis: Sequence[BlockBasis]) -> tuple[Tensor, ...]:
     return tuple(
         block.output_eigenvalues
         if block.input_eigenvalues is None
-        else torch.outer(block.output_eigenvalues, block.input_eigenvalues)
+        else _outer(block.output_eigenvalues, block.input_eigenvalues)
         for block in basis
     )
 
@@ -87,7 +99,8 @@ def join_by_rank(tables: Sequence[Sequence[Tensor]], shares: Sequence[float]) ->
     """Average eigenvalue tables of several eigenbases entry by entry.
 
     Bases list their factor eigenvectors by ascending eigenvalue, so that equal indices are equal
-    ranks: the average is taken over ranks, not over directions (Lam 2016; Bartz 2016).
+    ranks: the average is taken over ranks, not over directions (Lam 2016; Bartz 2016). Where a
+    factor is a diagonal all bases are the identity, and equal indices are equal directions.
 
     Args:
         tables: per fold, one table per block.

@@ -13,10 +13,8 @@ from laplace_debiased.curvature import (
     BlockBasis,
     Chunk,
     FactorAccumulator,
-    Layer,
-    LayerRows,
 )
-from laplace_debiased.curvature.kernels import rotated_gradients
+from laplace_debiased.curvature.rows import BlockRows, RankOneRows
 from laplace_debiased.data import split_batch
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
@@ -61,14 +59,12 @@ class Bands:
         sums = values.new_zeros(len(values), len(self.sizes)).index_add_(1, self.band, values)
         return sums / self.sizes
 
-    def rotated(self, layer: Layer, rows: LayerRows) -> Tensor:
+    def rotated(self, rows: BlockRows) -> Tensor:
         """Every column's gradient along every direction [m, R, P]."""
-        if self.basis.input_basis is None:
-            return rows.columns.sum(2) @ self.basis.output_basis
-        assert rows.inputs is not None
-        return rotated_gradients(
-            rows.inputs, rows.columns, self.basis.output_basis, self.basis.input_basis
-        ).flatten(2)
+        rotated = rows.rotated(self.basis)
+        if isinstance(rotated, RankOneRows):
+            rotated = rotated.expanded()
+        return rotated.written_out()
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +96,9 @@ class BandWalk:
             for chunk in self.chunks(batch):
                 for layer in chunk.layers:
                     rows = chunk.layer_rows(layer)
-                    for name in layer.parameter_names:
-                        found = _moments(bands[name], layer, _rows_for(layer, name, rows))
+                    for part, block in rows.blocks():
+                        name = layer.parameter_of(part)
+                        found = _moments(bands[name], block)
                         sums[name] = _merged(sums[name], found) if name in sums else found
         if not sums:
             raise ValueError("reference_loader gave no batches; it needs at least one sample.")
@@ -111,12 +108,8 @@ class BandWalk:
         }
 
 
-def _rows_for(layer: Layer, name: str, rows: LayerRows) -> LayerRows:
-    return rows if name == layer.weight else LayerRows(None, rows.columns)
-
-
-def _moments(bands: Bands, layer: Layer, rows: LayerRows) -> tuple[MomentSums, MomentSums]:
-    rotated = bands.rotated(layer, rows)
+def _moments(bands: Bands, rows: BlockRows) -> tuple[MomentSums, MomentSums]:
+    rotated = bands.rotated(rows)
     curvature = bands.means(rotated[:, :-1].square().sum(1))
     slope = bands.means(rotated[:, -1] * bands.signs)
     return MomentSums.of(slope), MomentSums.of(curvature)
@@ -137,23 +130,17 @@ def bands_of(walk: BandWalk, batch: object, names: Sequence[str], n_bands: int) 
         n_samples += len(chunk.outputs)
         for layer in chunk.layers:
             rows = chunk.layer_rows(layer)
-            factors.add_rows(layer, LayerRows(rows.inputs, rows.columns[:, :-1]))
-            for name in layer.parameter_names:
-                gradient = _gradient(_rows_for(layer, name, rows))
+            factors.add_rows(layer, rows.pick_columns(slice(0, -1)))
+            for part, block in rows.pick_columns(slice(-1, None)).blocks():
+                name, gradient = layer.parameter_of(part), block.gradients().sum((0, 1))
                 gradients[name] = gradients[name] + gradient if name in gradients else gradient
     bases = eigenbasis(factors.means(n_samples))
     return {basis.name: Bands.of(basis, gradients[basis.name], n_bands) for basis in bases}
 
 
-def _gradient(rows: LayerRows) -> Tensor:
-    """Sum over samples of the loss' gradient in a weight [D_out, D_in] or bias [D_out]."""
-    cotangents = rows.columns[:, -1]
-    if rows.inputs is None:
-        return cotangents.sum((0, 1))
-    return torch.einsum("nto,nti->oi", cotangents, rows.inputs)
-
-
 def in_basis(basis: BlockBasis, value: Tensor) -> Tensor:
-    """Coordinates of a weight [D_out, D_in] (or its gradient) or bias [D_out]."""
-    left = basis.output_basis.T @ value
-    return left if basis.input_basis is None else left @ basis.input_basis
+    """Coordinates of a parameter (or its gradient), in the shape of the eigenvalue table."""
+    value = value.reshape(basis.table_shape)
+    if basis.output_basis is not None:
+        value = basis.output_basis.mT @ value
+    return value if basis.input_basis is None else value @ basis.input_basis

@@ -244,9 +244,7 @@ def _block_profile(
     reference: DirectionalQuadratic | None,
     parameter: Tensor,
 ) -> KfacBlockProfile:
-    matrix = parameter.detach().to(bands.signs).reshape(len(bands.basis.output_basis), -1)
-    matrix = matrix[:, 0] if bands.basis.input_basis is None else matrix
-    along = in_basis(bands.basis, matrix).flatten() * bands.signs
+    along = in_basis(bands.basis, parameter.detach().to(bands.signs)).flatten() * bands.signs
     last = bands.sizes.cumsum(0)
     return KfacBlockProfile(
         name=bands.basis.name,

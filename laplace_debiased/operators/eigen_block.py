@@ -31,6 +31,9 @@ class EigenBlock:
             for the identity, or for no input factor at all if the eigenvalues are 1-d.
         eigenvalues: Λ [D_out, D_in], or [D_out] where there is no input factor (a bias).
 
+    A weight of G groups is W [G, D_out, D_in], G blocks of the same size in one: the bases are then
+    [G, D_out, D_out] and [G, D_in, D_in], and Λ is [G, D_out, D_in].
+
     Raises:
         TypeError: something is not a float32 or float64 tensor, or dtypes differ.
         ValueError: shapes or devices do not fit, an entry is not finite, or the block is empty.
@@ -44,10 +47,10 @@ class EigenBlock:
 
     def __post_init__(self) -> None:
         table = require_floating("eigenvalues", self.eigenvalues)
-        if table.ndim not in (1, 2) or table.numel() == 0:
+        if table.ndim not in (1, 2, 3) or table.numel() == 0:
             raise ValueError(
-                "eigenvalues must be [D_out, D_in] or [D_out] with at least one entry, got the "
-                f"shape {list(table.shape)}."
+                "eigenvalues must be [D_out, D_in], [D_out] or [groups, D_out, D_in] with at least "
+                f"one entry, got the shape {list(table.shape)}."
             )
         require_finite("eigenvalues", table)
         if self._bases_checked:
@@ -58,8 +61,8 @@ class EigenBlock:
                 "eigenvalues as a table [D_out, D_in] to use it."
             )
         for name, basis, axis in (
-            ("output_basis", self.output_basis, 0),
-            ("input_basis", self.input_basis, 1),
+            ("output_basis", self.output_basis, 0 if table.ndim == 1 else -2),
+            ("input_basis", self.input_basis, -1),
         ):
             if basis is not None:
                 _check_basis(name, basis, table, axis)
@@ -72,12 +75,12 @@ class EigenBlock:
         return f"{type(self).__name__}({', '.join([shape, *names])}, {self.eigenvalues.dtype})"
 
     def _implicit(self, name: str) -> bool:
-        has_factor = name == "output_basis" or self.eigenvalues.ndim == 2
+        has_factor = name == "output_basis" or self.eigenvalues.ndim > 1
         return has_factor and getattr(self, name) is None
 
     @property
     def n_params(self) -> int:
-        """Number of parameters of the block, D_out · D_in or D_out."""
+        """Number of parameters of the block, D_out · D_in (of all groups) or D_out."""
         return self.eigenvalues.numel()
 
     def to_eigenbasis(self, vectors: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ class EigenBlock:
             matrices = self.output_basis.mT @ matrices
         if self.input_basis is not None:
             matrices = matrices @ self.input_basis
-        return matrices.flatten(-2)
+        return matrices.flatten(-self.eigenvalues.ndim)
 
     def from_eigenbasis(self, coordinates: Tensor) -> Tensor:
         """U c for each c [n_params] in `coordinates` [..., n_params]; same shape out."""
@@ -103,7 +106,7 @@ class EigenBlock:
             matrices = self.output_basis @ matrices
         if self.input_basis is not None:
             matrices = matrices @ self.input_basis.mT
-        return matrices.flatten(-2)
+        return matrices.flatten(-self.eigenvalues.ndim)
 
     def diagonal_of(self, table: Tensor) -> Tensor:
         """Return the diagonal [n_params] of U diag(vec T) Uᵀ for a T of the eigenvalues' shape."""
@@ -154,9 +157,10 @@ class EigenBlock:
 def _check_basis(name: str, basis: Tensor, table: Tensor, axis: int) -> None:
     require_floating(name, basis)
     size = table.shape[axis]
-    if basis.shape != (size, size):
+    shape = [*table.shape[:-2], size, size]
+    if list(basis.shape) != shape:
         raise ValueError(
-            f"{name} must be [{size}, {size}] to fit the eigenvalues {list(table.shape)}, got the "
+            f"{name} must be {shape} to fit the eigenvalues {list(table.shape)}, got the "
             f"shape {list(basis.shape)}."
         )
     require_same_kind(name, basis, "eigenvalues", table)

@@ -74,13 +74,13 @@ class EigenKron:
     def eigenvectors(self) -> list[list[Tensor | None]]:
         """Per block [U_B, U_A], or [U_B] without an input factor; None for an identity."""
         return [
-            [block.output_basis, block.input_basis][: block.eigenvalues.ndim]
+            [block.output_basis, block.input_basis][: min(2, block.eigenvalues.ndim)]
             for block in self.blocks
         ]
 
     @property
     def eigenvalues(self) -> list[list[Tensor]]:
-        """Per block one entry: the table Λ [D_out, D_in] or [D_out], without deltas.
+        """Per block one entry: the table Λ [(G,) D_out, D_in] or [D_out], without deltas.
 
         Where laplace-torch lists the eigenvalues of each factor, this lists their full table.
         """

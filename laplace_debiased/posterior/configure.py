@@ -17,6 +17,7 @@ from laplace_debiased.options import (
     Magnitudes,
     Sampling,
     Scheme,
+    WeightSharing,
     parse_choice,
 )
 from laplace_debiased.posterior.backends import backend_fisher
@@ -29,6 +30,7 @@ _ENUMS: dict[str, type[Enum]] = {
     "magnitudes": Magnitudes,
     "sampling": Sampling,
     "fisher": Fisher,
+    "weight_sharing": WeightSharing,
 }
 
 
@@ -105,6 +107,11 @@ def settings_from(
     scheme = parsed.pop("scheme", None)
     if parsed.get("magnitudes") is Magnitudes.RAYLEIGH_RITZ and not low_rank:
         raise ValueError("magnitudes='rayleigh_ritz' is for hessian_structure='lowrank' only.")
+    if parsed.get("weight_sharing") is WeightSharing.REDUCE and (low_rank or backend is not None):
+        raise ValueError(
+            "weight_sharing='reduce' is for the Kronecker factors of our own pass: drop it with a "
+            "backend, or with hessian_structure='lowrank'."
+        )
     if parsed.get("magnitudes") is Magnitudes.KFAC and low_rank:
         raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
     parsed.setdefault("sampling", _default_sampling(name, scheme, parsed))

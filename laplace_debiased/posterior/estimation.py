@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -16,11 +17,10 @@ from laplace_debiased.curvature import (
     FactorAccumulator,
     KroneckerFactors,
     MagnitudeAccumulator,
-    select_samples,
 )
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.guards import full_precision, select_rows
-from laplace_debiased.curvature.passes import Columns
+from laplace_debiased.curvature.passes import Columns, map_calls
 from laplace_debiased.data import (
     Batch,
     CurvaturePlan,
@@ -113,7 +113,11 @@ class KronEstimator:
     def fold_statistics(self, plan: CurvaturePlan) -> FoldStatistics:
         """First walk: factors of every fold, and the loss."""
         summed_bias = self.options.magnitudes is not Magnitudes.KFAC
-        sums = [FactorAccumulator(self.names, summed_bias=summed_bias) for _ in plan.fold_sizes]
+        sharing = self.options.weight_sharing
+        sums = [
+            FactorAccumulator(self.names, summed_bias=summed_bias, sharing=sharing)
+            for _ in plan.fold_sizes
+        ]
         tally = _Tally()
         walk = self._progress("Kronecker factors", [*sums, tally])
         for batch, chunk in self._factor_walk(plan, walk):
@@ -144,14 +148,14 @@ class KronEstimator:
             for layer in self.curvature_pass.layers:
                 if layer.name not in column:
                     continue
-                cotangents = full_precision(column[layer.name])
+                cotangents = map_calls(full_precision, column[layer.name])
                 for fold, rows in slices:
+                    inputs = map_calls(itemgetter(rows), chunk.inputs[layer.name])
                     if layer.name not in seen:
-                        inputs = chunk.inputs[layer.name][rows]
                         sums[fold].add_inputs(
                             layer, inputs, None if counts is None else counts[rows]
                         )
-                    sums[fold].add_column(layer, cotangents[rows])
+                    sums[fold].add_column(layer, inputs, map_calls(itemgetter(rows), cotangents))
                 seen.add(layer.name)
 
     def exact_magnitudes(
@@ -172,7 +176,7 @@ class KronEstimator:
                     used = nonzero_slice(coefficients)
                     if used is not None:
                         accumulator.add(
-                            layer, select_samples(rows, used), coefficients[used].to(rows.columns)
+                            layer, rows.select(used), coefficients[used].to(rows.columns)
                         )
         return [accumulator.tables() for accumulator in sums]
 

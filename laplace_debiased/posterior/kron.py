@@ -67,7 +67,7 @@ class DebiasedKronLaplace(KronPosterior, KronLaplace):
     ) -> None:
         settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
         settings, sigma_noise = with_noise(settings, sigma_noise)
-        coverage, _ = layer_coverage(model)
+        coverage, _ = layer_coverage(model, host_layers=backend is not None)
         coverage.require(strict=settings.strict)
         super().__init__(
             model,

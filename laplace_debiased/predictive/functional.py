@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.guards import batch_length
-from laplace_debiased.curvature.kernels import rotated_gradients
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import (
     Chunk,
     CurvaturePass,
-    LayerRows,
     identity_columns,
 )
+from laplace_debiased.curvature.rows import LayerRows, RankOneRows, RotatedRows
 from laplace_debiased.operators import EigenBlock, EigenKron
 
 
@@ -83,21 +82,15 @@ class NamedBlocks:
 
 def rotated_jacobians(
     layer: Layer, rows: LayerRows, blocks: NamedBlocks
-) -> Iterator[tuple[str, Tensor | tuple[Tensor, Tensor]]]:
-    """Jacobian rows of a layer's blocks in their eigenbases.
+) -> Iterator[tuple[str, RotatedRows | RankOneRows]]:
+    """Jacobian rows of a layer's blocks in their eigenbases, by parameter name.
 
-    Yields:
-        The parameter's name with J̃ [m, C, D_out, D_in] (or [m, C, D_out] for a bias); for a weight
-        with a single position, its two factors g̃ [m, C, D_out] and ã [m, D_in] instead.
+    Where J̃ is a product of two factors g̃ [m, C, D_out] and ã [m, D_in] (a weight with a single
+    position) these are given instead; where a sample touches few rows of a table, only those.
     """
-    if layer.weight is not None and rows.inputs is not None:
-        outputs, inputs = blocks.output_basis(layer.weight), blocks.input_basis(layer.weight)
-        if rows.inputs.shape[1] == 1:
-            yield layer.weight, (rows.columns[:, :, 0] @ outputs, rows.inputs[:, 0] @ inputs)
-        else:
-            yield layer.weight, rotated_gradients(rows.inputs, rows.columns, outputs, inputs)
-    if layer.bias is not None:
-        yield layer.bias, rows.columns.sum(2) @ blocks.output_basis(layer.bias)
+    for part, block in rows.blocks():
+        name = layer.parameter_of(part)
+        yield name, block.rotated(blocks.block(name))
 
 
 def whitened_jacobians(
@@ -110,12 +103,16 @@ def whitened_jacobians(
         g̃ diag(s) g̃ᵀ (single position).
     """
     for name, jacobian in rotated_jacobians(layer, rows, blocks):
-        table = blocks.table(name)
-        if isinstance(jacobian, tuple):
-            g, a = jacobian
-            yield g, a.square() @ table.reciprocal().T
+        entries = jacobian.entries(blocks.table(name))
+        if isinstance(jacobian, RankOneRows):
+            yield jacobian.columns, jacobian.inputs.square() @ entries.reciprocal().mT
         else:
-            yield (jacobian * table.rsqrt()).flatten(2), None
+            yield jacobian.values * _per_sample(entries.rsqrt()), None
+
+
+def _per_sample(entries: Tensor) -> Tensor:
+    """Entries [K] or [m, K] to broadcast against rows [m, C, K]."""
+    return entries if entries.ndim == 1 else entries.unsqueeze(1)
 
 
 def functional_moments(
@@ -196,7 +193,7 @@ def _joint(
     Rows are recomputed for each pair: what is held at a time are the rows of two chunks.
     """
 
-    def walk() -> Iterator[tuple[Chunk, list[Tensor]]]:
+    def walk() -> Iterator[tuple[Chunk, list[JointRows]]]:
         for chunk in curvature_pass.chunks(inputs, identity_columns, differentiable=differentiable):
             with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
                 rows = _joint_rows(chunk, blocks)
@@ -214,22 +211,52 @@ def _joint(
     return torch.cat(outputs), torch.cat(bands)
 
 
-def sum_of_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class JointRows:
+    """Whitened Jacobian rows of one block for every sample and output.
+
+    Attributes:
+        values: [m·C, K], or [m·C, V', D] where only some rows of a table are touched.
+        touched: which rows of the table these V' are, or None.
+    """
+
+    values: Tensor
+    touched: Tensor | None = None
+
+    @classmethod
+    def of(cls, jacobian: RotatedRows, table: Tensor) -> JointRows:
+        """From one block's rotated rows and its precision table."""
+        whitened = jacobian.values * _per_sample(jacobian.entries(table).rsqrt())
+        if jacobian.touched is None:
+            return cls(whitened.flatten(0, 1))
+        touched, place = jacobian.touched.unique(return_inverse=True)
+        m, n_outputs = whitened.shape[:2]
+        rows = whitened.unflatten(2, (place.shape[1], -1))
+        values = rows.new_zeros(m, n_outputs, len(touched), rows.shape[-1])
+        index = place[:, None, :, None].expand_as(rows)
+        return cls(values.scatter_add(2, index, rows).flatten(0, 1), touched)
+
+    def product(self, other: JointRows) -> Tensor:
+        """Inner products [m·C, m'·C] over the block's parameters."""
+        if self.touched is None or other.touched is None:
+            return self.values @ other.values.T
+        mine, theirs = (self.touched[:, None] == other.touched).nonzero(as_tuple=True)
+        return self.values[:, mine].flatten(1) @ other.values[:, theirs].flatten(1).T
+
+
+def sum_of_products(left: list[JointRows], right: list[JointRows]) -> Tensor:
     """Σ_b left_b right_bᵀ over blocks."""
-    total = left[0] @ right[0].T
+    total = left[0].product(right[0])
     for x, y in zip(left[1:], right[1:], strict=True):
-        total = total + x @ y.T
+        total = total + x.product(y)
     return total
 
 
-def _joint_rows(chunk: Chunk, blocks: NamedBlocks) -> list[Tensor]:
-    """Whitened Jacobian rows [m·C, K] of every block of a chunk."""
+def _joint_rows(chunk: Chunk, blocks: NamedBlocks) -> list[JointRows]:
+    """Whitened Jacobian rows of every block of a chunk."""
     rows = []
     for layer in chunk.layers:
-        layer_rows = chunk.layer_rows(layer)
-        for name, jacobian in rotated_jacobians(layer, layer_rows, blocks):
-            if isinstance(jacobian, tuple):
-                g, a = jacobian
-                jacobian = torch.einsum("mci,mj->mcij", g, a)
-            rows.append((jacobian * blocks.table(name).rsqrt()).flatten(2).flatten(0, 1))
+        for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
+            written = jacobian.expanded() if isinstance(jacobian, RankOneRows) else jacobian
+            rows.append(JointRows.of(written, blocks.table(name)))
     return rows

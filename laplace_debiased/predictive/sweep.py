@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.curvature.passes import Chunk, CurvaturePass, identity_columns
+from laplace_debiased.curvature.rows import RankOneRows
 from laplace_debiased.predictive.functional import (
     NamedBlocks,
     OutputCovariance,
@@ -60,21 +61,22 @@ def _chunk_sweep(chunk: Chunk, blocks: NamedBlocks, priors: Tensor, diagonal: bo
     total = chunk.outputs.new_zeros(len(priors), *shape)
     for layer in chunk.layers:
         for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
-            eigenvalues = blocks.block(name).eigenvalues
-            if isinstance(jacobian, tuple):
-                g, a = jacobian
-                squares = repeated(a.square(), m)
+            eigenvalues = jacobian.entries(blocks.block(name).eigenvalues)
+            if isinstance(jacobian, RankOneRows):
+                squares = repeated(jacobian.inputs.square(), m)
                 scale = _reciprocal_products(squares, eigenvalues, priors)  # [G, m, D_out]
-                total += _scaled_grams(per_position(g, n_outputs), scale, diagonal)
+                total += _scaled_grams(per_position(jacobian.columns, n_outputs), scale, diagonal)
             else:
-                rows = per_position(jacobian, n_outputs).flatten(2)
-                total += _table_grams(rows, eigenvalues.flatten(), priors, diagonal)
+                rows = per_position(jacobian.values, n_outputs)
+                if eigenvalues.ndim > 1:
+                    eigenvalues = repeated(eigenvalues, m)
+                total += _table_grams(rows, eigenvalues, priors, diagonal)
     return total.reshape(len(priors), *lead, *shape[1:])
 
 
 def _reciprocal_products(squares: Tensor, eigenvalues: Tensor, priors: Tensor) -> Tensor:
     """Σ_j squares_j / (λ_ij + δ_g) [G, m, D_out]; one prior at a time, to hold one table only."""
-    return torch.stack([squares @ (eigenvalues + prior).reciprocal().T for prior in priors])
+    return torch.stack([squares @ (eigenvalues + prior).reciprocal().mT for prior in priors])
 
 
 def _scaled_grams(g: Tensor, scale: Tensor, diagonal: bool) -> Tensor:
@@ -85,7 +87,7 @@ def _scaled_grams(g: Tensor, scale: Tensor, diagonal: bool) -> Tensor:
 
 
 def _table_grams(rows: Tensor, eigenvalues: Tensor, priors: Tensor, diagonal: bool) -> Tensor:
-    """Σ_k rows_ck rows_c'k / (λ_k + δ_g) as matrix products with the table [K, G]."""
+    """Σ_k rows_ck rows_c'k / (λ_k + δ_g) as matrix products with the table [K, G] or [m, K, G]."""
     m, n_outputs, _ = rows.shape
     table = (eigenvalues.unsqueeze(-1) + priors).reciprocal()
     if diagonal:

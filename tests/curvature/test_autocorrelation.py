@@ -11,6 +11,8 @@ from torch import nn
 from laplace_debiased.curvature.autocorrelation import applies_to, patch_covariance
 from laplace_debiased.curvature.kernels import input_covariance
 from laplace_debiased.curvature.layers import rule_for
+from laplace_debiased.curvature.rules import ConvRule
+from laplace_debiased.options import WeightSharing
 
 SAME_3X3 = {"kernel_size": 3, "padding": 1}
 
@@ -80,7 +82,8 @@ def test_small_images_go_through_their_patches():
 def test_a_layer_uses_it_and_agrees_with_its_own_patches():
     layer = nn.Conv2d(2, 5, **SAME_3X3).double()
     rule, x = rule_for(layer), images(3, 2, 12, 13)
-    assert rule is not None
+    assert isinstance(rule, ConvRule)
     assert applies_to(layer, x)
-    expected = input_covariance(rule.input_positions(layer, x))
-    torch.testing.assert_close(rule.input_covariance(layer, x), expected, rtol=1e-12, atol=1e-12)
+    expected = input_covariance(rule.patches(layer, x))
+    actual = rule.input_factor(layer, (x,), WeightSharing.EXPAND)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

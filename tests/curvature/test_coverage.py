@@ -20,20 +20,28 @@ from tests.zoo import Problem, problem
 INDICES = DataLoader(TensorDataset(torch.randint(7, (12, 4)), torch.arange(12) % 3), batch_size=5)
 
 
+class OwnNorm(nn.LayerNorm):
+    """Computes something else than its parent, so that its parent's rule is not for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sin()
+
+
 class Mixed(nn.Module):
     """Supported and unsupported layers side by side."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.norm = nn.LayerNorm(4)
+        self.embedding = nn.Embedding(7, 4, scale_grad_by_freq=True)
+        self.norm = OwnNorm(4)
+        self.token = nn.Parameter(torch.zeros(4))
         self.hidden = nn.Linear(4, 5)
-        self.batch_norm = nn.BatchNorm1d(5)
+        self.gate = nn.PReLU(5)
         self.head = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.hidden(self.norm(self.embedding(x).mean(1)))
-        return self.head(torch.tanh(self.batch_norm(hidden)))
+        hidden = self.hidden(self.norm(self.embedding(x).mean(1) + self.token))
+        return self.head(torch.tanh(self.gate(hidden)))
 
 
 class Tied(nn.Module):
@@ -84,19 +92,21 @@ def fitted(model: nn.Module, **options: object) -> DebiasedKronLaplace:
     return la
 
 
-def test_normalisation_and_embedding_layers_are_left_out_and_named() -> None:
+def test_what_has_no_rule_is_left_out_and_named() -> None:
     model = Mixed()
     la = DebiasedKronLaplace(model)
     assert la.coverage.covered == ("hidden.weight", "hidden.bias", "head.weight", "head.bias")
     reasons = la.coverage.excluded
-    assert reasons["embedding.weight"] == "Embedding layers are not supported"
-    assert {name.split(".")[0] for name in reasons} == {"embedding", "norm", "batch_norm"}
+    assert "depend on the batch" in reasons["embedding.weight"]
+    assert reasons["token"] == "Mixed.token belongs to no layer"
+    assert reasons["gate.weight"] == "PReLU layers are not supported"
+    assert {name.split(".")[0] for name in reasons} == {"embedding", "norm", "gate", "token"}
     la.fit(INDICES)
     covered = sum(dict(model.named_parameters())[name].numel() for name in la.coverage.covered)
     assert la.n_params == len(la.mean) == covered
     assert la.n_layers == len(la.params) == 4
     assert la.coverage.share == pytest.approx(covered / sum(p.numel() for p in model.parameters()))
-    assert "LayerNorm layers are not supported" in str(la.coverage)
+    assert "OwnNorm layers are not supported" in str(la.coverage)
 
 
 def test_left_out_parameters_stay_at_the_map_in_samples_of_the_network() -> None:
@@ -124,7 +134,6 @@ def test_covered_layers_among_left_out_ones_have_the_dense_curvature() -> None:
     ("model", "excluded", "why"),
     [
         (Tied(), {"first.weight"}, "tied weights"),
-        (Reused(), {"first.weight", "first.bias"}, "tied weights|several times"),
         (Unused(), {"second.weight", "second.bias"}, "not called|does not affect"),
         (Functional(), {"first.weight", "first.bias"}, "not the sum over positions"),
         (
@@ -149,29 +158,41 @@ def test_what_only_a_forward_pass_shows_is_left_out_at_fit(
         fitted(model, strict=True)
 
 
-def test_reused_module_is_named_as_reused() -> None:
-    model = nn.Sequential(shared := nn.Linear(4, 4), nn.Tanh(), shared, nn.Linear(4, 3))
-    la = fitted(model)
-    assert "several times" in la.coverage.excluded["0.weight"]
+def test_module_called_twice_is_covered_as_one_layer_with_more_positions() -> None:
+    data, model = problem("mlp"), Reused()
+    la = fitted(model, scheme="single", strict=True)
+    p = Problem(model, data.x, data.y, data.likelihood)
+    expected = oracles.directional(la.H, oracles.ggn(p, la.coverage.covered))
+    assert_exact(oracles.table(la.H), len(p.x) * expected)
 
 
-def test_grouped_and_reparametrised_layers_are_left_out() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(2, 2, 3, groups=2),
-        nn.Flatten(),
-        parametrizations.weight_norm(nn.Linear(32, 4)),
-        nn.Linear(4, 3),
-    )
+def test_reparametrised_layers_are_left_out() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(32, 4)), nn.Linear(4, 3))
     coverage, layers = layer_coverage(model)
-    assert coverage.covered == ("3.weight", "3.bias")
-    assert [layer.name for layer in layers] == ["3"]
-    assert "groups=2" in coverage.excluded["0.weight"]
-    assert "re-parametrised" in coverage.excluded["2.bias"]
-    assert "ParametrizationList" in coverage.excluded["2.parametrizations.weight.original1"]
+    assert coverage.covered == ("1.weight", "1.bias")
+    assert [layer.name for layer in layers] == ["1"]
+    assert "re-parametrised" in coverage.excluded["0.bias"]
+    assert "ParametrizationList" in coverage.excluded["0.parametrizations.weight.original1"]
+
+
+def test_batch_norm_that_mixes_samples_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    coverage, _ = layer_coverage(model)
+    assert "running statistics" in coverage.excluded["1.bias"]
+
+
+def test_only_what_the_hosts_backends_get_right_is_theirs() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, groups=2), nn.BatchNorm2d(2), nn.Linear(4, 3)
+    )
+    coverage, _ = layer_coverage(model, host_layers=True)
+    assert {name.split(".")[0] for name in coverage.covered} == {"0", "3"}
+    assert "not supported by the backend" in coverage.excluded["1.weight"]
+    assert "BatchNorm2d" in coverage.excluded["2.bias"]
 
 
 def test_strict_raises_at_construction_and_names_the_gaps() -> None:
-    with pytest.raises(CoverageError, match=r"embedding\.weight: Embedding layers"):
+    with pytest.raises(CoverageError, match=r"embedding\.weight: Embedding with scale_grad"):
         DebiasedKronLaplace(Mixed(), strict=True)
 
 

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature import BackwardPass, identity_columns, layer_coverage, rule_for
-from laplace_debiased.curvature.kernels import weight_gradients
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
@@ -21,10 +20,8 @@ def jacobian_by_layers(p: Problem, byte_budget: int) -> Tensor:
         blocks = {}
         for layer in chunk.layers:
             rows = chunk.layer_rows(layer)
-            if layer.weight is not None and rows.inputs is not None:
-                blocks[layer.weight] = weight_gradients(rows.inputs, rows.columns).flatten(2)
-            if layer.bias is not None:
-                blocks[layer.bias] = rows.columns.sum(2)
+            for part, block in rows.blocks():
+                blocks[layer.parameter_of(part)] = block.gradients()
         parts.append(torch.cat([blocks[name] for name in coverage.covered], -1))
     return torch.cat(parts)
 
@@ -64,7 +61,7 @@ def test_input_overwritten_after_the_layer_read_it_is_refused() -> None:
 
 def test_output_that_is_no_matrix_is_refused() -> None:
     p = problem("mlp")
-    model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))).double()
+    model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1, 1))).double()
     with pytest.raises(ValueError, match=r"shape \(batch, outputs\)"):
         DebiasedKronLaplace(model).fit(p.loader())
 

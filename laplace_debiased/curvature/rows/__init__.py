@@ -1,0 +1,33 @@
+"""Rows of one parameter tensor: what a chunk's pull-backs say about its curvature."""
+
+from laplace_debiased.curvature.rows.base import (
+    Basis,
+    BlockRows,
+    FactorRule,
+    RankOneRows,
+    RotatedRows,
+    input_factor,
+)
+from laplace_debiased.curvature.rows.layer import LayerRows, same_column_factor
+from laplace_debiased.curvature.rows.matrix import GroupedRows, MatrixRows
+from laplace_debiased.curvature.rows.tokens import TokenRows, per_token, token_factor
+from laplace_debiased.curvature.rows.vectors import MAX_DENSE_VECTOR, BiasRows, VectorRows
+
+__all__ = [
+    "MAX_DENSE_VECTOR",
+    "Basis",
+    "BiasRows",
+    "BlockRows",
+    "FactorRule",
+    "GroupedRows",
+    "LayerRows",
+    "MatrixRows",
+    "RankOneRows",
+    "RotatedRows",
+    "TokenRows",
+    "VectorRows",
+    "input_factor",
+    "per_token",
+    "same_column_factor",
+    "token_factor",
+]

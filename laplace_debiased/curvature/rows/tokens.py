@@ -1,0 +1,118 @@
+"""Tables of which a sample reads some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature import kernels
+from laplace_debiased.curvature.rows.base import (
+    Basis,
+    BlockRows,
+    FactorRule,
+    RotatedRows,
+    same_kind,
+    shared_columns,
+)
+from laplace_debiased.options import WeightSharing
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """A table [V, D] of which sample n reads row v_{n,t} at position t: G_{n,r} = Σ_t e_v gᵀ.
+
+    The factor of the rows is diagonal, because one-hot vectors are orthogonal; nothing here is of
+    size V × V, and no gradient of size V × D.
+
+    Attributes:
+        tokens: v [m, T], integers; negative for positions without a gradient.
+        columns: g [m, R, T, D].
+        size: V.
+    """
+
+    tokens: Tensor
+    columns: Tensor
+    size: int
+
+    @property
+    def entries(self) -> int:
+        return self.columns[:, 0].numel()
+
+    @property
+    def patches(self) -> int:
+        return 0
+
+    def select(self, index: Tensor | slice) -> TokenRows:
+        return replace(self, tokens=self.tokens[index], columns=self.columns[index])
+
+    def pick_columns(self, columns: slice) -> TokenRows:
+        return replace(self, columns=self.columns[:, columns])
+
+    def joined(self, others: Sequence[BlockRows]) -> TokenRows:
+        parts = [self, *same_kind(self, others)]
+        return replace(
+            self,
+            tokens=torch.cat([part.tokens for part in parts], 1),
+            columns=torch.cat([part.columns for part in parts], 2),
+        )
+
+    def column_factor(self, rule: FactorRule) -> Tensor:
+        kept = self.columns * (self.tokens >= 0)[:, None, :, None]
+        return kernels.output_covariance(shared_columns(kept, rule.sharing))
+
+    def input_factor(self, rule: FactorRule) -> Tensor:
+        return token_factor(self.tokens, self.size, self.columns.new_ones(len(self.tokens)), rule)
+
+    def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
+        touched, rows = self._touched_rows(basis)
+        squares = rows.square().sum(1) * coefficients.to(rows)[:, None, None]
+        table = rows.new_zeros(self.size, rows.shape[-1])
+        return table.index_add_(0, touched.flatten(), squares.flatten(0, 1))
+
+    def rotated(self, basis: Basis) -> RotatedRows:
+        touched, rows = self._touched_rows(basis)
+        return RotatedRows(rows.flatten(2), (self.size, rows.shape[-1]), touched)
+
+    def gradients(self) -> Tensor:
+        touched, rows = per_token(self.tokens, self.columns)
+        return RotatedRows(rows.flatten(2), (self.size, rows.shape[-1]), touched).written_out()
+
+    def _touched_rows(self, basis: Basis) -> tuple[Tensor, Tensor]:
+        assert basis.input_basis is not None
+        touched, rows = per_token(self.tokens, self.columns)
+        return touched, rows @ basis.input_basis
+
+
+def token_factor(tokens: Tensor, size: int, counts: Tensor, rule: FactorRule) -> Tensor:
+    """Diagonal input factor [V] of tokens [m, T]: :func:`input_factor` of one-hot vectors.
+
+    Under ``REDUCE`` the factor is no diagonal; its diagonal is taken.
+    """
+    shares = (tokens >= 0).to(counts) / tokens.shape[1]
+    if rule.sharing is WeightSharing.REDUCE:
+        tokens, means = per_token(tokens, shares[:, None, :, None])
+        shares = means[:, 0, :, 0].square()
+    weighted = counts[:, None] * shares
+    return counts.new_zeros(size).index_add_(0, tokens.clamp_min(0).flatten(), weighted.flatten())
+
+
+def per_token(tokens: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums [m, R, L, D] of values [m, R, T, D] over equal tokens [m, T], and the tokens [m, L].
+
+    Samples with fewer than L distinct tokens are filled up with zero rows of token 0; values of
+    negative tokens are dropped.
+    """
+    m, columns, positions, width = values.shape
+    order = tokens.sort(1).values
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[:, 1:] = order[:, 1:] != order[:, :-1]
+    ranks = first.cumsum(1) - 1
+    slot = ranks.gather(1, torch.searchsorted(order, tokens.contiguous()))
+    length = int(ranks[:, -1].max()) + 1
+    touched = order.new_zeros(m, length).scatter(1, slot, tokens.clamp_min(0))
+    kept = values * (tokens >= 0)[:, None, :, None]
+    index = slot[:, None, :, None].expand(m, columns, positions, width)
+    return touched, values.new_zeros(m, columns, length, width).scatter_add(2, index, kept)

@@ -1,0 +1,119 @@
+"""Parameters that are vectors: biases, and the scales and shifts of norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature import kernels
+from laplace_debiased.curvature.rows.base import Basis, BlockRows, FactorRule, RotatedRows
+from laplace_debiased.options import WeightSharing
+
+
+@dataclass(frozen=True, eq=False)
+class BiasRows:
+    """A bias that is added at T positions: G_{n,r} = Σ_t g_{n,r,t}.
+
+    Attributes:
+        columns: g [m, R, T, D].
+    """
+
+    columns: Tensor
+
+    @property
+    def entries(self) -> int:
+        return self.columns[:, 0].numel()
+
+    @property
+    def patches(self) -> int:
+        return 0
+
+    def select(self, index: Tensor | slice) -> BiasRows:
+        return BiasRows(self.columns[index])
+
+    def pick_columns(self, columns: slice) -> BiasRows:
+        return BiasRows(self.columns[:, columns])
+
+    def joined(self, others: Sequence[BlockRows]) -> BiasRows:
+        return BiasRows(torch.cat([self.columns, *(p.columns for p in others)], 2))
+
+    def column_factor(self, rule: FactorRule) -> Tensor:
+        summed = rule.summed_bias or rule.sharing is WeightSharing.REDUCE
+        summed = summed and self.columns.shape[2] > 1
+        return kernels.output_covariance(
+            self.columns.sum(2, keepdim=True) if summed else self.columns
+        )
+
+    def input_factor(self, rule: FactorRule) -> None:
+        return None
+
+    def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
+        assert basis.output_basis is not None
+        return kernels.bias_curvature(self.columns, basis.output_basis, coefficients)
+
+    def rotated(self, basis: Basis) -> RotatedRows:
+        assert basis.output_basis is not None
+        rows = self.columns.sum(2) @ basis.output_basis
+        return RotatedRows(rows, tuple(rows.shape[2:]))
+
+    def gradients(self) -> Tensor:
+        return self.columns.sum(2)
+
+
+MAX_DENSE_VECTOR = 2048
+"""Entries of a norm's scale or shift up to which its block is dense; beyond, it is diagonal."""
+
+
+@dataclass(frozen=True, eq=False)
+class VectorRows:
+    """A parameter whose gradients are small enough to write out, as a norm's scale and shift.
+
+    Its curvature is summed over positions before anything is squared, so the factor *is* the exact
+    block; above ``MAX_DENSE_VECTOR`` entries only its diagonal is kept.
+
+    Attributes:
+        columns: G [m, R, P].
+    """
+
+    columns: Tensor
+
+    @property
+    def entries(self) -> int:
+        return self.columns[:, 0].numel()
+
+    @property
+    def patches(self) -> int:
+        return 0
+
+    def select(self, index: Tensor | slice) -> VectorRows:
+        return VectorRows(self.columns[index])
+
+    def pick_columns(self, columns: slice) -> VectorRows:
+        return VectorRows(self.columns[:, columns])
+
+    def joined(self, others: Sequence[BlockRows]) -> VectorRows:
+        return VectorRows(self.columns + sum(part.columns for part in others))
+
+    def column_factor(self, rule: FactorRule) -> Tensor:
+        if self.columns.shape[-1] > MAX_DENSE_VECTOR:
+            return self.columns.square().sum((0, 1))
+        return kernels.output_covariance(self.columns.unsqueeze(2))
+
+    def input_factor(self, rule: FactorRule) -> None:
+        return None
+
+    def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
+        return coefficients.to(self.columns) @ self._turned(basis).square().sum(1)
+
+    def rotated(self, basis: Basis) -> RotatedRows:
+        rows = self._turned(basis)
+        return RotatedRows(rows, tuple(rows.shape[2:]))
+
+    def gradients(self) -> Tensor:
+        return self.columns
+
+    def _turned(self, basis: Basis) -> Tensor:
+        return self.columns if basis.output_basis is None else self.columns @ basis.output_basis

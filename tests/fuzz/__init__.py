@@ -1,0 +1,1 @@
+"""Random small networks against dense oracles."""
