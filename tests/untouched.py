@@ -68,7 +68,16 @@ def _globals() -> tuple[Any, ...]:
 def equal(one: Any, other: Any) -> bool:
     """Deep equality to the bit."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
+        if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if one.is_meta:
+            return bool(other.is_meta)
+        same_nan = one.is_floating_point() and bool((one.isnan() & other.isnan()).any())
+        return (
+            torch.equal(one.nan_to_num(), other.nan_to_num())
+            if same_nan
+            else torch.equal(one, other)
+        )
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
     if isinstance(one, tuple | list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import check_outputs, map_calls
 from laplace_debiased.curvature.rows import LayerRows
 from laplace_debiased.curvature.tape import Calls, LayerTape, record
+from laplace_debiased.errors import NumericalError
 
 MISMATCH = (
     "its gradient is not the sum over positions that its layer type implies: the layer's first "
@@ -103,6 +105,7 @@ def _matches(
     m = len(tape.outputs)
     inputs = tape.inputs_of(layer.name)
     tensors = [tensor for calls in (inputs, cotangents) for call in calls for tensor in call]
+    _require_finite(layer.name, tensors)
     if any(tensor.ndim == 0 or len(tensor) != m for tensor in tensors):
         return False
     try:
@@ -122,6 +125,19 @@ def _matches(
         _close(block.gradients(), expected[layer.parameter_of(part)])
         for part, block in rows.blocks()
     )
+
+
+def _require_finite(name: str, tensors: Iterable[Tensor]) -> None:
+    """Check a layer before its gradients are compared: NaN is no sign of another layout.
+
+    Raises:
+        NumericalError: naming the layer.
+    """
+    if not all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors):
+        raise NumericalError(
+            f"an input or gradient of layer {name!r} is NaN or infinite, although the outputs are "
+            "not. Check the training data for NaN and infinite values."
+        )
 
 
 def _close(actual: Tensor, expected: Tensor | None) -> bool:

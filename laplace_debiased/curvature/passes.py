@@ -275,6 +275,11 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
             f"the model must return outputs of shape (batch, outputs) = ({length}, C){sequences}; "
             f"got {tuple(outputs.shape)}."
         )
+    if not outputs.is_floating_point():
+        raise ValueError(
+            f"the model must return real outputs (logits, or a mean); got {outputs.dtype}. Do not "
+            "take the argmax inside the model."
+        )
     finite = torch.isfinite(outputs.detach())
     if not bool(finite.all()):
         bad = int((~finite.flatten(1).all(-1)).nonzero()[0])

@@ -408,6 +408,11 @@ class DebiasedPosterior(StoredPosterior):
                     link = LinkApprox.MC
                 if val_loader is None:
                     raise ValueError("method='gridsearch' needs a val_loader.")
+                if not hasattr(val_loader, "__iter__"):
+                    raise TypeError(
+                        "val_loader must be a DataLoader or an iterable of batches; got "
+                        f"{type(val_loader).__name__}."
+                    )
                 grid = PriorGrid(
                     log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
                 )

@@ -65,6 +65,22 @@ def check_prior_mean(value: Tensor, n_params: int) -> None:
         )
 
 
+def check_last_layer_name(model: nn.Module, name: str | None) -> None:
+    """Check that a name is that of a linear layer.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if name is None:
+        return
+    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if name not in linear:
+        shown = ", ".join(map(repr, linear[-5:])) or "none"
+        raise ValueError(
+            f"last_layer_name={name!r} is no linear layer of the model; its last ones are {shown}."
+        )
+
+
 def require_labels(n_labels: Tensor) -> None:
     """Check that some label counts.
 

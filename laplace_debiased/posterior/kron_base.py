@@ -355,6 +355,15 @@ class KronPosterior(DebiasedPosterior):
             self._prior_precision, self._sigma_noise = before
             raise
 
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Weight samples [n_samples, P] from the posterior.
+
+        Raises:
+            NotFittedError: before ``fit``; no random number is drawn then.
+        """
+        self._check_H_init()
+        return super().sample(n_samples, generator)
+
     def _blocks(self) -> NamedBlocks:
         return NamedBlocks(self.coverage.covered, self.posterior_precision)
 

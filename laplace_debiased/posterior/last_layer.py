@@ -21,7 +21,7 @@ from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.budget import RECOMMENDED_LAST_LAYER_SAMPLES
-from laplace_debiased.posterior.checks import check_prior_length
+from laplace_debiased.posterior.checks import check_last_layer_name, check_prior_length
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
 from laplace_debiased.posterior.kron_base import KronPosterior
@@ -220,6 +220,7 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
     ) -> None:
         settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
         settings, sigma_noise = with_noise(settings, sigma_noise)
+        check_last_layer_name(model, last_layer_name)
         KronLLLaplace.__init__(
             self,
             model,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.lowrank import FeatureRowPass, FunctionalNetwork, RowPass
+from laplace_debiased.posterior.checks import check_last_layer_name
 from laplace_debiased.posterior.configure import with_noise
 from laplace_debiased.posterior.fitting import FitRequest
 from laplace_debiased.posterior.last_layer import LastLayerPosterior
@@ -60,6 +61,7 @@ class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, 
     ) -> None:
         settings = low_rank_settings(model, likelihood, backend, backend_kwargs, options)
         settings, sigma_noise = with_noise(settings, sigma_noise)
+        check_last_layer_name(model, last_layer_name)
         # LLLaplace's own constructor leads to LowRankLaplace's, which asks for a package that no
         # plain install has.
         ParametricLaplace.__init__(

@@ -20,6 +20,7 @@ from laplace_debiased.data import split_batch
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.options import parse_choice
+from laplace_debiased.posterior.checks import positive_value
 from laplace_debiased.posterior.predict import class_probabilities, needs_covariance
 from laplace_debiased.posterior.scores import Prediction, Scorer, scorer_factory
 from laplace_debiased.predictive.interpolation import CovarianceCurve
@@ -328,9 +329,13 @@ def maximise_marginal_likelihood(
         keeps its own prior.
 
     Raises:
-        ValueError: for a diagonal prior structure.
+        ValueError: for a diagonal prior structure, or numbers out of range.
         NumericalError: if the marginal likelihood is not finite.
     """
+    positive_value("init_prior_prec", initial)
+    positive_value("lr", lr)
+    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 0:
+        raise ValueError(f"n_steps must be a non-negative integer; got {n_steps!r}.")
     with torch.inference_mode(False):
         start = torch.as_tensor(initial, dtype=posterior.mean.dtype, device=posterior.mean.device)
         start = start.detach().clone().reshape(-1)

@@ -330,3 +330,14 @@ def test_bernoulli_at_extreme_logits_stays_finite(dtype: torch.dtype) -> None:
     except NumericalError:
         pytest.fail("saturated logits have curvature zero, not NaN")
     assert torch.isfinite(la(c.x.to(dtype))).all()
+
+
+def test_weighted_draws_of_sequences_weigh_their_columns_and_magnitudes_alike() -> None:
+    """With a T = m that a wrong broadcast would not notice."""
+    c = case("sequence")
+    la = c.posterior(scheme="single", sampling="curvature")
+    la.fit(c.loader(batch_size=3), n_samples=6)
+    factor = la._fitted.estimate.folds[0].blocks[-1]
+    assert factor.name == "head.bias"
+    table = la.H.blocks[-1].eigenvalues
+    assert float(factor.output.trace()) * 13 == pytest.approx(float(table.sum()), rel=1e-10)

@@ -1,0 +1,1 @@
+"""Every bad input, what it raises, and the table of the documentation."""

@@ -1,0 +1,88 @@
+"""The rows: an input, what it raises, and what the message names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+from tests.bad_input.world import World
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bad input.
+
+    Attributes:
+        area: heading in the table.
+        input: what is given, for readers.
+        act: gives it.
+        error: name of the exception's class in ``laplace_debiased.errors`` or the built-ins.
+        names: what the message names.
+        likelihood: the world that it happens in.
+        spoil: changes the model or the data beforehand (by the user, not by us).
+    """
+
+    area: str
+    input: str
+    act: Callable[[World], object]
+    error: str
+    names: tuple[str, ...]
+    likelihood: str = "classification"
+    spoil: Callable[[World], object] | None = None
+
+    @property
+    def key(self) -> str:
+        """Identifier in test reports."""
+        return f"{self.area}: {self.input}"
+
+
+@dataclass(frozen=True)
+class TestedElsewhere:
+    """A row of the table whose test lies in another file.
+
+    Attributes:
+        input: as in ``Row``.
+        error: as in ``Row``.
+        names: as in ``Row``.
+        test: the file, from the root of the repository.
+    """
+
+    input: str
+    error: str
+    names: tuple[str, ...]
+    test: str
+
+
+AREAS = ("Model and options", "Training data", "Loaders and budgets", "Prediction", "Tuning")
+
+
+def all_rows() -> tuple[Row, ...]:
+    """Every row, by area."""
+    from tests.bad_input import rows_fit, rows_loaders, rows_options, rows_use
+
+    modules = (rows_options, rows_fit, rows_loaders, rows_use)
+    rows = tuple(chain.from_iterable(module.ROWS for module in modules))
+    return tuple(sorted(rows, key=lambda row: AREAS.index(row.area)))
+
+
+ELSEWHERE = (
+    TestedElsewhere(
+        "the model's weights or running statistics changed after the fit",
+        "ModelChangedError",
+        ("what changed",),
+        "tests/persistence/test_model_identity.py",
+    ),
+    TestedElsewhere(
+        "the state of another model, or of another kind of posterior",
+        "ValueError",
+        ("the entry that does not fit",),
+        "tests/persistence/test_saving.py",
+    ),
+    TestedElsewhere(
+        "the process is killed while it saves",
+        "none: the file is the old one or the new one",
+        (),
+        "tests/persistence/test_files.py",
+    ),
+)

@@ -1,0 +1,51 @@
+"""The documentation's table, from the rows: ``python -m tests.bad_input.table`` writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.bad_input.rows import AREAS, ELSEWHERE, all_rows
+
+PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
+HEAD = """# Bad input
+
+What a wrong argument, model, loader or batch raises, and what the message names besides saying what
+to do. Every row is a test (`tests/bad_input`), and this page is made from those tests
+(`python -m tests.bad_input.table`).
+
+In every row the posterior that was fitted before (its curvature, mean, prior and hyper-parameters),
+the model (weights, gradients, `requires_grad`, modes, hooks) and the random number generators are
+as they were; nothing ends the process, and nothing passes in silence. `NotFittedError`,
+`NumericalError`, `CoverageError`, `ModelCallError` and `ModelChangedError` are in
+`laplace_debiased.errors`, and each is a `ValueError` too. An exception of the user's own loader or
+loss passes through as it is.
+"""
+LABELS = {"sequence": "sequences"}
+
+
+def page() -> str:
+    """The whole page."""
+    rows = all_rows()
+    parts = [HEAD]
+    for area in AREAS:
+        parts.append(f"\n## {area}\n\n| input | exception | the message names |\n|---|---|---|\n")
+        for row in rows:
+            if row.area == area:
+                parts.append(_line(row.input, row.error, row.names))
+    parts.append("\n## After the fit\n\n")
+    parts.append("| input | exception | the message names | test |\n|---|---|---|---|\n")
+    parts += [
+        f"| {one.input} | {one.error} | {', '.join(one.names)} | `{one.test}` |\n"
+        for one in ELSEWHERE
+    ]
+    return "".join(parts)
+
+
+def _line(input: str, error: str, names: tuple[str, ...]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names)
+    return f"| {input} | `{error}` | {shown} |\n".replace("|`", "| `")
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
