@@ -232,7 +232,8 @@ def plan_digest(plan: CurvaturePlan) -> str:
     digest = hashlib.sha256(repr((plan.n_data, plan.fold_sizes, plan.population)).encode())
     for source in plan.sources:
         draws = source.draws
-        digest.update(repr((len(draws), source.n_batches)).encode())
+        sizes = getattr(source, "batch_sizes", None)
+        digest.update(repr((len(draws), source.n_batches, sizes)).encode())
         for values in (draws.folds, draws.counts, draws.weights, draws.indices):
             if values is not None:
                 digest.update(values.contiguous().numpy().tobytes())
