@@ -45,7 +45,7 @@ def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
     symmetric = 0.5 * (factor + factor.mT)
     for dtype in (factor.dtype, torch.float64):
         try:
-            values, vectors = torch.linalg.eigh(symmetric.to(dtype))
+            values, vectors = _eigh_of_support(symmetric.to(dtype))
         except torch.linalg.LinAlgError:
             continue
         return values.clamp_min(0.0).to(factor.dtype), vectors.to(factor.dtype)
@@ -53,6 +53,25 @@ def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
         f"the eigendecomposition of the {what} of parameter {name!r} does not converge. Check the "
         "data for extreme values."
     )
+
+
+def _eigh_of_support(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` of a positive semi-definite matrix, zero rows and columns set apart.
+
+    Dead units, and kernel positions that only ever read padding, give rows of exact zeros. LAPACK's
+    divide-and-conquer can fail to converge on many of them; their eigenvectors are unit vectors.
+    """
+    support = (matrix != 0).any(-1)
+    if matrix.ndim > 2 or bool(support.all()) or not bool(support.any()):
+        return torch.linalg.eigh(matrix)
+    inside, outside = support.nonzero().squeeze(-1), (~support).nonzero().squeeze(-1)
+    found, vectors = torch.linalg.eigh(matrix[inside[:, None], inside])
+    n_zero = len(outside)
+    values = torch.cat([found.new_zeros(n_zero), found])
+    basis = torch.zeros_like(matrix)
+    basis[outside, torch.arange(n_zero, device=matrix.device)] = 1.0
+    basis[inside[:, None], torch.arange(n_zero, len(matrix), device=matrix.device)] = vectors
+    return values, basis
 
 
 def kfac_magnitudes(basis: Sequence[BlockBasis], factors: KroneckerFactors) -> tuple[Tensor, ...]:

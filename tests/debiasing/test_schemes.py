@@ -131,3 +131,19 @@ def test_decomposition_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) ->
     assert basis.output_basis.dtype is torch.float32
     rebuilt = basis.output_basis @ torch.diag(basis.output_eigenvalues) @ basis.output_basis.T
     assert_exact(rebuilt, given_factors.blocks[0].output)
+
+
+@pytest.mark.parametrize("n_dead", [1, 3, 6])
+def test_zero_rows_of_a_factor_have_unit_eigenvectors(n_dead: int) -> None:
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factor = rows.T @ rows
+    dead = torch.randperm(6, generator=torch.Generator().manual_seed(n_dead))[:n_dead]
+    factor[dead] = 0.0
+    factor[:, dead] = 0.0
+    (basis,) = eigenbasis(KroneckerFactors((BlockFactors("b", factor),), 1))
+    u, values = basis.output_basis, basis.output_eigenvalues
+    assert u is not None
+    assert_exact((u * values) @ u.T, factor)
+    assert_exact(u.T @ u, torch.eye(6, dtype=torch.float64))
+    assert bool((values.diff() >= -1e-12).all())
+    assert bool(((u[dead] == 0) | (u[dead] == 1)).all())

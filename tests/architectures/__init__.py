@@ -1,0 +1,1 @@
+"""Networks that people use, at their smallest, with random weights."""
