@@ -42,7 +42,7 @@ class DebiasedLaplace:
 
     Args:
         model: trained network; never changed.
-        likelihood: "classification" or "regression".
+        likelihood: "classification", "regression", "bernoulli" or "reward_modeling".
         subset_of_weights: "all" or "last_layer".
         hessian_structure: "kron" or "lowrank".
         **kwargs: of the class: laplace-torch's own (``prior_precision``, ``sigma_noise``,

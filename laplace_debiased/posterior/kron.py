@@ -23,8 +23,13 @@ class DebiasedKronLaplace(KronPosterior, KronLaplace):
 
     Args:
         model: trained network; never changed.
-        likelihood: "classification" (softmax cross-entropy) or "regression" (Gaussian).
-        sigma_noise: σ of the Gaussian likelihood.
+        likelihood: "classification" (softmax cross-entropy; outputs [m, C], or [m, T, C] with
+            targets [m, T], where N counts sequences), "regression" (Gaussian), "bernoulli"
+            (independent binary labels from logits [m, C]) or "reward_modeling" (fitted on pairs
+            [m, 2, ...], predicts rewards).
+        sigma_noise: σ of the Gaussian likelihood, or "residual": every fit then sets it to the
+            root mean square of its training residuals, over samples and outputs (the
+            maximum-likelihood estimate, too small for a network that interpolates its data).
         prior_precision: δ, a scalar or one entry per covered parameter tensor.
         prior_mean: mean of the prior, a scalar or one entry per covered parameter.
         temperature: temperature of the likelihood.
@@ -38,7 +43,9 @@ class DebiasedKronLaplace(KronPosterior, KronLaplace):
         asdl_fisher_kwargs: arguments of every call of an ASDL backend.
         **options: ``scheme``, ``magnitudes``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
             ``direction_fraction``, ``pool_size``, ``ratio_step``, ``byte_budget``, ``strict``: see
-            :class:`~laplace_debiased.options.CurvatureOptions`.
+            :class:`~laplace_debiased.options.CurvatureOptions`. ``ignore_index``: class label that
+            does not count, as of padding (often -100). ``allow_probabilities``: take class outputs
+            that all sum to one for logits, in place of an error.
 
     Raises:
         ValueError: for options that are unknown, out of range or contradictory.

@@ -28,8 +28,9 @@ class DebiasedLowRankLaplace(LowRankPosterior, LowRankLaplace):
 
     Args:
         model: trained network; never changed.
-        likelihood: "classification" (softmax cross-entropy) or "regression" (Gaussian).
-        sigma_noise: σ of the Gaussian likelihood.
+        likelihood: "classification" (softmax cross-entropy), "regression" (Gaussian), "bernoulli"
+            (binary labels from logits [m, C]) or "reward_modeling".
+        sigma_noise: σ of the Gaussian likelihood, or "residual" as in ``DebiasedKronLaplace``.
         prior_precision: a scalar, one entry per covered parameter tensor, or one per entry [P].
         prior_mean: mean of the prior, a scalar or one entry per covered parameter.
         temperature: temperature of the likelihood.
