@@ -303,7 +303,7 @@ class KronPosterior(DebiasedPosterior):
         """How many samples of equal curvature would estimate its scale as steadily.
 
         (Σ w h)² / Σ (w h)² over the draws of the latest fit, h = tr ∇²_f ℓ and w the importance
-        weight; None where a laplace-torch backend made the fit or the state was loaded.
+        weight; None where a laplace-torch backend made the fit, or for states of version 1.
 
         Raises:
             NotFittedError: before ``fit``.

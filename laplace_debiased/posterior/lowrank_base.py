@@ -243,7 +243,7 @@ class LowRankPosterior(DebiasedPosterior):
         """How many samples of equal curvature would estimate its scale as steadily.
 
         (Σ w h)² / Σ (w h)² over the draws of the latest fit, h = tr ∇²_f ℓ and w the importance
-        weight; None where the state was loaded.
+        weight; None for states of version 1.
 
         Raises:
             NotFittedError: before ``fit``.
