@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_debiased.curvature.guards import (
     batch_length,
     full_precision,
+    math_attention,
     select_rows,
     to_device,
 )
@@ -186,7 +186,7 @@ class BackwardPass:
 
     def _chunk(self, inputs: Any, rows: slice, columns: Columns, differentiable: bool) -> Chunk:
         # The fused attention kernels cannot be differentiated twice.
-        with sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
+        with math_attention() if differentiable else nullcontext():
             tape = record(self.model, self.layers, inputs)
         check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
         outputs = full_precision(tape.outputs if differentiable else tape.outputs.detach())
