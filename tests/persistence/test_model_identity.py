@@ -37,10 +37,17 @@ def replace_layer(model: nn.Module) -> None:
     model[3] = nn.Linear(5, 3).double()
 
 
+def nudge(model: nn.Module) -> None:
+    """Change the entry that counts least."""
+    flat = model[0].weight.detach().view(-1)
+    flat[flat.abs().argmin()] += 1e-9
+
+
 CHANGES: dict[str, Change] = {
     "an optimiser's step": lambda m: step(m, torch.optim.SGD(m.parameters(), lr=1e-3)),
     "running statistics": lambda m: m.train()(INPUTS),
     "a write under no_grad": lambda m: nn.init.zeros_(m[3].bias),
+    "a nudge of one small entry": nudge,
     "a write through data": lambda m: m[0].weight.data.mul_(1.1),
     "a frozen layer's write through data": lambda m: m[1].weight.data.zero_(),
     "other data": set_data,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.curvature.guards import evaluation_mode, model_lock
+from laplace_debiased.curvature.guards import evaluation_mode, math_attention, model_lock
 from tests.persistence.cases import INPUTS, STRUCTURES, fitted, loader, network
 from tests.untouched import untouched
 
@@ -151,6 +151,18 @@ def test_locks_cover_wrappers_parts_and_joint_models() -> None:
         assert not entered.wait(0.05)
     assert entered.wait(5)
     thread.join()
+
+
+def test_attention_kernels_come_back_with_the_last_to_leave() -> None:
+    first, second = math_attention(), math_attention()
+    assert torch.backends.mha.get_fastpath_enabled()
+    for enter in (first.__enter__, second.__enter__):
+        enter()
+        assert not torch.backends.mha.get_fastpath_enabled()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_exception_in_one_thread_leaves_the_others_alone() -> None:
