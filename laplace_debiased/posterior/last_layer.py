@@ -221,19 +221,21 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
         settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
         settings, sigma_noise = with_noise(settings, sigma_noise)
         check_last_layer_name(model, last_layer_name)
-        KronLLLaplace.__init__(
-            self,
-            model,
-            settings.host_likelihood,
-            temperature=temperature,
-            enable_backprop=enable_backprop,
-            feature_reduction=feature_reduction,
-            dict_key_x=dict_key_x,
-            dict_key_y=dict_key_y,
-            backend=backend,
-            last_layer_name=last_layer_name,
-            backend_kwargs=backend_kwargs,
-        )
+        # The model is copied here; what is copied in inference mode stays without gradients.
+        with torch.inference_mode(False):
+            KronLLLaplace.__init__(
+                self,
+                model,
+                settings.host_likelihood,
+                temperature=temperature,
+                enable_backprop=enable_backprop,
+                feature_reduction=feature_reduction,
+                dict_key_x=dict_key_x,
+                dict_key_y=dict_key_y,
+                backend=backend,
+                last_layer_name=last_layer_name,
+                backend_kwargs=backend_kwargs,
+            )
         self._settings = settings
         self.likelihood = settings.likelihood
         self._fitted: FittedKron | None = None

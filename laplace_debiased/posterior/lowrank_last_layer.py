@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from laplace.baselaplace import LowRankLaplace, ParametricLaplace
 from laplace.lllaplace import LLLaplace
 from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
@@ -73,8 +74,10 @@ class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, 
             dict_key_x=dict_key_x,
             dict_key_y=dict_key_y,
         )
+        with torch.inference_mode(False):  # what is copied in that mode stays without gradients
+            own = copy.deepcopy(model)
         self.model = FeatureExtractor(
-            copy.deepcopy(model),
+            own,
             last_layer_name=last_layer_name,
             enable_backprop=enable_backprop,
             feature_reduction=feature_reduction,
