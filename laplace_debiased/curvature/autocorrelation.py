@@ -15,7 +15,6 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-
 _MIN_PIXELS = 128
 
 

@@ -26,7 +26,7 @@ def trace(la: DebiasedKronLaplace) -> float:
 def fitted(p: Problem, loader: object, **kwargs: object) -> DebiasedKronLaplace:
     options = {k: kwargs.pop(k) for k in ("scheme", "magnitudes", "sampling") if k in kwargs}
     la = DebiasedKronLaplace(p.model, p.likelihood, **options)
-    la.fit(loader, **kwargs)
+    la.fit(loader, **{"n_samples": None, **kwargs})
     return la
 
 
