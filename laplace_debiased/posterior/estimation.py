@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
@@ -19,13 +19,11 @@ from laplace_debiased.curvature import (
     MagnitudeAccumulator,
 )
 from laplace_debiased.curvature.factors import BlockBasis
-from laplace_debiased.curvature.guards import full_precision, select_rows
+from laplace_debiased.curvature.guards import full_precision
 from laplace_debiased.curvature.passes import Columns, map_calls
 from laplace_debiased.data import (
     Batch,
     CurvaturePlan,
-    draw_coefficients,
-    magnitude_coefficients,
     ratio_factor,
 )
 from laplace_debiased.debiasing import (
@@ -40,7 +38,17 @@ from laplace_debiased.debiasing import (
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes, Scheme
 from laplace_debiased.persistence import FitCheckpoint, WalkProgress, digest_of
-from laplace_debiased.posterior.checks import require_labels, require_logits, rows_sum_to_one
+from laplace_debiased.posterior.checks import require_labels, require_logits
+from laplace_debiased.posterior.walking import (
+    Tally,
+    by_fold,
+    coefficients_of,
+    effective_samples,
+    fold_slices,
+    nonzero_slice,
+    rows_of,
+    scaled_columns,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +126,10 @@ class KronEstimator:
             FactorAccumulator(self.names, summed_bias=summed_bias, sharing=sharing)
             for _ in plan.fold_sizes
         ]
-        tally = _Tally()
+        tally = Tally()
         walk = self._progress("Kronecker factors", [*sums, tally])
         for batch, chunk in self._factor_walk(plan, walk):
-            part = _rows_of(batch, chunk.rows, chunk.outputs.device)
+            part = rows_of(batch, chunk.rows, chunk.outputs.device)
             tally.add(self.loss, chunk.outputs, part)
             self._add_chunk(sums, chunk, part)
         require_labels(torch.cat(tally.labels))
@@ -133,7 +141,7 @@ class KronEstimator:
             factors,
             tally.total_loss / sum(plan.fold_sizes),
             tally.n_outputs,
-            _effective_samples(torch.cat(tally.shares)),
+            effective_samples(torch.cat(tally.shares)),
         )
 
     def _add_chunk(
@@ -168,7 +176,7 @@ class KronEstimator:
         sums = [MagnitudeAccumulator(basis) for basis in bases]
         walk = self._progress("directional curvature", sums, bases)
         for batch, chunk in self._walk(plan, "directional curvature", walk):
-            part = _rows_of(batch, chunk.rows, chunk.outputs.device)
+            part = rows_of(batch, chunk.rows, chunk.outputs.device)
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
             for layer in chunk.layers:
                 rows = chunk.layer_rows(layer)
@@ -199,7 +207,7 @@ class KronEstimator:
         """Column by column; each column scaled by the square root of its sample's weight."""
         for batch, columns in self._batches(plan, "Kronecker factors", walk):
             weights = batch.weights * batch.counts
-            scaled = columns if bool((weights == 1).all()) else _scaled_columns(columns, weights)
+            scaled = columns if bool((weights == 1).all()) else scaled_columns(columns, weights)
             yield from (
                 (batch, chunk)
                 for chunk in self.curvature_pass.column_chunks(
@@ -235,7 +243,7 @@ class KronEstimator:
         for unsorted in batches:
             if walk is not None and walk.is_behind(unsorted, generator):
                 continue
-            batch = _by_fold(unsorted)
+            batch = by_fold(unsorted)
             with torch.no_grad():
                 yield batch, self._columns_of(batch, generator)
             if walk is not None:
@@ -267,105 +275,6 @@ class KronEstimator:
             return curvature_columns(self.loss, outputs, targets, self.options.fisher, noise=drawn)
 
         return columns
-
-
-@dataclass
-class _Tally:
-    """What the first walk adds up beside the factors.
-
-    Attributes:
-        total_loss: weighted loss over the draws so far.
-        n_outputs: C.
-        shares: per chunk, weight times trace of the loss Hessian of every draw.
-        labels: per chunk, number of labels of every sample.
-        sums_to_one: per chunk, whether every sample's outputs look like probabilities.
-    """
-
-    total_loss: float = 0.0
-    n_outputs: int = 0
-    shares: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    sums_to_one: list[Tensor] = field(default_factory=list)
-
-    def add(self, loss: LossModel, outputs: Tensor, part: Batch) -> None:
-        """Add a chunk."""
-        losses = loss.losses(outputs, part.targets).double()
-        weights = (part.weights * part.counts).to(losses)
-        self.total_loss += float((losses * weights).sum())
-        traces = loss.hessian_trace(outputs, part.targets).double()
-        self.shares.append(
-            (traces * part.weights.to(traces)).repeat_interleave(part.counts.to(traces.device))
-        )
-        self.n_outputs = outputs.shape[-1]
-        self.labels.append(loss.n_labels(part.targets))
-        self.sums_to_one.append(rows_sum_to_one(outputs))
-
-
-def _effective_samples(shares: Tensor) -> float:
-    """(Σ s)² / Σ s² of non-negative shares."""
-    squares = float(shares.square().sum())
-    return float(shares.sum()) ** 2 / squares if squares > 0 else float(len(shares))
-
-
-def _scaled_columns(columns: Columns, weights: Tensor) -> Columns:
-    """Columns times the square root of their sample's weight [m]."""
-
-    def scaled(outputs: Tensor, rows: slice) -> Tensor:
-        found = columns(outputs, rows)
-        return found * weights[rows].sqrt().to(found).reshape(-1, *[1] * (found.ndim - 1))
-
-    return scaled
-
-
-def _by_fold(batch: Batch) -> Batch:
-    """The batch with its samples in the order of their folds, so that a fold is a slice."""
-    if bool((batch.folds.diff() >= 0).all()):
-        return batch
-    order = batch.folds.argsort(stable=True)
-    return Batch(
-        select_rows(batch.inputs, order),
-        batch.targets[order],
-        batch.folds[order],
-        batch.counts[order],
-        batch.weights[order],
-    )
-
-
-def _rows_of(batch: Batch, rows: slice, device: torch.device) -> Batch:
-    return Batch(
-        None,
-        batch.targets[rows].to(device),
-        batch.folds[rows],
-        batch.counts[rows],
-        batch.weights[rows],
-    )
-
-
-def fold_slices(folds: Tensor) -> list[tuple[int, slice]]:
-    """Where each fold sits in a chunk whose folds ascend."""
-    present, lengths = folds.unique_consecutive(return_counts=True)
-    ends = lengths.cumsum(0).tolist()
-    return [
-        (fold, slice(end - length, end))
-        for fold, length, end in zip(present.tolist(), lengths.tolist(), ends, strict=True)
-    ]
-
-
-def nonzero_slice(coefficients: Tensor) -> slice | None:
-    """From the first to the last coefficient that is not zero."""
-    index = coefficients.nonzero()
-    return slice(int(index[0]), int(index[-1]) + 1) if len(index) else None
-
-
-def coefficients_of(plan: CurvaturePlan, measurement: Measurement, part: Batch) -> Tensor:
-    """Coefficients c [m] with λ = Σ_n c_n x_n along a measurement's directions.
-
-    Where directions and magnitudes share their folds (``single``) this is the plain mean over
-    the draws; else the estimate that is unbiased for the pool's mean given the directions.
-    """
-    if measurement.direction_folds == measurement.magnitude_folds:
-        return draw_coefficients(plan, part, measurement.magnitude_folds)
-    return magnitude_coefficients(plan, part, measurement.direction_folds)
 
 
 def joined_estimate(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 from laplace.baselaplace import KronLaplace
 from laplace.utils.matrix import Kron
@@ -24,7 +21,6 @@ from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.debiasing import scheme_plan
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
-from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import CurvatureOptions, Magnitudes
 from laplace_debiased.persistence import FitCheckpoint, ModelWatch
@@ -36,7 +32,7 @@ from laplace_debiased.posterior.backends import (
     check_backend,
     isolated_copy,
 )
-from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
+from laplace_debiased.posterior.base import Inputs
 from laplace_debiased.posterior.budget import RECOMMENDED_SAMPLES, kron_budget
 from laplace_debiased.posterior.checks import (
     check_prior_length,
@@ -46,13 +42,13 @@ from laplace_debiased.posterior.checks import (
 )
 from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.estimation import KronEstimate, KronEstimator
+from laplace_debiased.posterior.fitted import FittedPosterior
 from laplace_debiased.posterior.fitting import (
     FirstWalk,
     FitRequest,
     FittedKron,
     fit_kron,
     make_plan,
-    resolve_scheme,
     scorer,
 )
 from laplace_debiased.posterior.resuming import opened_checkpoint
@@ -65,20 +61,17 @@ from laplace_debiased.predictive import (
 )
 
 
-class KronPosterior(DebiasedPosterior):
+class KronPosterior(FittedPosterior):
     """What the Kronecker posteriors share, over all weights or the last layer."""
 
+    _fitted: FittedKron | None
     _takes_positions = True
     _recommended_samples = RECOMMENDED_SAMPLES
 
     def _configure(self, settings: Settings, coverage: Coverage) -> None:
         if settings.backend is not None:
             check_backend(settings.backend, self._covered_model, coverage)
-        self._settings = settings
-        self.likelihood = settings.likelihood
-        self._static_coverage = coverage
-        self._fitted: FittedKron | None = None
-        self._set_coverage(coverage)
+        super()._configure(settings, coverage)
 
     def _init_H(self) -> None:  # noqa: N802
         # laplace-torch allocates dense zero factors here; before a fit there is nothing to hold.
@@ -100,19 +93,6 @@ class KronPosterior(DebiasedPosterior):
             return
         check_prior_length(value, self.coverage.covered, self.n_params)
         KronLaplace.prior_precision.fset(self, value)
-
-    @property
-    def sigma_noise(self) -> Tensor:
-        """Noise standard deviation σ of the Gaussian likelihood."""
-        return self._sigma_noise
-
-    @sigma_noise.setter
-    def sigma_noise(self, sigma_noise: float | Tensor) -> None:
-        value = positive_value("sigma_noise", sigma_noise)
-        scale = float(torch.as_tensor(value).detach().sum())
-        if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
-            raise ValueError("sigma_noise other than 1 is for likelihood='regression' only.")
-        KronLaplace.sigma_noise.fset(self, value)
 
     def _diagonal_prior(self, start: Tensor) -> Tensor:
         raise ValueError(
@@ -202,18 +182,9 @@ class KronPosterior(DebiasedPosterior):
             curvature_pass = self._make_pass(coverage)
             walk, estimator = self._walks(curvature_pass, coverage, options, request, kept)
             fitted = fit_kron(plan, walk, estimator, options, request, coverage.covered, previous)
-            noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
-            self._adopt(fitted, coverage, watch)
-            if noise is not None:
-                self.sigma_noise = noise
+            self._take_over(fitted, coverage, watch)
             if kept is not None:
                 kept.remove()
-
-    def _resolved_options(self, request: FitRequest) -> CurvatureOptions:
-        settings = self._settings
-        scheme = resolve_scheme(settings.scheme, settings.options.scheme, request)
-        folds = settings.options.folds if request.magnitude_loader is None else 2
-        return replace(settings.options, scheme=scheme, folds=folds)
 
     def _candidates(self, request: FitRequest) -> Coverage:
         """Parameters that may be covered, as far as it is known before a forward pass."""
@@ -294,24 +265,6 @@ class KronPosterior(DebiasedPosterior):
         self.n_data, self.n_outputs = n_data, estimate.n_outputs
         self._posterior_scale = None
 
-    def _renew(self) -> None:
-        self._set_coverage(self.coverage)
-        self._pass = self._make_pass(self.coverage)
-
-    @property
-    def effective_sample_size(self) -> float | None:
-        """How many samples of equal curvature would estimate its scale as steadily.
-
-        (Σ w h)² / Σ (w h)² over the draws of the latest fit, h = tr ∇²_f ℓ and w the importance
-        weight; None where a laplace-torch backend made the fit, or for states of version 1.
-
-        Raises:
-            NotFittedError: before ``fit``.
-        """
-        self._check_H_init()
-        assert self._fitted is not None
-        return self._fitted.estimate.effective_samples
-
     def bias_report(self) -> BiasReport:
         """Own-batch against other-batch curvature along the posterior's directions.
 
@@ -333,27 +286,6 @@ class KronPosterior(DebiasedPosterior):
         self._check_H_init()
         assert self.H is not None
         return self.H * self._H_factor + self.prior_precision
-
-    def log_marginal_likelihood(
-        self,
-        prior_precision: Tensor | None = None,
-        sigma_noise: Tensor | None = None,
-    ) -> Tensor:
-        """Laplace approximation of the log marginal likelihood, differentiable in both arguments.
-
-        As in laplace-torch, values that are passed stay set; not so if they are refused.
-
-        Raises:
-            NotFittedError: before ``fit``.
-            ValueError: for values that are not positive, or a sigma in classification.
-        """
-        self._check_H_init()
-        before = self.prior_precision, self.sigma_noise
-        try:
-            return super().log_marginal_likelihood(prior_precision, sigma_noise)
-        except Exception:
-            self._prior_precision, self._sigma_noise = before
-            raise
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Weight samples [n_samples, P] from the posterior.
@@ -382,29 +314,8 @@ class KronPosterior(DebiasedPosterior):
     def _sweep(self, inputs: Inputs, priors: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
         return prior_sweep(self._pass, self._likelihood_blocks(), priors, inputs, diagonal=diagonal)
 
-    # -- state -----------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a posterior needs beside its model: tensors and plain values only.
-
-        Raises:
-            NotFittedError: before ``fit``.
-        """
-        self._check_H_init()
-        return kron_to_state(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
-        """Restore :meth:`state_dict`.
-
-        Args:
-            state_dict: the state.
-            check_weights: refuse a model with other weights; False checks names and shapes only.
-
-        Raises:
-            ValueError: if it belongs to another class, likelihood, model or set of parameters.
-                Nothing is changed then.
-        """
-        kron_from_state(self, state_dict, check_weights=check_weights)
+    _to_state = staticmethod(kron_to_state)
+    _from_state = staticmethod(kron_from_state)
 
 
 def _blocks(estimate: KronEstimate, scale: float) -> tuple[EigenBlock, ...]:

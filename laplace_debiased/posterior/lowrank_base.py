@@ -16,14 +16,13 @@ from laplace_debiased.curvature.lowrank import FunctionalNetwork, RowPass, param
 from laplace_debiased.data import CurvaturePlan, preserved_rng
 from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
-from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.operators import LowRank
-from laplace_debiased.options import CurvatureOptions
 from laplace_debiased.persistence import ModelWatch
-from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
+from laplace_debiased.posterior.base import Inputs
 from laplace_debiased.posterior.checks import check_prior_mean, check_weights, positive_value
 from laplace_debiased.posterior.configure import Settings
-from laplace_debiased.posterior.fitting import FitRequest, make_plan, resolve_scheme, scorer
+from laplace_debiased.posterior.fitted import FittedPosterior
+from laplace_debiased.posterior.fitting import FitRequest, make_plan, scorer
 from laplace_debiased.posterior.lowrank_budget import automatic_budget, checked_budget
 from laplace_debiased.posterior.lowrank_estimation import LowRankEstimator
 from laplace_debiased.posterior.lowrank_fitting import FittedLowRank, fit_low_rank
@@ -38,23 +37,16 @@ from laplace_debiased.predictive.lowrank import (
 )
 
 
-class LowRankPosterior(DebiasedPosterior):
+class LowRankPosterior(FittedPosterior):
     """What the low-rank posteriors share, over all weights or the last layer."""
 
     H: tuple[Tensor, Tensor] | None
-    _settings: Settings
     _fitted: FittedLowRank | None
     _operator: LowRank | None
-    _prior_precision: Tensor
-    _sigma_noise: Tensor
 
     def _configure(self, settings: Settings, coverage: Coverage) -> None:
-        self._settings = settings
-        self.likelihood = settings.likelihood
-        self._fitted = None
+        super()._configure(settings, coverage)
         self._operator = None
-        self._static_coverage = coverage
-        self._set_coverage(coverage)
 
     def _init_H(self) -> None:  # noqa: N802
         self.H = None
@@ -85,19 +77,6 @@ class LowRankPosterior(DebiasedPosterior):
                 f"scalar, one entry per covered parameter tensor ({self.n_layers} here: "
                 f"{', '.join(self.coverage.covered)}) or one per entry ({self.n_params})."
             )
-
-    @property
-    def sigma_noise(self) -> Tensor:
-        """Noise standard deviation σ of the Gaussian likelihood."""
-        return self._sigma_noise
-
-    @sigma_noise.setter
-    def sigma_noise(self, sigma_noise: float | Tensor) -> None:
-        value = positive_value("sigma_noise", sigma_noise)
-        scale = float(torch.as_tensor(value).detach().sum())
-        if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
-            raise ValueError("sigma_noise other than 1 is for likelihood='regression' only.")
-        ParametricLaplace.sigma_noise.fset(self, value)
 
     def _diagonal_prior(self, start: Tensor) -> Tensor:
         if len(start) == self.n_layers and len(start) > 1:
@@ -177,16 +156,7 @@ class LowRankPosterior(DebiasedPosterior):
                 row_pass, self._loss_model, options, self._settings.rank, seed, progress_bar
             )
             fitted = fit_low_rank(plan, estimator, request, coverage.covered, previous)
-            noise = self._residual_noise(fitted.estimate.mean_loss, fitted.estimate.n_outputs)
-            self._adopt(fitted, coverage, watch)
-            if noise is not None:
-                self.sigma_noise = noise
-
-    def _resolved_options(self, request: FitRequest) -> CurvatureOptions:
-        settings = self._settings
-        scheme = resolve_scheme(settings.scheme, settings.options.scheme, request)
-        folds = settings.options.folds if request.magnitude_loader is None else 2
-        return replace(settings.options, scheme=scheme, folds=folds)
+            self._take_over(fitted, coverage, watch)
 
     def _candidates(self, request: FitRequest) -> Coverage:
         """The parameters to cover: what requires gradients now."""
@@ -234,24 +204,6 @@ class LowRankPosterior(DebiasedPosterior):
         assert self.H is not None
         return self.H[0].shape[1]
 
-    def _renew(self) -> None:
-        self._set_coverage(self.coverage)
-        self._pass = self._make_pass(self.coverage)
-
-    @property
-    def effective_sample_size(self) -> float | None:
-        """How many samples of equal curvature would estimate its scale as steadily.
-
-        (Σ w h)² / Σ (w h)² over the draws of the latest fit, h = tr ∇²_f ℓ and w the importance
-        weight; None for states of version 1.
-
-        Raises:
-            NotFittedError: before ``fit``.
-        """
-        self._check_H_init()
-        assert self._fitted is not None
-        return self._fitted.estimate.effective_samples
-
     def bias_report(self) -> BiasReport:
         """Own-batch against other-batch curvature along the directions that were measured.
 
@@ -282,27 +234,6 @@ class LowRankPosterior(DebiasedPosterior):
         assert self._operator is not None
         prior = self.prior_precision.to(self._operator.dtype)
         return self._operator.scaled(self._H_factor).with_prior(prior)
-
-    def log_marginal_likelihood(
-        self,
-        prior_precision: Tensor | None = None,
-        sigma_noise: Tensor | None = None,
-    ) -> Tensor:
-        """Laplace approximation of the log marginal likelihood, differentiable in both arguments.
-
-        As in laplace-torch, values that are passed stay set; not so if they are refused.
-
-        Raises:
-            NotFittedError: before ``fit``.
-            ValueError: for values that are not positive, or a sigma in classification.
-        """
-        self._check_H_init()
-        before = self._prior_precision, self._sigma_noise
-        try:
-            return super().log_marginal_likelihood(prior_precision, sigma_noise)
-        except Exception:
-            self._prior_precision, self._sigma_noise = before
-            raise
 
     @property
     def log_det_posterior_precision(self) -> Tensor:
@@ -373,29 +304,8 @@ class LowRankPosterior(DebiasedPosterior):
         frame = self._scalar_frame(torch.ones(()))
         return low_rank_sweep(self._pass, frame, priors, inputs, diagonal=diagonal)
 
-    # -- state -----------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a posterior needs beside its model: tensors and plain values only.
-
-        Raises:
-            NotFittedError: before ``fit``.
-        """
-        self._check_H_init()
-        return low_rank_to_state(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
-        """Restore :meth:`state_dict`.
-
-        Args:
-            state_dict: the state.
-            check_weights: refuse a model with other weights; False checks names and shapes only.
-
-        Raises:
-            ValueError: if it belongs to another class, likelihood, model or set of parameters.
-                Nothing is changed then.
-        """
-        low_rank_from_state(self, state_dict, check_weights=check_weights)
+    _to_state = staticmethod(low_rank_to_state)
+    _from_state = staticmethod(low_rank_from_state)
 
 
 def _first_inputs(plan: CurvaturePlan) -> Any:
