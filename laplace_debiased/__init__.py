@@ -11,7 +11,14 @@ from laplace_debiased.calibration import (
     fit_temperature,
 )
 from laplace_debiased.diagnostics import DirectionalProfile, directional_profile
-from laplace_debiased.errors import CoverageError, NotFittedError, NumericalError
+from laplace_debiased.errors import (
+    CoverageError,
+    ModelCallError,
+    ModelChangedError,
+    NotFittedError,
+    NumericalError,
+    StoredFileError,
+)
 from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.options import (
     Fisher,
@@ -40,10 +47,13 @@ __all__ = [
     "Fisher",
     "HessianStructure",
     "Magnitudes",
+    "ModelCallError",
+    "ModelChangedError",
     "NotFittedError",
     "NumericalError",
     "Sampling",
     "Scheme",
+    "StoredFileError",
     "SubsetOfWeights",
     "TemperatureScaling",
     "__version__",
