@@ -289,6 +289,7 @@ def _finished(draw: Draw, kind: str, stages: list[Stage], shape: tuple[int, ...]
         raise ValueError("too large")
     head = nn.Linear(width, draw.choice([2, 3]), bias=draw.random() < 0.7)
     model = Network(stages, head, found.ndim - 2, last).eval()
+    model(x[:1])  # torch's group norm refuses one sample of one position
     if not torch.isfinite(functional.softmax(model(x), -1)).all():
         raise ValueError("not finite")
     return model
