@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from itertools import product
 
-import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 _MIN_PIXELS = 128
 
@@ -22,8 +22,9 @@ def applies_to(module: nn.Conv2d, inputs: Tensor) -> bool:
     """Whether :func:`patch_covariance` covers a layer, and is the faster way.
 
     It covers kernel sizes 1 and 3 at stride 1 with zeros around that keep the size. On CPU the
-    correlation is the library's weight gradient, 2 to 8 times as fast as im2col on images of 16×16
-    pixels and more, slower on small ones. Elsewhere its reduced-precision kernels could cost digits.
+    correlation is the library's weight gradient, 2 to 8 times as fast as im2col on images of
+    16×16 pixels and more, slower on small ones. Elsewhere its reduced-precision kernels could
+    cost digits.
     """
     same = module.padding == "same" or all(
         pad == size // 2 for pad, size in zip(module.padding, module.kernel_size, strict=True)
@@ -92,7 +93,7 @@ def _correlation(left: Tensor, right: Tensor, reach: tuple[int, int]) -> Tensor:
     """Σ_{n,p} left_c(p) right_c'(p + d) [C, C, 2·reach_y + 1, 2·reach_x + 1], zeros outside."""
     channels = left.shape[1]
     shape = (channels, channels, 2 * reach[0] + 1, 2 * reach[1] + 1)
-    return torch.nn.grad.conv2d_weight(right, shape, left, padding=reach)
+    return conv2d_weight(right, shape, left, padding=reach)
 
 
 def _line(left: Tensor, right: Tensor, reach: int) -> Tensor:
