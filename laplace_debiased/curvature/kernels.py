@@ -29,18 +29,15 @@ def input_covariance(a: Tensor, weights: Tensor | None = None) -> Tensor:
     return scaled.T @ flat
 
 
-def output_covariance(g: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum over samples, columns and positions, Σ_n w_n Σ_{r,t} g gᵀ [D_out, D_out].
+def output_covariance(g: Tensor) -> Tensor:
+    """Sum over samples, columns and positions, Σ_{n,r,t} g gᵀ [D_out, D_out].
 
     Args:
-        g: back-propagated columns [m, R, T, D_out].
-        weights: w [m], or None for ones.
+        g: back-propagated columns [m, R, T, D_out], scaled by the square root of their sample's
+            weight where samples have weights.
     """
     flat = g.reshape(-1, g.shape[-1])
-    if weights is None:
-        return flat.T @ flat
-    scaled = (g * weights.to(g.dtype).reshape(-1, 1, 1, 1)).reshape(flat.shape)
-    return scaled.T @ flat
+    return flat.T @ flat
 
 
 def weight_gradients(a: Tensor, g: Tensor) -> Tensor:

@@ -57,4 +57,5 @@ def test_factors(shape: tuple[int, int, int, int], weighted: bool) -> None:
     inputs = torch.einsum("n,nte,ntf->ef", weights, a, a) / a.shape[1]
     outputs = torch.einsum("n,nrtd,nrte->de", weights, g, g)
     assert_exact(kernels.input_covariance(a, given), inputs)
-    assert_exact(kernels.output_covariance(g, given), outputs)
+    scaled = g * weights.sqrt().reshape(-1, 1, 1, 1)
+    assert_exact(kernels.output_covariance(scaled), outputs)
