@@ -81,13 +81,8 @@ class LayerRule(Protocol):
         """
 
 
-class LinearMapRule:
-    """Base of rules for layers that are one linear map, shared over positions.
-
-    The output at position t of sample n is W a_{n,t} + b, with W the weight as a matrix
-    [D_out, D_in] in row-major order. A subclass gives the a and the gradients at the outputs; as
-    it stands, this is ``nn.Linear`` on [m, ..., D_in], where all dimensions between are positions.
-    """
+class RuleDefaults:
+    """What most rules say: a ``weight`` [D_out, D_in] and a ``bias``, all instances covered."""
 
     parameters = ("weight", "bias")
     transposed = False
@@ -96,6 +91,15 @@ class LinearMapRule:
     def unsupported(self, module: nn.Module) -> str | None:
         """Why this instance cannot be covered; None unless overridden."""
         return None
+
+
+class LinearMapRule(RuleDefaults):
+    """Base of rules for layers that are one linear map, shared over positions.
+
+    The output at position t of sample n is W a_{n,t} + b, with W the weight as a matrix
+    [D_out, D_in] in row-major order. A subclass gives the a and the gradients at the outputs; as
+    it stands, this is ``nn.Linear`` on [m, ..., D_in], where all dimensions between are positions.
+    """
 
     def input_positions(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The layer's input [m, ..., D_in] as a [m, T, D_in]."""

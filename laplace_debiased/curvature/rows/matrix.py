@@ -23,14 +23,8 @@ from laplace_debiased.curvature.rows.base import (
 
 
 @dataclass(frozen=True, eq=False)
-class MatrixRows:
-    """A weight that maps inputs at T positions: G_{n,r} = Σ_t g_{n,r,t} a_{n,t}ᵀ.
-
-    Attributes:
-        inputs: a [m, T, D_in]; None where only the columns were asked for.
-        columns: g [m, R, T, D_out].
-        transposed: whether the parameter is stored as [D_in, D_out].
-    """
+class _MapRows:
+    """What one map and several in one parameter have in common; shapes as in the subclasses."""
 
     inputs: Tensor | None
     columns: Tensor
@@ -42,13 +36,30 @@ class MatrixRows:
         return required(self.inputs)
 
     @property
+    def patches(self) -> int:
+        return 0 if self.inputs is None else self.inputs.numel()
+
+    def _bases(self, basis: Basis) -> tuple[Tensor, Tensor]:
+        rows, columns = basis.output_basis, basis.input_basis
+        assert rows is not None
+        assert columns is not None
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixRows(_MapRows):
+    """A weight that maps inputs at T positions: G_{n,r} = Σ_t g_{n,r,t} a_{n,t}ᵀ.
+
+    Attributes:
+        inputs: a [m, T, D_in]; None where only the columns were asked for.
+        columns: g [m, R, T, D_out].
+        transposed: whether the parameter is stored as [D_in, D_out].
+    """
+
+    @property
     def entries(self) -> int:
         g, a = self.columns[:, 0], self.read
         return g.numel() * a.shape[-1] // max(1, g.shape[-2])
-
-    @property
-    def patches(self) -> int:
-        return 0 if self.inputs is None else self.inputs.numel()
 
     def select(self, index: Tensor | slice) -> MatrixRows:
         return replace(self, inputs=self.read[index], columns=self.columns[index])
@@ -86,19 +97,13 @@ class MatrixRows:
     def gradients(self) -> Tensor:
         return self._written(kernels.weight_gradients(self.read, self.columns)).values
 
-    def _bases(self, basis: Basis) -> tuple[Tensor, Tensor]:
-        rows, columns = basis.output_basis, basis.input_basis
-        assert rows is not None
-        assert columns is not None
-        return (columns, rows) if self.transposed else (rows, columns)
-
     def _written(self, rows: Tensor) -> RotatedRows:
         rows = rows.mT if self.transposed else rows
         return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]))
 
 
 @dataclass(frozen=True, eq=False)
-class GroupedRows:
+class GroupedRows(_MapRows):
     """G independent maps whose weights are slices of one parameter, [G, D_out, D_in] in all.
 
     Attributes:
@@ -107,23 +112,10 @@ class GroupedRows:
         transposed: whether every slice is stored as [D_in, D_out].
     """
 
-    inputs: Tensor | None
-    columns: Tensor
-    transposed: bool = False
-
-    @property
-    def read(self) -> Tensor:
-        """The inputs, where they were asked for."""
-        return required(self.inputs)
-
     @property
     def entries(self) -> int:
         g, a = self.columns[:, :, 0], self.read
         return g.numel() * a.shape[-1] // max(1, g.shape[-2])
-
-    @property
-    def patches(self) -> int:
-        return 0 if self.inputs is None else self.inputs.numel()
 
     def select(self, index: Tensor | slice) -> GroupedRows:
         return replace(self, inputs=self.read[:, index], columns=self.columns[:, index])
@@ -161,12 +153,6 @@ class GroupedRows:
 
     def gradients(self) -> Tensor:
         return self._written(vmap(kernels.weight_gradients)(self.read, self.columns)).values
-
-    def _bases(self, basis: Basis) -> tuple[Tensor, Tensor]:
-        rows, columns = basis.output_basis, basis.input_basis
-        assert rows is not None
-        assert columns is not None
-        return (columns, rows) if self.transposed else (rows, columns)
 
     def _written(self, rows: Tensor) -> RotatedRows:
         rows = (rows.mT if self.transposed else rows).movedim(0, 2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from laplace_debiased.options import WeightSharing
 
 
 @dataclass(frozen=True, eq=False)
-class BiasRows:
-    """A bias that is added at T positions: G_{n,r} = Σ_t g_{n,r,t}.
+class _ColumnRows:
+    """Rows that are columns alone: there is no input, and so no input factor.
 
     Attributes:
-        columns: g [m, R, T, D].
+        columns: [m, R, ...].
     """
 
     columns: Tensor
@@ -31,11 +32,23 @@ class BiasRows:
     def patches(self) -> int:
         return 0
 
-    def select(self, index: Tensor | slice) -> BiasRows:
-        return BiasRows(self.columns[index])
+    def select(self, index: Tensor | slice) -> Self:
+        return replace(self, columns=self.columns[index])
 
-    def pick_columns(self, columns: slice) -> BiasRows:
-        return BiasRows(self.columns[:, columns])
+    def pick_columns(self, columns: slice) -> Self:
+        return replace(self, columns=self.columns[:, columns])
+
+    def input_factor(self, rule: FactorRule) -> None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class BiasRows(_ColumnRows):
+    """A bias that is added at T positions: G_{n,r} = Σ_t g_{n,r,t}.
+
+    Attributes:
+        columns: g [m, R, T, D].
+    """
 
     def joined(self, others: Sequence[BlockRows]) -> BiasRows:
         return BiasRows(torch.cat([self.columns, *(p.columns for p in others)], 2))
@@ -46,9 +59,6 @@ class BiasRows:
         return kernels.output_covariance(
             self.columns.sum(2, keepdim=True) if summed else self.columns
         )
-
-    def input_factor(self, rule: FactorRule) -> None:
-        return None
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         assert basis.output_basis is not None
@@ -68,7 +78,7 @@ MAX_DENSE_VECTOR = 2048
 
 
 @dataclass(frozen=True, eq=False)
-class VectorRows:
+class VectorRows(_ColumnRows):
     """A parameter whose gradients are small enough to write out, as a norm's scale and shift.
 
     Its curvature is summed over positions before anything is squared, so the factor *is* the exact
@@ -78,22 +88,6 @@ class VectorRows:
         columns: G [m, R, P].
     """
 
-    columns: Tensor
-
-    @property
-    def entries(self) -> int:
-        return self.columns[:, 0].numel()
-
-    @property
-    def patches(self) -> int:
-        return 0
-
-    def select(self, index: Tensor | slice) -> VectorRows:
-        return VectorRows(self.columns[index])
-
-    def pick_columns(self, columns: slice) -> VectorRows:
-        return VectorRows(self.columns[:, columns])
-
     def joined(self, others: Sequence[BlockRows]) -> VectorRows:
         return VectorRows(self.columns + sum(part.columns for part in others))
 
@@ -101,9 +95,6 @@ class VectorRows:
         if self.columns.shape[-1] > MAX_DENSE_VECTOR:
             return self.columns.square().sum((0, 1))
         return kernels.output_covariance(self.columns.unsqueeze(2))
-
-    def input_factor(self, rule: FactorRule) -> None:
-        return None
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         return coefficients.to(self.columns) @ self._turned(basis).square().sum(1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn, vmap
 
 from laplace_debiased.curvature.autocorrelation import applies_to, patch_covariance
-from laplace_debiased.curvature.layers import LayerCall, require_equal_positions
+from laplace_debiased.curvature.layers import LayerCall, RuleDefaults, require_equal_positions
 from laplace_debiased.curvature.rows import (
     BiasRows,
     BlockRows,
@@ -69,15 +69,8 @@ def _input_factor(a: Tensor, groups: int, sharing: WeightSharing, counts: Tensor
     return vmap(lambda part: input_factor(part, sharing, counts))(_grouped(a, groups))
 
 
-class ConvRule:
+class ConvRule(RuleDefaults):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with any stride, dilation, padding, groups."""
-
-    parameters = ("weight", "bias")
-    transposed = False
-
-    def unsupported(self, module: nn.Module) -> str | None:
-        """Every convolution is covered."""
-        return None
 
     def rows(self, module: nn.Module, call: LayerCall) -> LayerRows:
         """Input [m, C_in, *size], columns [m, R, C_out, *size']."""
@@ -127,15 +120,10 @@ class ConvRule:
         return patches.transpose(1, 2).flatten(2)
 
 
-class ConvTransposeRule:
+class ConvTransposeRule(RuleDefaults):
     """``nn.ConvTranspose1d``, ``2d`` and ``3d``."""
 
-    parameters = ("weight", "bias")
     transposed = True
-
-    def unsupported(self, module: nn.Module) -> str | None:
-        """Every transposed convolution is covered."""
-        return None
 
     def rows(self, module: nn.Module, call: LayerCall) -> LayerRows:
         """Input [m, C_in, *size], columns [m, R, C_out, *size']."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.layers import LayerCall
+from laplace_debiased.curvature.layers import LayerCall, RuleDefaults
 from laplace_debiased.curvature.rows import FactorRule, LayerRows, TokenRows, token_factor
 from laplace_debiased.options import WeightSharing
 
 
-class EmbeddingRule:
+class EmbeddingRule(RuleDefaults):
     """``nn.Embedding`` on integers [m, ...]; its weight is [V, D]."""
 
-    parameters = ("weight", "bias")
     transposed = True
 
     def unsupported(self, module: nn.Module) -> str | None:

@@ -6,44 +6,30 @@ A norm's output is x̂ ⊙ w + b, with x̂ the normalised input. The gradients �
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from laplace_debiased.curvature.layers import LayerCall
+from laplace_debiased.curvature.layers import LayerCall, RuleDefaults
 from laplace_debiased.curvature.rows import LayerRows, VectorRows
 from laplace_debiased.options import WeightSharing
 
 
-class ShapeNormRule:
-    """``nn.LayerNorm`` and ``nn.RMSNorm``: a scale per entry of the last dimensions."""
-
-    parameters = ("weight", "bias")
-    transposed = False
-
-    def unsupported(self, module: nn.Module) -> str | None:
-        """Every instance with a scale is covered."""
-        return None
+class _ScaleRule(RuleDefaults):
+    """Rows of x̂ ⊙ w + b. A subclass normalises, and sums what has the output's shape."""
 
     def rows(self, module: nn.Module, call: LayerCall) -> LayerRows:
-        """Input [m, ..., *normalized_shape], columns [m, R, ..., *normalized_shape]."""
+        """Columns [m, R, *output shape] times x̂ for the scale, as they are for the shift."""
         (inputs,), (columns,) = call.inputs, call.columns
-        shaped: Any = module
-        width = len(shaped.normalized_shape)
-        if inputs.ndim <= width:
+        if not self._has_batch(module, inputs):
             raise ValueError(f"{type(module).__name__} got an input without a batch dimension.")
-
-        def summed(values: Tensor) -> VectorRows:
-            m, n = values.shape[:2]
-            return VectorRows(
-                values.flatten(-width).reshape(m, n, -1, shaped.weight.numel()).sum(2)
-            )
-
         weight = None
         if call.weight:
-            weight = summed(columns * self._normalised(module, inputs).unsqueeze(1))
-        return LayerRows(weight, summed(columns) if call.bias else None)
+            products = columns * self._normalised(module, inputs).unsqueeze(1)
+            weight = VectorRows(self._summed(module, products))
+        return LayerRows(weight, VectorRows(self._summed(module, columns)) if call.bias else None)
 
     def input_factor(
         self,
@@ -54,17 +40,36 @@ class ShapeNormRule:
     ) -> None:
         """A scale is a vector: its one factor is that of the columns."""
 
+    @abstractmethod
+    def _has_batch(self, module: Any, inputs: Tensor) -> bool:
+        """Whether the inputs have a batch dimension in front of what the layer normalises."""
+
+    @abstractmethod
+    def _normalised(self, module: Any, inputs: Tensor) -> Tensor:
+        """x̂ of inputs [m, ...]."""
+
+    @abstractmethod
+    def _summed(self, module: Any, values: Tensor) -> Tensor:
+        """Sums over positions [m, R, P] of values [m, R, *output shape]."""
+
+
+class ShapeNormRule(_ScaleRule):
+    """``nn.LayerNorm`` and ``nn.RMSNorm``: a scale per entry of the last dimensions."""
+
+    def _has_batch(self, module: Any, inputs: Tensor) -> bool:
+        return inputs.ndim > len(module.normalized_shape)
+
     def _normalised(self, module: Any, inputs: Tensor) -> Tensor:
         if isinstance(module, nn.RMSNorm):
             return functional.rms_norm(inputs, module.normalized_shape, None, module.eps)
         return functional.layer_norm(inputs, module.normalized_shape, None, None, module.eps)
 
+    def _summed(self, module: Any, values: Tensor) -> Tensor:
+        return values.reshape(*values.shape[:2], -1, module.weight.numel()).sum(2)
 
-class ChannelNormRule:
+
+class ChannelNormRule(_ScaleRule):
     """Batch, group and instance norms: a scale per channel, in evaluation mode."""
-
-    parameters = ("weight", "bias")
-    transposed = False
 
     def unsupported(self, module: nn.Module) -> str | None:
         """A batch norm without running statistics mixes the samples of a batch."""
@@ -72,26 +77,8 @@ class ChannelNormRule:
             return f"{type(module).__name__} without running statistics mixes the samples"
         return None
 
-    def rows(self, module: nn.Module, call: LayerCall) -> LayerRows:
-        """Input [m, C, *size], columns [m, R, C, *size]."""
-        (inputs,), (columns,) = call.inputs, call.columns
-        assert isinstance(module.weight, Tensor)
-        if inputs.ndim < 2 or inputs.shape[1] != len(module.weight):
-            raise ValueError(f"{type(module).__name__} got an input without a batch dimension.")
-        weight = None
-        if call.weight:
-            products = columns * self._normalised(module, inputs).unsqueeze(1)
-            weight = VectorRows(_over_channels(products))
-        return LayerRows(weight, VectorRows(_over_channels(columns)) if call.bias else None)
-
-    def input_factor(
-        self,
-        module: nn.Module,
-        inputs: tuple[Tensor, ...],
-        sharing: WeightSharing,
-        counts: Tensor | None = None,
-    ) -> None:
-        """A scale is a vector: its one factor is that of the columns."""
+    def _has_batch(self, module: Any, inputs: Tensor) -> bool:
+        return inputs.ndim >= 2 and inputs.shape[1] == len(module.weight)
 
     def _normalised(self, module: Any, inputs: Tensor) -> Tensor:
         if isinstance(module, nn.GroupNorm):
@@ -103,7 +90,5 @@ class ChannelNormRule:
         scale = (variance.to(inputs) + module.eps).rsqrt()
         return (inputs - mean.to(inputs).reshape(shape)) * scale.reshape(shape)
 
-
-def _over_channels(values: Tensor) -> Tensor:
-    """Sums over positions [m, R, C] of values [m, R, C, *size]."""
-    return values.flatten(3).sum(3) if values.ndim > 3 else values
+    def _summed(self, module: Any, values: Tensor) -> Tensor:
+        return values.flatten(3).sum(3) if values.ndim > 3 else values
