@@ -4,9 +4,9 @@ For pairs of disjoint batches of 64: the own batch's top eigenvectors of the gen
 Gauss-Newton matrix, with the curvature along them on that batch, on the other one, and on reference
 data. Two problems:
 
-* scikit-learn's digits (default), a small convolutional network trained here in a second; once as
-  they are and with Gaussian noise of growing size on the images (``--input-noise``): noise gives
-  every sample directions of its own;
+* scikit-learn's digits (default), small convolutional networks trained here in seconds
+  (``--digits network:noise:seed``). Depth, and noise on the images, give every sample directions
+  of its own, and with them comes the bias at the top;
 * CIFAR-10 and a trained ResNet-20 (``--data`` and ``--weights``). Cost per reference sample: nine
   backward passes and one for the gradient, 1.6 GFLOP, and 2·10·P = 5.4 MFLOP per direction. For
   the 180 directions of five pairs that is 2.6 GFLOP; forward mode would take 30. The default of
@@ -28,11 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from benchmarks.common.models import CifarResNet20, load_images
+from benchmarks.common.bias_problems import (
+    N_DIGITS_TRAIN,
+    NETWORKS,
+    DigitsCase,
+    Problem,
+    cifar_problem,
+    digits_problem,
+)
 from laplace_debiased.diagnostics import (
     DirectionalProfile,
     DirectionalQuadratic,
@@ -49,18 +55,6 @@ from laplace_debiased.diagnostics import (
 
 LIKELIHOOD = "classification"
 REFERENCE_BATCH = 64
-N_DIGITS_TRAIN = 1400
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A trained network with its training data."""
-
-    title: str
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
-    accuracy: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -72,59 +66,6 @@ class Measurement:
     eigenpairs: tuple[tuple[Eigenpairs, Eigenpairs], ...]
     n_reference: int
     seconds: float
-
-
-def digits_problem(noise: float, seed: int) -> Problem:
-    """A CNN of 33,562 parameters, 15 epochs of SGD with momentum on 1,400 digits."""
-    images, labels = load_digits(return_X_y=True)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator)
-    x = torch.tensor(images, dtype=torch.float32).div(16).view(-1, 1, 8, 8)[order]
-    x = x + noise * torch.randn(x.shape, generator=generator)
-    y = torch.tensor(labels)[order]
-    train, test = (x[:N_DIGITS_TRAIN], y[:N_DIGITS_TRAIN]), (x[N_DIGITS_TRAIN:], y[N_DIGITS_TRAIN:])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(512, 64),
-            nn.ReLU(),
-            nn.Linear(64, 10),
-        )
-        _train(model, *train, epochs=15)
-    accuracy = {"train": _accuracy(model, *train), "test": _accuracy(model, *test)}
-    return Problem(f"digits, input noise {noise:g}", model, *train, accuracy)
-
-
-def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
-    optimiser = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x)).split(64):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-            optimiser.step()
-        schedule.step()
-
-
-def cifar_problem(data: Path, weights: Path) -> Problem:
-    """The trained ResNet-20 on the training images that ``data`` holds."""
-    model = CifarResNet20()
-    model.load_state_dict(torch.load(weights, weights_only=True))
-    model.eval()
-    train, test = load_images(data, "train"), load_images(data, "test")
-    accuracy = {"train": _accuracy(model, *train), "test": _accuracy(model, *test)}
-    return Problem("CIFAR-10, ResNet-20", model, *train, accuracy)
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    right = [
-        (model(a).argmax(1) == b).sum() for a, b in zip(x.split(256), y.split(256), strict=True)
-    ]
-    return float(sum(right) / len(y))
 
 
 def measure(problem: Problem, options: argparse.Namespace) -> Measurement:
@@ -242,13 +183,13 @@ def _accuracies(problem: Problem) -> str:
 
 
 def draw(measurements: Sequence[Measurement], options: argparse.Namespace, folder: Path) -> None:
-    """The first pair's profiles side by side, and the last problem's eigenspaces."""
+    """The first pair's profiles side by side, and the first problem's eigenspaces."""
     profiles = {m.problem.title: m.profiles[0] for m in measurements}
     plot_profiles(profiles).savefig(folder / "profile.png", dpi=150)
-    own, other = measurements[-1].eigenpairs[0]
+    own, other = measurements[0].eigenpairs[0]
     plot_eigenspaces(own, other).savefig(folder / "eigenspaces.png", dpi=150)
     if options.sweep:
-        problem = measurements[-1].problem
+        problem = measurements[0].problem
         sweep = batch_size_sweep(
             problem.model,
             LIKELIHOOD,
@@ -268,10 +209,6 @@ def _rows(problem: Problem, options: argparse.Namespace) -> Tensor:
     return torch.randperm(len(problem.images), generator=generator)[: options.reference_samples]
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",") if part)
-
-
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
@@ -283,14 +220,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="CIFAR-10 images: ImageFolder, or a zip of one")
     parser.add_argument("--weights", type=Path, help="state dict of the ResNet-20")
     parser.add_argument("--output", type=Path, default=Path("benchmark-output/curvature_bias"))
-    parser.add_argument("--input-noise", type=_numbers, default=(0.0, 0.3, 0.6))
+    parser.add_argument(
+        "--digits",
+        nargs="+",
+        type=DigitsCase.parse,
+        metavar="NETWORK[:NOISE[:SEED]]",
+        default=[DigitsCase("deep-tanh"), DigitsCase("deep-tanh", 0.3), DigitsCase("shallow-relu")],
+        help=f"among {', '.join(NETWORKS)}; noise is the standard deviation on images in [0, 1]",
+    )
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="disjoint pairs of batches")
     parser.add_argument("--top", type=int, default=20, help="directions in the medians")
     parser.add_argument("--k", type=int, default=100, help="directions in the figure")
     parser.add_argument("--reference-samples", type=int, help="default: all digits, 1000 images")
     parser.add_argument("--sweep", type=_sizes, help="batch sizes; empty for none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the batches")
     options = parser.parse_args(arguments)
     if (options.data is None) != (options.weights is None):
         parser.error("--data and --weights go together")
@@ -307,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problems = (
         [cifar_problem(options.data, options.weights)]
         if options.data
-        else [digits_problem(noise, options.seed) for noise in options.input_noise]
+        else [digits_problem(case) for case in options.digits]
     )
     measurements = [measure(problem, options) for problem in problems]
     text = report(measurements, options)
