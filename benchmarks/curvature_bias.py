@@ -33,12 +33,12 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.common.bias_problems import (
     N_DIGITS_TRAIN,
-    NETWORKS,
     DigitsCase,
     Problem,
     cifar_problem,
     digits_problem,
 )
+from benchmarks.common.digits import NETWORKS
 from laplace_debiased.diagnostics import (
     DirectionalProfile,
     DirectionalQuadratic,

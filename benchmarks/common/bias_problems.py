@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from benchmarks.common.digits import NETWORKS, shuffled_digits
 from benchmarks.common.models import CifarResNet20, load_images
 
 N_DIGITS_TRAIN = 1400
@@ -56,44 +55,10 @@ class DigitsCase:
         return cls(network, float(noise), int(seed))
 
 
-def shallow_relu() -> nn.Module:
-    """One convolution and two linear layers, 33,562 parameters."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(512, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
-
-
-def _deep(activation: type[nn.Module]) -> nn.Module:
-    """Three convolutions and two linear layers, 37,930 parameters."""
-    convolutions = [
-        layer
-        for channels in (1, 16, 16)
-        for layer in (nn.Conv2d(channels, 16, 3, padding=1), activation())
-    ]
-    head = [nn.Flatten(), nn.Linear(1024, 32), activation(), nn.Linear(32, 10)]
-    return nn.Sequential(*convolutions, *head)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "deep-tanh": lambda: _deep(nn.Tanh),
-    "deep-relu": lambda: _deep(nn.ReLU),
-    "shallow-relu": shallow_relu,
-}
-
-
 def digits_problem(case: DigitsCase) -> Problem:
     """15 epochs of SGD with momentum on 1,400 digits; the other 397 are the test data."""
-    images, labels = load_digits(return_X_y=True)
-    generator = torch.Generator().manual_seed(case.seed)
-    order = torch.randperm(len(images), generator=generator)
-    x = torch.tensor(images, dtype=torch.float32).div(16).view(-1, 1, 8, 8)[order]
+    x, y, generator = shuffled_digits(case.seed)
     x = x + case.noise * torch.randn(x.shape, generator=generator)
-    y = torch.tensor(labels)[order]
     train, test = (x[:N_DIGITS_TRAIN], y[:N_DIGITS_TRAIN]), (x[N_DIGITS_TRAIN:], y[N_DIGITS_TRAIN:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)

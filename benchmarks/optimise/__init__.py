@@ -1,0 +1,1 @@
+"""Debiased conjugate gradients as an optimiser: one solve, and whole training runs."""
