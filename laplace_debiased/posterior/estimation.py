@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ from laplace_debiased.posterior.walking import (
     rows_of,
     scaled_columns,
 )
+
+AnyChunk = TypeVar("AnyChunk", Chunk, ColumnChunk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +131,8 @@ class KronEstimator:
         ]
         tally = Tally()
         walk = self._progress("Kronecker factors", [*sums, tally])
-        for batch, chunk in self._factor_walk(plan, walk):
+        chunks = self.curvature_pass.column_chunks
+        for batch, chunk in self._walk(plan, "Kronecker factors", walk, chunks, weighted=True):
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             tally.add(self.loss, chunk.outputs, part)
             self._add_chunk(sums, chunk, part)
@@ -175,7 +179,8 @@ class KronEstimator:
         """Second walk: directional curvatures along each measurement's eigenbasis."""
         sums = [MagnitudeAccumulator(basis) for basis in bases]
         walk = self._progress("directional curvature", sums, bases)
-        for batch, chunk in self._walk(plan, "directional curvature", walk):
+        chunks = self.curvature_pass.chunks
+        for batch, chunk in self._walk(plan, "directional curvature", walk, chunks):
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
             for layer in chunk.layers:
@@ -201,31 +206,29 @@ class KronEstimator:
         key = digest_of([value for value in values if isinstance(value, Tensor)])
         return self.checkpoint.walk(what, sums, key)
 
-    def _factor_walk(
-        self, plan: CurvaturePlan, walk: WalkProgress | None
-    ) -> Iterator[tuple[Batch, ColumnChunk]]:
-        """Column by column; each column scaled by the square root of its sample's weight."""
-        for batch, columns in self._batches(plan, "Kronecker factors", walk):
-            weights = batch.weights * batch.counts
-            scaled = columns if bool((weights == 1).all()) else scaled_columns(columns, weights)
-            yield from (
-                (batch, chunk)
-                for chunk in self.curvature_pass.column_chunks(
-                    batch.inputs, scaled, n_columns=self._n_columns
-                )
-            )
-
     def _walk(
-        self, plan: CurvaturePlan, what: str, walk: WalkProgress | None
-    ) -> Iterator[tuple[Batch, Chunk]]:
-        """Batches of the plan with their chunks."""
+        self,
+        plan: CurvaturePlan,
+        what: str,
+        walk: WalkProgress | None,
+        chunks: Callable[..., Iterator[AnyChunk]],
+        *,
+        weighted: bool = False,
+    ) -> Iterator[tuple[Batch, AnyChunk]]:
+        """Batches of the plan with their chunks.
+
+        Args:
+            plan: the plan.
+            what: what is measured, for the progress bar.
+            walk: where the walk is.
+            chunks: of the pass: all columns at once, or one by one.
+            weighted: whether a column is scaled by the square root of its sample's weight.
+        """
         for batch, columns in self._batches(plan, what, walk):
-            yield from (
-                (batch, chunk)
-                for chunk in self.curvature_pass.chunks(
-                    batch.inputs, columns, n_columns=self._n_columns
-                )
-            )
+            if weighted:
+                columns = scaled_columns(columns, batch.weights * batch.counts)
+            for chunk in chunks(batch.inputs, columns, n_columns=self._n_columns):
+                yield batch, chunk
 
     def _batches(
         self, plan: CurvaturePlan, what: str, walk: WalkProgress | None
