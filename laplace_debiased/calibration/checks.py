@@ -83,6 +83,50 @@ def class_labels(values: torch.Tensor | np.ndarray, n_samples: int, n_classes: i
     return labels.astype(np.int64)
 
 
+def label_probabilities(values: torch.Tensor | np.ndarray, name: str = "probs") -> FloatArray:
+    """Probabilities [n, K] of K binary labels in float64; a vector [n] stands for K = 1.
+
+    Raises:
+        ValueError: If the shape is neither, or one is not finite or not in [0, 1].
+    """
+    if values.ndim not in (1, 2):
+        raise ValueError(
+            f"{name} of binary labels must have shape (samples, labels), got {tuple(values.shape)}."
+        )
+    array = finite(values, name)
+    row = first_bad_row((array >= 0.0) & (array <= 1.0))
+    if row is not None:
+        raise ValueError(
+            f"{name} of binary labels must lie in [0, 1], got {array[row]} in row {row}; apply a "
+            "sigmoid to logits."
+        )
+    return array[:, None] if array.ndim == 1 else array
+
+
+def binary_labels(values: torch.Tensor | np.ndarray, shape: tuple[int, ...]) -> IntArray:
+    """Labels [n, K], each 0 or 1; a vector [n] stands for K = 1.
+
+    Raises:
+        ValueError: If they do not have the probabilities' shape, or one is neither 0 nor 1.
+    """
+    labels = to_numpy(values)
+    if labels.ndim > 0:
+        _same_length("labels", len(labels), shape[0])
+    if labels.ndim == 1 and shape[1] == 1:
+        labels = labels[:, None]
+    if labels.shape != shape:
+        raise ValueError(
+            f"binary labels must have the shape of the predictions {shape}, got {labels.shape}; "
+            "give one label per output."
+        )
+    row = first_bad_row((labels == 0) | (labels == 1))
+    if row is not None:
+        raise ValueError(
+            f"binary labels must be 0 or 1 to be scored, got {labels[row]} in row {row}."
+        )
+    return labels.astype(np.int64)
+
+
 def regression_targets(values: torch.Tensor | np.ndarray, shape: tuple[int, ...]) -> FloatArray:
     """Targets [n, K]; a vector [n] stands for K = 1.
 

@@ -16,6 +16,7 @@ from laplace_debiased.calibration.predictions import (
     Options,
     predict,
     predict_unlabelled,
+    rows_of,
 )
 from laplace_debiased.calibration.reliability import (
     IntervalCurve,
@@ -58,14 +59,16 @@ class Evaluation:
 
     Attributes:
         nll: Negative log-likelihood of the targets, in nats, mean over samples. In regression that
-            of the whole target vector [K] under the total predictive covariance.
-        n_samples: Number of samples.
+            of the whole target vector [K] under the total predictive covariance; with K binary
+            labels, summed over them.
+        n_samples: Number of samples; of sequences, of positions whose label counts.
         n_bins: Bins of `ece` and `mce`, or of `ence`.
         ece: Expected calibration error of the top label.
         mce: Maximum calibration error over bins.
         brier: Squared error summed over classes, mean over samples (in [0, 2]).
         accuracy: Share of samples whose most probable class is the label.
-        entropy: Predictive entropy, in nats, mean over samples.
+        entropy: Predictive entropy, in nats, mean over samples; with K binary labels, summed over
+            them. `ece`, `mce`, `brier` and `accuracy` are then over all labels, two classes each.
         auroc: Probability that an out-of-distribution sample has the higher entropy.
         fpr95: Share of out-of-distribution samples that pass as in-distribution where at least
             95 % of the in-distribution samples do, by entropy.
@@ -134,6 +137,7 @@ def evaluate(
     pred_type: str | None = None,
     progress_bar: bool = False,
     ood_probs: torch.Tensor | np.ndarray | None = None,
+    likelihood: str | None = None,
 ) -> Evaluation:
     """Score a posterior, or predictions, on labelled data.
 
@@ -142,9 +146,10 @@ def evaluate(
     positive number of the dtype (87 nats in float32), with a warning.
 
     Args:
-        la_or_probs: A fitted posterior; probabilities [n, C]; or for regression a pair of means
-            [n, K] and *total* predictive variances ([n, K], or covariances [n, K, K]). A
-            posterior's own regression variance is epistemic: σ² is added to it here.
+        la_or_probs: A fitted posterior; probabilities ([n, C], of sequences [n, T, C], of binary
+            labels [n, K]); or for regression a pair of means [n, K] and *total* predictive
+            variances ([n, K], or covariances [n, K, K]). A posterior's own regression variance is
+            epistemic: σ² is added to it here.
         loader: Gives (x, y), or mappings with the posterior's `dict_key_y`. With precomputed
             predictions it must not shuffle; the targets themselves will do as well.
         ood_loader: Out-of-distribution inputs for a classifier, with or without targets.
@@ -154,6 +159,7 @@ def evaluate(
         pred_type: Type of predictive; None means the posterior's default.
         progress_bar: Whether to show progress over the loaders.
         ood_probs: Probabilities [m, C] on out-of-distribution data, in place of `ood_loader`.
+        likelihood: "bernoulli" says that precomputed probabilities are of binary labels.
 
     Returns:
         A record of floats, None where a metric does not apply.
@@ -164,18 +170,16 @@ def evaluate(
             not match them, if a loader is empty, or if the out-of-distribution data do not apply.
     """
     n_bins = checks.count(n_bins, "n_bins")
-    options = Options(link_approx, pred_type, progress_bar)
+    options = Options(link_approx, pred_type, progress_bar, likelihood)
     _check_ood(la_or_probs, ood_loader, ood_probs)
     predictions = predict(la_or_probs, loader, options)
     if isinstance(predictions, GaussianPredictions):
         if ood_loader is not None or ood_probs is not None:
             raise ValueError("ood_loader and ood_probs apply to classification; leave them out.")
         return _score_regression(predictions, n_bins)
-    outside = None
+    outside = ood_probs
     if ood_loader is not None:
         outside = predict_unlabelled(la_or_probs, ood_loader, options)
-    elif ood_probs is not None:
-        outside = checks.probabilities(ood_probs, "ood_probs")
     return _score_classification(predictions, outside, n_bins)
 
 
@@ -190,23 +194,20 @@ def _check_ood(source: Any, ood_loader: Any, ood_probs: Any) -> None:
 
 
 def _score_classification(
-    predictions: ClassPredictions, outside: FloatArray | None, n_bins: int
+    predictions: ClassPredictions, outside: torch.Tensor | np.ndarray | None, n_bins: int
 ) -> Evaluation:
     probs, labels = predictions.probs, predictions.labels
     confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
     ece, mce = metrics.calibration_errors(confidence, correct, n_bins)
-    entropy = metrics.predictive_entropy(probs)
-    auroc, fpr95 = None, None
+    entropy = predictions.summed(metrics.predictive_entropy(probs))
+    auroc, fpr95, n_outside = None, None, None
     if outside is not None:
-        if outside.shape[1] != probs.shape[1]:
-            raise ValueError(
-                f"ood_probs must have the classes of the predictions ({probs.shape[1]}), got "
-                f"{outside.shape[1]}; entropies of different numbers of classes do not compare."
-            )
-        auroc, fpr95 = metrics.ood_detection(entropy, metrics.predictive_entropy(outside))
+        entropy_outside = _entropy_outside(predictions, outside)
+        auroc, fpr95 = metrics.ood_detection(entropy, entropy_outside)
+        n_outside = len(entropy_outside)
     return Evaluation(
         nll=_mean_nll(predictions),
-        n_samples=len(labels),
+        n_samples=len(entropy),
         n_bins=n_bins,
         ece=ece,
         mce=mce,
@@ -215,9 +216,24 @@ def _score_classification(
         entropy=float(entropy.mean()),
         auroc=auroc,
         fpr95=fpr95,
-        n_ood_samples=None if outside is None else len(outside),
+        n_ood_samples=n_outside,
         curve=reliability_bins(confidence, correct, n_bins),
     )
+
+
+def _entropy_outside(
+    predictions: ClassPredictions, outside: torch.Tensor | np.ndarray
+) -> FloatArray:
+    """Entropies of out-of-distribution samples [m], comparable to those of the predictions."""
+    rows = rows_of(outside, predictions.binary, "ood_probs")
+    expected = predictions.labels_per_sample if predictions.binary else predictions.probs.shape[1]
+    got = len(rows) // len(outside) if predictions.binary else rows.shape[1]
+    if got != expected:
+        raise ValueError(
+            f"ood_probs must have the classes of the predictions ({expected}), got {got}; "
+            "entropies of different numbers of classes do not compare."
+        )
+    return predictions.summed(metrics.predictive_entropy(rows))
 
 
 def _score_regression(predictions: GaussianPredictions, n_bins: int) -> Evaluation:
@@ -247,7 +263,7 @@ def _mean_nll(predictions: ClassPredictions) -> float:
             f"{-np.log(predictions.floor):.1f} nats in the NLL. Predict in a wider dtype.",
             stacklevel=4,
         )
-    return float(nll.mean())
+    return float(predictions.summed(nll).mean())
 
 
 def _number(value: float | int) -> str:

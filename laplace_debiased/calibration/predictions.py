@@ -26,20 +26,36 @@ from laplace_debiased.calibration.state import untouched
 Values = torch.Tensor | np.ndarray
 Call = Callable[[Any], Any]
 
+_WITH_LABELS = ("classification", "bernoulli")
+
 
 @dataclass(frozen=True)
 class ClassPredictions:
-    """Predictions of a classifier.
+    """Predictions of a classifier, one row per label.
 
     Attributes:
-        probs: Predictive probabilities [n, C].
+        probs: Predictive probabilities [n, C]. K binary labels per sample are n = K · samples
+            rows of two classes, sample by sample.
         labels: Class indices [n].
         floor: What a probability of zero stands for in a logarithm.
+        labels_per_sample: K, the number of rows that belong to one sample.
+        binary: Whether rows are binary labels, each with classes 0 and 1.
     """
 
     probs: FloatArray
     labels: IntArray
     floor: float
+    labels_per_sample: int = 1
+    binary: bool = False
+
+    def by_sample(self, rows: np.ndarray) -> np.ndarray:
+        """Values of rows [n] by sample: [n], or [samples, K]."""
+        k = self.labels_per_sample
+        return rows if k == 1 else rows.reshape(-1, k)
+
+    def summed(self, rows: FloatArray) -> FloatArray:
+        """Values of rows [n] summed over each sample's labels [samples]."""
+        return rows.reshape(-1, self.labels_per_sample).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -69,11 +85,13 @@ class Options:
         link_approx: Link approximation; by default the one that the posterior was tuned for.
         pred_type: Type of predictive.
         progress_bar: Whether to show progress over the loader.
+        likelihood: What precomputed predictions are of: None or "bernoulli".
     """
 
     link_approx: str | None = None
     pred_type: str | None = None
     progress_bar: bool = False
+    likelihood: str | None = None
 
 
 def predict(
@@ -82,8 +100,8 @@ def predict(
     """Predictions for a loader, beside its targets.
 
     Args:
-        source: A fitted posterior, probabilities [n, C], or a pair of means [n, K] and total
-            predictive variances ([n, K], or covariances [n, K, K]).
+        source: A fitted posterior, probabilities ([n, C], or [n, K] of binary labels), or a pair
+            of means [n, K] and total predictive variances ([n, K], or covariances [n, K, K]).
         loader: Gives (x, y) or mappings; for precomputed predictions unshuffled, or the targets.
         options: How a posterior is asked.
 
@@ -91,10 +109,11 @@ def predict(
         TypeError: If `source` is none of these.
         ValueError: If predictions or targets are invalid or do not match.
     """
+    _check_likelihood(source, options.likelihood)
     if isinstance(source, Values):
         with untouched(None):
             targets = collect_targets(loader)
-        return _class_predictions(source, targets)
+        return _rows(source, targets, options.likelihood or "classification")
     if isinstance(source, tuple):
         with untouched(None):
             targets = collect_targets(loader)
@@ -102,13 +121,13 @@ def predict(
     likelihood = _likelihood(source)
     ask = _ask(source, likelihood, options)
     with untouched(_model(source)):
-        if likelihood == "classification":
+        if likelihood in _WITH_LABELS:
             return _classify(source, ask, loader, options)
         return _regress(source, ask, loader, options)
 
 
-def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> FloatArray:
-    """Class probabilities [n, C] of a posterior for a loader whose targets do not matter."""
+def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> torch.Tensor:
+    """Probabilities of a posterior for a loader whose targets do not matter."""
     ask = _ask(source, _likelihood(source), options)
     device = getattr(source, "_device", None)
     with untouched(_model(source)):
@@ -116,7 +135,17 @@ def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> 
             _detached(ask(to_device(inputs_only(batch), device)))
             for batch in iterate(loader, "ood_loader", options.progress_bar)
         ]
-    return checks.probabilities(torch.cat(parts), "out-of-distribution probabilities")
+    return torch.cat(parts)
+
+
+def rows_of(values: Values, binary: bool, name: str) -> FloatArray:
+    """Checked probabilities as rows [n, C]: of each sample, position or binary label."""
+    if binary:
+        one = checks.label_probabilities(values, name).reshape(-1)
+        return np.stack([1.0 - one, one], axis=1)
+    if values.ndim == 3:  # Sequences [n, T, C].
+        values = values.reshape(-1, values.shape[-1])
+    return checks.probabilities(values, name)
 
 
 def _classify(la: Any, ask: Call, loader: Targets, options: Options) -> ClassPredictions:
@@ -124,9 +153,13 @@ def _classify(la: Any, ask: Call, loader: Targets, options: Options) -> ClassPre
     probs, labels = [], []
     for batch in iterate(loader, "loader", options.progress_bar):
         x, y = split_batch(batch, key)
-        probs.append(_detached(ask(to_device(x, device))))
-        labels.append(to_numpy(torch.as_tensor(y)))
-    return _class_predictions(torch.cat(probs), concatenate(labels))
+        predicted, target = _positions(
+            _detached(ask(to_device(x, device))), to_numpy(torch.as_tensor(y))
+        )
+        probs.append(predicted)
+        labels.append(target)
+    targets = concatenate(labels)
+    return _rows(torch.cat(probs), targets, la.likelihood, getattr(la, "ignore_index", None))
 
 
 def _regress(la: Any, ask: Call, loader: Targets, options: Options) -> GaussianPredictions:
@@ -142,10 +175,37 @@ def _regress(la: Any, ask: Call, loader: Targets, options: Options) -> GaussianP
     return _joined(parts)
 
 
-def _class_predictions(probs: Values, targets: np.ndarray) -> ClassPredictions:
-    checked = checks.probabilities(probs)
-    labels = checks.class_labels(targets, *checked.shape)
-    return ClassPredictions(checked, labels, checks.smallest_probability(probs))
+def _rows(
+    probs: Values, targets: np.ndarray, likelihood: Any, ignore_index: int | None = None
+) -> ClassPredictions:
+    """Predictions as rows; positions of sequences and labels that do not count are left out."""
+    floor = checks.smallest_probability(probs)
+    if _name(likelihood) == "bernoulli":
+        shape = checks.label_probabilities(probs).shape
+        labels = checks.binary_labels(targets, shape).reshape(-1)
+        return ClassPredictions(rows_of(probs, True, "probs"), labels, floor, shape[1], True)
+    probs, targets = _positions(probs, targets)
+    rows = rows_of(probs, False, "probs")
+    if ignore_index is not None and targets.shape == (len(rows),):
+        counted = targets != ignore_index
+        if not counted.any():
+            raise ValueError(
+                f"every label is ignore_index={ignore_index}; nothing is left to score."
+            )
+        rows, targets = rows[counted], targets[counted]
+    return ClassPredictions(rows, checks.class_labels(targets, *rows.shape), floor)
+
+
+def _positions(probs: Any, targets: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Positions of sequences [n, T, C] as samples [n · T, C]; anything else as it is."""
+    if probs.ndim != 3:
+        return probs, targets
+    if targets.shape != probs.shape[:2]:
+        raise ValueError(
+            f"labels of sequences must have shape {tuple(probs.shape[:2])} (samples, positions), "
+            f"got {targets.shape}."
+        )
+    return probs.reshape(-1, probs.shape[-1]), targets.reshape(-1)
 
 
 def _from_moments(source: tuple[Any, ...], targets: np.ndarray) -> GaussianPredictions:
@@ -225,19 +285,36 @@ def _likelihood(source: Any) -> str:
             f"(mean, variance) pair, got {type(source).__name__}; for a plain model pass "
             "torch.softmax(logits, -1)."
         )
-    name = str(getattr(likelihood, "value", likelihood))
-    if name not in ("classification", "regression"):
+    name = _name(likelihood)
+    if name not in (*_WITH_LABELS, "regression"):
         raise ValueError(
-            f"likelihood must be 'classification' or 'regression' to be evaluated, got {name!r}; "
-            "pass probabilities instead."
+            "likelihood must be 'classification', 'bernoulli' or 'regression' to be evaluated, got "
+            f"{name!r}; pass probabilities instead."
         )
     return name
+
+
+def _name(likelihood: Any) -> str:
+    return str(getattr(likelihood, "value", likelihood))
+
+
+def _check_likelihood(source: Any, likelihood: str | None) -> None:
+    if likelihood not in (None, *_WITH_LABELS):
+        raise ValueError(
+            "likelihood must be 'classification' or 'bernoulli' beside precomputed probabilities, "
+            f"got {likelihood!r}; regression is a (mean, variance) pair."
+        )
+    if likelihood is not None and not isinstance(source, Values):
+        raise ValueError(
+            "likelihood says what precomputed probabilities are of; a posterior or a (mean, "
+            "variance) pair knows its own, so leave it out."
+        )
 
 
 def _ask(la: Any, likelihood: str, options: Options) -> Call:
     """The posterior's predictive under the options."""
     kwargs = {} if options.pred_type is None else {"pred_type": options.pred_type}
-    if likelihood == "classification":
+    if likelihood in _WITH_LABELS:
         link = options.link_approx
         if link is None:
             # Sampling weights leaves no other link; a link tuned for "glm" does not apply.

@@ -15,12 +15,13 @@ class PredictiveReport:
     """Predictions sample by sample, in the loader's order; None where a column does not apply.
 
     Attributes:
-        prediction: Most probable class [n], or predictive mean [n, K].
-        target: Label [n], or target [n, K].
-        nll: Negative log-likelihood of each target [n], in nats.
-        confidence: Probability of the predicted class [n].
-        entropy: Predictive entropy [n], in nats.
-        correct: Whether the predicted class is the label [n].
+        prediction: Most probable class ([n], of K > 1 binary labels [n, K]), or predictive mean
+            [n, K].
+        target: Label, in the same shape.
+        nll: Negative log-likelihood of each sample's target [n], in nats, summed over its labels.
+        confidence: Probability of the predicted class, in the labels' shape.
+        entropy: Predictive entropy [n], in nats, summed over a sample's labels.
+        correct: Whether the predicted class is the label, in the labels' shape.
         epistemic_std: Predictive standard deviation without noise [n, K].
         total_std: The same with noise [n, K].
     """
@@ -54,19 +55,21 @@ def predictive_report(
     link_approx: str | None = None,
     pred_type: str | None = None,
     progress_bar: bool = False,
+    likelihood: str | None = None,
 ) -> PredictiveReport:
     """Predictions and their uncertainty for each sample; arguments and errors as in `evaluate`."""
-    predictions = predict(la_or_probs, loader, Options(link_approx, pred_type, progress_bar))
+    options = Options(link_approx, pred_type, progress_bar, likelihood)
+    predictions = predict(la_or_probs, loader, options)
     if isinstance(predictions, ClassPredictions):
         probs, labels = predictions.probs, predictions.labels
         top = probs.argmax(axis=1)
         return PredictiveReport(
-            prediction=top,
-            target=labels,
-            nll=metrics.label_nll(probs, labels, predictions.floor),
-            confidence=probs.max(axis=1),
-            entropy=metrics.predictive_entropy(probs),
-            correct=top == labels,
+            prediction=predictions.by_sample(top),
+            target=predictions.by_sample(labels),
+            nll=predictions.summed(metrics.label_nll(probs, labels, predictions.floor)),
+            confidence=predictions.by_sample(probs.max(axis=1)),
+            entropy=predictions.summed(metrics.predictive_entropy(probs)),
+            correct=predictions.by_sample(top == labels),
         )
     epistemic = predictions.epistemic_variance
     return PredictiveReport(

@@ -90,6 +90,11 @@ class DebiasedPosterior(StoredPosterior):
         self._temperature = float(torch.as_tensor(value, dtype=torch.float64))
 
     @property
+    def ignore_index(self) -> int | None:
+        """Class label that does not count; None if all do."""
+        return self._settings.ignore_index
+
+    @property
     def _loss_model(self) -> LossModel:
         return loss_model(
             self.likelihood,

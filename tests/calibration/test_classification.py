@@ -174,7 +174,7 @@ def test_negative_probability_is_an_error_though_the_rest_makes_up_for_it():
         evaluate(probs, np.array([0, 1]))
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 2, 2)])
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 2, 2, 2)])
 def test_probabilities_have_one_row_per_sample_and_two_classes(shape):
     with pytest.raises(ValueError, match="at least two classes"):
         evaluate(np.full(shape, 0.5), np.zeros(4, dtype=int))
