@@ -21,7 +21,8 @@ class BiasReport:
 
     Attributes:
         decile_ratios: Σ own / Σ other over each tenth of the directions, from the directions of
-            largest own curvature to those of smallest.
+            largest own curvature to those of smallest. NaN where neither batch has any, infinite
+            where only the own batch does.
         decile_errors: standard error of each, over the folds (NaN with a single measurement).
         scale_ratio: Σ own / Σ other over all directions: whether the scale agrees.
         scale_error: its standard error over the folds (NaN with a single measurement).
@@ -39,8 +40,8 @@ class BiasReport:
         for index, (ratio, error) in enumerate(
             zip(self.decile_ratios, self.decile_errors, strict=True)
         ):
-            lines.append(f"  {10 * index:>3}–{10 * index + 10:<3} % {ratio:>10.3g} ± {error:.2g}")
-        lines.append(f"  all      {self.scale_ratio:>10.3g} ± {self.scale_error:.2g}")
+            lines.append(f"  {10 * index:>3}–{10 * index + 10:<3} % {_stated(ratio, error)}")
+        lines.append(f"  all       {_stated(self.scale_ratio, self.scale_error)}")
         return "\n".join(lines)
 
 
@@ -80,9 +81,18 @@ def bias_report(comparisons: Sequence[tuple[Tables, Tables]], names: Sequence[st
     return BiasReport(means, errors, scale, scale_error, tops)
 
 
+def _stated(ratio: float, error: float) -> str:
+    if math.isnan(ratio):
+        return "no curvature on either"
+    return f"{ratio:>9.3g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
+
+
 def _ratio(own: Tensor, other: Tensor) -> float:
     denominator = float(other.sum())
-    return float(own.sum()) / denominator if denominator > 0 else math.nan
+    numerator = float(own.sum())
+    if denominator > 0:
+        return numerator / denominator
+    return math.inf if numerator > 0 else math.nan
 
 
 def _top_ratio(own: Tensor, other: Tensor) -> float:
