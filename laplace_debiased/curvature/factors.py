@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.guards import full_precision
 from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.curvature.passes import map_calls
 from laplace_debiased.curvature.rows import FactorRule, LayerRows, same_column_factor
 from laplace_debiased.curvature.tape import Calls
 from laplace_debiased.errors import NumericalError
@@ -90,6 +92,21 @@ def sum_weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
+def column_rows(
+    layer: Layer, inputs: Calls, cotangents: Calls, *, columns_only: bool = False
+) -> LayerRows:
+    """Rows of one column, R = 1, from what a :class:`ColumnChunk` holds; float32 or better.
+
+    Args:
+        layer: the layer.
+        inputs: what its module was called with, m samples.
+        cotangents: gradients of the column in its module's outputs.
+        columns_only: as in :class:`LayerCall`.
+    """
+    columns = map_calls(lambda g: full_precision(g).unsqueeze(1), cotangents)
+    return layer.rows_of_calls(inputs, columns, columns_only=columns_only)
+
+
 class FactorAccumulator:
     """Adds up the factors of one fold, chunk by chunk; ``means`` closes it.
 
@@ -124,8 +141,12 @@ class FactorAccumulator:
             return
         for call in inputs:
             factor = layer.rule.input_factor(layer.module, call, self._rule.sharing, counts)
-            if factor is not None:
-                self._add_input_factor(layer, factor / len(inputs) if len(inputs) > 1 else factor)
+            if factor is None:
+                continue
+            mean = factor / len(inputs) if len(inputs) > 1 else factor
+            _add_to(self._of_inputs, layer.weight, mean)
+            if layer.rule.transposed:
+                self._transposed[layer.weight] = True
 
     def add_column(self, layer: Layer, inputs: Calls, cotangents: Calls) -> None:
         """Add one back-propagated column to the factors of a layer's columns.
@@ -136,27 +157,7 @@ class FactorAccumulator:
             cotangents: gradients in its module's outputs, each scaled by the square root of its
                 sample's weight.
         """
-        calls = [
-            layer.rows(read, tuple(g.unsqueeze(1) for g in written), columns_only=True)
-            for read, written in zip(inputs, cotangents, strict=True)
-        ]
-        self._add_column_factors(layer, LayerRows.join(calls))
-
-    def add_rows(self, layer: Layer, rows: LayerRows) -> None:
-        """Add rows of weight one, all columns at once."""
-        if rows.weight is not None:
-            factor = rows.weight.input_factor(self._rule)
-            if factor is not None:
-                self._add_input_factor(layer, factor)
-        self._add_column_factors(layer, rows)
-
-    def _add_input_factor(self, layer: Layer, factor: Tensor) -> None:
-        assert layer.weight is not None
-        _add_to(self._of_inputs, layer.weight, factor)
-        if layer.rule.transposed:
-            self._transposed[layer.weight] = True
-
-    def _add_column_factors(self, layer: Layer, rows: LayerRows) -> None:
+        rows = column_rows(layer, inputs, cotangents, columns_only=True)
         factor = None
         if rows.weight is not None:
             factor = rows.weight.column_factor(self._rule)

@@ -12,7 +12,6 @@ from laplace_debiased.curvature.coverage import UNUSED
 from laplace_debiased.curvature.guards import batch_length, select_rows, to_device
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import check_outputs, map_calls
-from laplace_debiased.curvature.rows import LayerRows
 from laplace_debiased.curvature.tape import Calls, LayerTape, record
 from laplace_debiased.errors import NumericalError
 
@@ -109,15 +108,9 @@ def _matches(
     if any(tensor.ndim == 0 or len(tensor) != m for tensor in tensors):
         return False
     try:
-        rows = LayerRows.join(
-            [
-                layer.rows(read, written)
-                for read, written in zip(
-                    map_calls(lambda a: a.detach()[:1], inputs),
-                    map_calls(lambda g: g[:1].unsqueeze(1), cotangents),
-                    strict=True,
-                )
-            ]
+        rows = layer.rows_of_calls(
+            map_calls(lambda a: a.detach()[:1], inputs),
+            map_calls(lambda g: g[:1].unsqueeze(1), cotangents),
         )
     except ValueError:
         return False

@@ -8,7 +8,7 @@ predictions) knows rows only, no layer types.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -256,3 +256,18 @@ class Layer:
         weight, bias = self.weight is not None, self.bias is not None
         call = LayerCall(inputs, columns, weight, bias, columns_only)
         return self.rule.rows(self.module, call)
+
+    def rows_of_calls(
+        self,
+        inputs: Sequence[tuple[Tensor, ...]],
+        columns: Sequence[tuple[Tensor, ...]],
+        *,
+        columns_only: bool = False,
+    ) -> LayerRows:
+        """Rows of all calls of the layer together; per call the arguments of :meth:`rows`."""
+        return LayerRows.join(
+            [
+                self.rows(read, written, columns_only=columns_only)
+                for read, written in zip(inputs, columns, strict=True)
+            ]
+        )

@@ -62,8 +62,8 @@ class ColumnChunk:
         rows: which samples of the batch.
         outputs: network outputs [m, C].
         inputs: by layer name, the recorded layer inputs.
-        columns: walks the R columns, once: by layer name, gradients in the layer's output. Layers
-            that do not affect the outputs are missing.
+        columns: walks the R columns, once: by layer name, gradients in the layer's output, of the
+            model's dtype. Layers that do not affect the outputs are missing.
     """
 
     rows: slice
@@ -205,12 +205,7 @@ class BackwardPass:
         def layer_rows(layer: Layer) -> LayerRows:
             inputs = tape.inputs_of(layer.name)
             inputs = map_calls(full_precision if differentiable else _detached, inputs)
-            return LayerRows.join(
-                [
-                    layer.rows(read, columns)
-                    for read, columns in zip(inputs, _stacked(stacks.pop(layer.name)), strict=True)
-                ]
-            )
+            return layer.rows_of_calls(inputs, _stacked(stacks.pop(layer.name)))
 
         return Chunk(rows, outputs, present, layer_rows)
 

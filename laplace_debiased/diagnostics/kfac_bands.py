@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,11 @@ from laplace_debiased.curvature import (
     BackwardPass,
     BlockBasis,
     Chunk,
+    ColumnChunk,
     FactorAccumulator,
 )
+from laplace_debiased.curvature.factors import column_rows
+from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.curvature.rows import BlockRows, RankOneRows
 from laplace_debiased.data import split_batch
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
@@ -69,7 +73,7 @@ class Bands:
 
 @dataclass(frozen=True, eq=False)
 class BandWalk:
-    """Walks over data whose columns are the loss Hessian's root and, last, the loss' gradient."""
+    """Walks over data whose columns are the loss' gradient and then the loss Hessian's root."""
 
     curvature_pass: BackwardPass
     loss: LossModel
@@ -77,15 +81,22 @@ class BandWalk:
 
     def chunks(self, batch: object) -> Iterator[Chunk]:
         """Chunks of one batch."""
+        return self.curvature_pass.chunks(*self._inputs_and_columns(batch))
+
+    def column_chunks(self, batch: object) -> Iterator[ColumnChunk]:
+        """The same, column by column."""
+        return self.curvature_pass.column_chunks(*self._inputs_and_columns(batch))
+
+    def _inputs_and_columns(self, batch: object) -> tuple[Any, Columns]:
         inputs, targets = split_batch(batch, self.dict_key_y)
 
         def columns(outputs: Tensor, rows: slice) -> Tensor:
             part = targets[rows].to(outputs.device)
             self.loss.check_targets(outputs, part)
             gradient = self.loss.output_gradient(outputs, part)
-            return torch.cat([self.loss.hessian_root(outputs), gradient.unsqueeze(-1)], -1)
+            return torch.cat([gradient.unsqueeze(-1), self.loss.hessian_root(outputs)], -1)
 
-        return self.curvature_pass.chunks(inputs, columns)
+        return inputs, columns
 
     def measure(
         self, batches: Iterable[object], bands: Mapping[str, Bands]
@@ -110,8 +121,8 @@ class BandWalk:
 
 def _moments(bands: Bands, rows: BlockRows) -> tuple[MomentSums, MomentSums]:
     rotated = bands.rotated(rows)
-    curvature = bands.means(rotated[:, :-1].square().sum(1))
-    slope = bands.means(rotated[:, -1] * bands.signs)
+    slope = bands.means(rotated[:, 0] * bands.signs)
+    curvature = bands.means(rotated[:, 1:].square().sum(1))
     return MomentSums.of(slope), MomentSums.of(curvature)
 
 
@@ -126,14 +137,21 @@ def bands_of(walk: BandWalk, batch: object, names: Sequence[str], n_bands: int) 
     factors = FactorAccumulator(names, summed_bias=True)
     gradients: dict[str, Tensor] = {}
     n_samples = 0
-    for chunk in walk.chunks(batch):
+    for chunk in walk.column_chunks(batch):
         n_samples += len(chunk.outputs)
-        for layer in chunk.layers:
-            rows = chunk.layer_rows(layer)
-            factors.add_rows(layer, rows.pick_columns(slice(0, -1)))
-            for part, block in rows.pick_columns(slice(-1, None)).blocks():
-                name, gradient = layer.parameter_of(part), block.gradients().sum((0, 1))
-                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        for number, column in enumerate(chunk.columns):
+            for layer in walk.curvature_pass.layers:
+                if layer.name not in column:
+                    continue
+                inputs, cotangents = chunk.inputs[layer.name], column[layer.name]
+                if number > 0:
+                    factors.add_column(layer, inputs, cotangents)
+                    continue
+                factors.add_inputs(layer, inputs)
+                rows = column_rows(layer, inputs, cotangents)
+                for part, block in rows.blocks():
+                    name, gradient = layer.parameter_of(part), block.gradients().sum((0, 1))
+                    gradients[name] = gradients[name] + gradient if name in gradients else gradient
     bases = eigenbasis(factors.means(n_samples))
     return {basis.name: Bands.of(basis, gradients[basis.name], n_bands) for basis in bases}
 

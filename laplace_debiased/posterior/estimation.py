@@ -20,7 +20,6 @@ from laplace_debiased.curvature import (
     MagnitudeAccumulator,
 )
 from laplace_debiased.curvature.factors import BlockBasis
-from laplace_debiased.curvature.guards import full_precision
 from laplace_debiased.curvature.passes import Columns, map_calls
 from laplace_debiased.data import (
     Batch,
@@ -160,14 +159,14 @@ class KronEstimator:
             for layer in self.curvature_pass.layers:
                 if layer.name not in column:
                     continue
-                cotangents = map_calls(full_precision, column[layer.name])
                 for fold, rows in slices:
                     inputs = map_calls(itemgetter(rows), chunk.inputs[layer.name])
                     if layer.name not in seen:
                         sums[fold].add_inputs(
                             layer, inputs, None if counts is None else counts[rows]
                         )
-                    sums[fold].add_column(layer, inputs, map_calls(itemgetter(rows), cotangents))
+                    cotangents = map_calls(itemgetter(rows), column[layer.name])
+                    sums[fold].add_column(layer, inputs, cotangents)
                 seen.add(layer.name)
 
     def exact_magnitudes(

@@ -179,10 +179,14 @@ def test_rebatching_order_and_chunks_change_nothing():
 
 def test_weight_decay_moves_slopes_by_the_parameters_along_the_directions():
     p = problem("mlp")
-    bases, _ = ranked_bases(p)
+    bases, eigenvalues = ranked_bases(p)
     for name, block in profile_of(p).blocks.items():
         theta = dict(p.model.named_parameters())[name].detach().flatten()
-        assert_exact(block.profile.parameters_along.abs(), (bases[name].T @ theta).abs())
+        actual, expected = block.profile.parameters_along.abs(), (bases[name].T @ theta).abs()
+        # Directions in which the logits' Hessian vanishes have no order.
+        curved = eigenvalues[name] > 1e-12 * eigenvalues[name][0]
+        assert_exact(actual[curved], expected[curved])
+        assert_exact(actual[~curved].sort().values, expected[~curved].sort().values)
         decayed = block.profile.with_weight_decay(0.5)
         moved = decayed.own.slope.mean - block.profile.own.slope.mean
         assert_exact(moved, 0.5 * block.profile.parameters_along)

@@ -119,17 +119,11 @@ class BlockRows(Protocol):
     def select(self, index: Tensor | slice) -> BlockRows:
         """Those samples."""
 
-    def pick_columns(self, columns: slice) -> BlockRows:
-        """Those columns."""
-
     def joined(self, others: Sequence[BlockRows]) -> BlockRows:
         """With the rows of further calls of the module: gradients add up."""
 
     def column_factor(self, rule: FactorRule) -> Tensor:
         """Factor of the columns, summed over samples and columns."""
-
-    def input_factor(self, rule: FactorRule) -> Tensor | None:
-        """Factor of the inputs, summed over samples; None where there is none."""
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         """Σ_n c_n Σ_r (uᵀ G_{n,r})² along every direction, in the shape of the table."""

@@ -45,13 +45,6 @@ class LayerRows:
             None if self.bias is None else self.bias.select(index),
         )
 
-    def pick_columns(self, columns: slice) -> LayerRows:
-        """The rows of some columns."""
-        return LayerRows(
-            None if self.weight is None else self.weight.pick_columns(columns),
-            None if self.bias is None else self.bias.pick_columns(columns),
-        )
-
     @staticmethod
     def join(calls: Sequence[LayerRows]) -> LayerRows:
         """Rows of a module that was called several times."""

@@ -15,7 +15,6 @@ from laplace_debiased.curvature.rows.base import (
     FactorRule,
     RankOneRows,
     RotatedRows,
-    input_factor,
     required,
     same_kind,
     shared_columns,
@@ -64,9 +63,6 @@ class MatrixRows(_MapRows):
     def select(self, index: Tensor | slice) -> MatrixRows:
         return replace(self, inputs=self.read[index], columns=self.columns[index])
 
-    def pick_columns(self, columns: slice) -> MatrixRows:
-        return replace(self, columns=self.columns[:, columns])
-
     def joined(self, others: Sequence[BlockRows]) -> MatrixRows:
         parts = [self, *same_kind(self, others)]
         return replace(
@@ -77,9 +73,6 @@ class MatrixRows(_MapRows):
 
     def column_factor(self, rule: FactorRule) -> Tensor:
         return kernels.output_covariance(shared_columns(self.columns, rule.sharing))
-
-    def input_factor(self, rule: FactorRule) -> Tensor:
-        return input_factor(self.read, rule.sharing)
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)
@@ -120,9 +113,6 @@ class GroupedRows(_MapRows):
     def select(self, index: Tensor | slice) -> GroupedRows:
         return replace(self, inputs=self.read[:, index], columns=self.columns[:, index])
 
-    def pick_columns(self, columns: slice) -> GroupedRows:
-        return replace(self, columns=self.columns[:, :, columns])
-
     def joined(self, others: Sequence[BlockRows]) -> GroupedRows:
         parts = [self, *same_kind(self, others)]
         return replace(
@@ -135,9 +125,6 @@ class GroupedRows(_MapRows):
         return vmap(lambda g: kernels.output_covariance(shared_columns(g, rule.sharing)))(
             self.columns
         )
-
-    def input_factor(self, rule: FactorRule) -> Tensor:
-        return vmap(lambda a: input_factor(a, rule.sharing))(self.read)
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)

@@ -48,9 +48,6 @@ class TokenRows:
     def select(self, index: Tensor | slice) -> TokenRows:
         return replace(self, tokens=self.tokens[index], columns=self.columns[index])
 
-    def pick_columns(self, columns: slice) -> TokenRows:
-        return replace(self, columns=self.columns[:, columns])
-
     def joined(self, others: Sequence[BlockRows]) -> TokenRows:
         parts = [self, *same_kind(self, others)]
         return replace(
@@ -62,9 +59,6 @@ class TokenRows:
     def column_factor(self, rule: FactorRule) -> Tensor:
         kept = self.columns * (self.tokens >= 0)[:, None, :, None]
         return kernels.output_covariance(shared_columns(kept, rule.sharing))
-
-    def input_factor(self, rule: FactorRule) -> Tensor:
-        return token_factor(self.tokens, self.size, self.columns.new_ones(len(self.tokens)), rule)
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         touched, rows = self._touched_rows(basis)

@@ -35,12 +35,6 @@ class _ColumnRows:
     def select(self, index: Tensor | slice) -> Self:
         return replace(self, columns=self.columns[index])
 
-    def pick_columns(self, columns: slice) -> Self:
-        return replace(self, columns=self.columns[:, columns])
-
-    def input_factor(self, rule: FactorRule) -> None:
-        return None
-
 
 @dataclass(frozen=True, eq=False)
 class BiasRows(_ColumnRows):
