@@ -22,19 +22,21 @@ from enum import StrEnum
 import numpy as np
 import torch
 from curvlinops import GGNLinearOperator
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from tqdm import tqdm
 
 from laplace_debiased.curvature.guards import batch_length, select_rows
+from laplace_debiased.curvature.lowrank import combined_rows, gram_matrix
+from laplace_debiased.curvature.lowrank.products import arpack_eigenpairs
+from laplace_debiased.curvature.lowrank.transforms import Parameters
 from laplace_debiased.diagnostics.measure import (
     Matrix,
     root_rows,
     rows_bytes,
-    samples_per_chunk,
 )
-from laplace_debiased.diagnostics.network import Network, Parameters, undisturbed
+from laplace_debiased.diagnostics.network import Network, undisturbed
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import parse_choice
 
@@ -42,7 +44,6 @@ _GRAM_MAX_BYTES = 2 * 2**30
 _GRAM_MAX_ROWS = 1024
 _DENSE_MAX_PARAMETERS = 256
 _LANCZOS_CHUNK_SAMPLES = 512
-_COLUMN_CHUNK = 8192
 
 
 _Product = Callable[[Tensor], Tensor]
@@ -138,9 +139,7 @@ def network_eigenpairs(
             values, vectors = _gram_eigenpairs(rows, len(outputs), k)
         case Solver.LANCZOS:
             product = _product(network, inputs, targets, matrix)
-            tolerance = 1e-6 if network.dtype is torch.float32 else 1e-12
-            start = np.random.default_rng(seed).standard_normal(network.n_parameters)
-            values, vectors = _lanczos(product, k, start, tolerance, progress_bar)
+            values, vectors = _lanczos(network, product, k, seed, progress_bar)
         case _:
             product = _product(network, inputs, targets, matrix)
             values, vectors = _dense(product, network.n_parameters, k)
@@ -205,51 +204,40 @@ def _rows(network: Network, inputs: object, root: Tensor, progress_bar: bool) ->
     """All rows J_nᵀ S_n of a batch as one matrix [mR, P]."""
     m, _, rank = root.shape
     rows = root.new_empty((m, rank, network.n_parameters), dtype=network.dtype)
-    size = samples_per_chunk(network, rank)
-    starts = range(0, m, size)
-    for i in tqdm(starts, desc="rows of the Gram matrix", disable=not progress_bar):
-        chosen = slice(i, i + size)
-        rows[chosen] = root_rows(network, select_rows(inputs, chosen), root[chosen], size)
+    with tqdm(desc="rows of the Gram matrix", total=m, disable=not progress_bar) as bar:
+        for chosen, values in root_rows(network, inputs, root):
+            rows[chosen] = values
+            bar.update(len(values))
     return rows.reshape(m * rank, -1)
 
 
 def _gram_eigenpairs(rows: Tensor, n_samples: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    chunks = rows.split(_COLUMN_CHUNK, dim=1)
-    gram = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
-    for chunk in chunks:
-        wide = chunk.double()
-        gram += wide @ wide.T
-    squares, left = torch.linalg.eigh(gram / n_samples)
+    squares, left = torch.linalg.eigh(gram_matrix(rows) / n_samples)
     k = min(k, len(squares))
     squares, left = squares.flip(0)[:k], left.flip(1)[:, :k]
     scale = (squares.clamp_min(torch.finfo(torch.float64).tiny) * n_samples).rsqrt()
-    vectors = torch.cat([chunk.double().T @ (left * scale) for chunk in chunks])
+    vectors = combined_rows(rows, left * scale)
     return squares.cpu().numpy(), vectors.cpu().numpy()
 
 
 def _lanczos(
+    network: Network,
     product: Callable[[np.ndarray], np.ndarray],
     k: int,
-    start: np.ndarray,
-    tolerance: float,
+    seed: int,
     progress_bar: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    size = len(start)
-    with tqdm(desc="curvature products", disable=not progress_bar) as bar:
+    def multiply(vector: np.ndarray) -> np.ndarray:
+        return product(vector[:, None]).astype(np.float64).ravel()
 
-        def multiply(vector: np.ndarray) -> np.ndarray:
-            bar.update()
-            return product(vector.reshape(-1, 1)).astype(np.float64).ravel()
-
-        operator = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
-        try:
-            values, vectors = eigsh(operator, k=k, which="LA", v0=start, tol=tolerance)
-        except ArpackNoConvergence as error:
-            raise RuntimeError(
-                f"Lanczos found {len(error.eigenvalues)} of {k} eigenpairs before its iteration "
-                "limit. Ask for a smaller k (eigenvalues far down the spectrum are close together)."
-            ) from error
-    return values[::-1], vectors[:, ::-1]
+    try:
+        with tqdm(desc="curvature products", disable=not progress_bar) as bar:
+            return arpack_eigenpairs(multiply, network.n_parameters, k, network.dtype, seed, bar)
+    except ArpackNoConvergence as error:
+        raise RuntimeError(
+            f"Lanczos found {len(error.eigenvalues)} of {k} eigenpairs before its iteration "
+            "limit. Ask for a smaller k (eigenvalues far down the spectrum are close together)."
+        ) from error
 
 
 def _dense(

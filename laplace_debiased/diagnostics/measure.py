@@ -13,18 +13,26 @@ is cheaper for few directions or large models, reverse for many directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, jvp, vmap
 from tqdm import tqdm
 
-from laplace_debiased.curvature.guards import batch_length, select_rows
+from laplace_debiased.curvature.guards import select_rows
+from laplace_debiased.curvature.lowrank.transforms import (
+    Parameters,
+    directional_outputs,
+    sample_axes,
+    sample_rows,
+    with_batch_axis,
+)
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
-from laplace_debiased.diagnostics.network import Network, Parameters
+from laplace_debiased.diagnostics.network import Network
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 _FORWARD_CHUNK_SAMPLES = 2048
@@ -113,8 +121,8 @@ def measure_directions(
 
 def root_rows(
     network: Network, inputs: Any, roots: Tensor, chunk_size: int | None = None
-) -> Tensor:
-    """J_nᵀ s for every sample n and every column s of its root.
+) -> Iterator[tuple[slice, Tensor]]:
+    """J_nᵀ s for every sample n and every column s of its root, a chunk of samples at a time.
 
     Args:
         network: the model.
@@ -122,18 +130,19 @@ def root_rows(
         roots: cotangents [m, C, R] in the outputs.
         chunk_size: samples at a time; None: about 512 MiB of rows.
 
-    Returns:
-        Rows [m, R, P].
+    Yields:
+        Samples, and their rows [n, R, P].
 
     Raises:
         RuntimeError: if the model cannot be vectorised over samples.
     """
     size = chunk_size or samples_per_chunk(network, roots.shape[-1])
-    pieces = [
-        _rows_chunk(network, select_rows(inputs, slice(i, i + size)), roots[i : i + size])
-        for i in range(0, len(roots), size)
-    ]
-    return torch.cat(pieces)
+    for i in range(0, len(roots), size):
+        chosen = slice(i, i + size)
+        part = select_rows(inputs, chosen)
+        with _explained():
+            rows = sample_rows(network.outputs, network.parameters, part, roots[chosen])
+        yield chosen, rows.to(network.dtype)
 
 
 def samples_per_chunk(network: Network, n_columns: int) -> int:
@@ -149,48 +158,20 @@ def rows_bytes(network: Network, n_rows: int) -> int:
     return n_rows * network.n_parameters * torch.finfo(network.dtype).bits // 8
 
 
-def _rows_chunk(network: Network, inputs: Any, roots: Tensor) -> Tensor:
-    def rows_of_sample(sample: Any, root: Tensor) -> Parameters:
-        single = _with_batch_axis(sample)
-        pull = vjp(lambda p: network.outputs(p, single)[0], network.parameters)[1]
-        return vmap(lambda column: pull(column)[0], in_dims=1)(root)
-
-    rows = _vectorised(rows_of_sample, inputs, roots)
-    m, n_columns = roots.shape[0], roots.shape[2]
-    return torch.cat(
-        [rows[name].reshape(m, n_columns, -1).to(network.dtype) for name in network.parameters], -1
-    )
-
-
-def _vectorised(function: Callable[[Any, Tensor], Any], inputs: Any, per_sample: Tensor) -> Any:
-    """``function`` of every sample, by vmap.
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do where torch cannot vectorise a model.
 
     Raises:
-        RuntimeError: if the model cannot be vectorised over samples.
+        RuntimeError: in place of what torch raised.
     """
     try:
-        return vmap(function, in_dims=(_sample_axes(inputs), 0))(inputs, per_sample)
+        yield
     except RuntimeError as error:
         raise RuntimeError(
             "the model could not be vectorised over samples (torch.func.vmap), which per-sample "
             "backward passes need. Pass matrix='ggn', solver='lanczos', derivatives='forward'."
         ) from error
-
-
-def _sample_axes(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return 0
-    length = batch_length(inputs)
-    return {
-        key: 0 if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == length else None
-        for key, v in inputs.items()
-    }
-
-
-def _with_batch_axis(sample: Any) -> Any:
-    if isinstance(sample, Tensor):
-        return sample.unsqueeze(0)
-    return {k: v.unsqueeze(0) if isinstance(v, Tensor) else v for k, v in sample.items()}
 
 
 def _reverse(
@@ -205,11 +186,8 @@ def _reverse(
     gradient = network.loss.output_gradient(outputs, targets).unsqueeze(-1)
     roots = torch.cat([network.loss.hessian_root(outputs), gradient], dim=-1)
     directions = directions.to(outputs)
-    size = chunk_size or samples_per_chunk(network, roots.shape[-1])
     slopes, curvatures = [], []
-    for i in range(0, len(roots), size):
-        chosen = slice(i, i + size)
-        rows = root_rows(network, select_rows(inputs, chosen), roots[chosen], size)
+    for _, rows in root_rows(network, inputs, roots, chunk_size):
         along = rows.to(directions.dtype) @ directions
         curvatures.append(along[:, :-1].square().sum(1))
         slopes.append(along[:, -1])
@@ -226,15 +204,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and GGN curvatures [m, k] from derivatives of the outputs."""
 
-    def derivative(tangent: Parameters) -> Tensor:
-        return jvp(lambda p: network.outputs(p, inputs), (network.parameters,), (tangent,))[1]
+    def call(parameters: Parameters) -> Tensor:
+        return network.outputs(parameters, inputs)
 
     gradient = network.loss.output_gradient(outputs, targets)
     root = network.loss.hessian_root(outputs)
     size = chunk_size or max(1, _FORWARD_CHUNK_SAMPLES // len(outputs))
     slopes, curvatures = [], []
     for columns in directions.split(size, dim=1):
-        along = vmap(derivative)(network.split(columns))
+        along = directional_outputs(call, network.parameters, network.split(columns))
         slopes.append(torch.einsum("mc,kmc->mk", gradient, along))
         curvatures.append(torch.einsum("mcr,kmc->mkr", root, along).square().sum(-1))
     return torch.cat(slopes, 1), torch.cat(curvatures, 1)
@@ -268,10 +246,10 @@ def _hessian(
 def _hessian_chunk(
     network: Network, inputs: Any, targets: Tensor, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    tangents = network.split(directions)
+    tangents, axes = network.split(directions), sample_axes(inputs)
 
     def of_sample(sample: Any, target: Tensor) -> tuple[Tensor, Tensor]:
-        single = _with_batch_axis(sample)
+        single = with_batch_axis(sample, axes)
 
         def loss(parameters: Parameters) -> Tensor:
             return network.loss.losses(network.outputs(parameters, single), target[None])[0]
@@ -282,7 +260,8 @@ def _hessian_chunk(
 
         return vmap(along)(tangents)
 
-    return _vectorised(of_sample, inputs, targets)
+    with _explained():
+        return vmap(of_sample, in_dims=(axes, 0))(inputs, targets)
 
 
 def _dot(a: Parameters, b: Parameters) -> Tensor:

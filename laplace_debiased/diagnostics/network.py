@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from laplace_debiased.curvature.guards import batch_length, call_with, evaluation_mode, to_device
+from laplace_debiased.curvature.guards import batch_length, call_with, full_precision, to_device
+from laplace_debiased.curvature.lowrank import differentiable_kernels
+from laplace_debiased.curvature.lowrank.transforms import (
+    Parameters,
+    plain_inputs,
+    split_directions,
+)
 from laplace_debiased.data.rng import preserved_rng
 from laplace_debiased.likelihoods import LossModel, loss_model
-
-Parameters = dict[str, Tensor]
-_WORKING_DTYPES = (torch.float32, torch.float64)
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and kernels that forward-mode derivatives support; all restored after.
 
-    The fused attention kernels and the encoder's fast path know no forward mode, automatic casts
-    would change the precision of a measurement, and a reference loader that shuffles would draw
-    from the global generators.
+    The global generators too: a reference loader that shuffles draws from them.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    with (
-        evaluation_mode(model),
-        preserved_rng(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device, enabled=False),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
+    with preserved_rng(), differentiable_kernels(model), torch.enable_grad():
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +58,7 @@ class Network:
                 other than "classification" and "regression".
         """
         named = dict(model.named_parameters())
-        trainable = {n: _working_copy(p) for n, p in named.items() if p.requires_grad}
+        trainable = {n: full_precision(p.detach()) for n, p in named.items() if p.requires_grad}
         if not trainable:
             raise ValueError(
                 "the model has no trainable parameter (requires_grad=True), so there are no "
@@ -80,8 +67,8 @@ class Network:
         for name, value in trainable.items():
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"parameter {name!r} contains NaN or infinite values.")
-        fixed = {n: _working_copy(p) for n, p in named.items() if not p.requires_grad}
-        fixed |= {n: _working_copy(b) for n, b in model.named_buffers()}
+        fixed = {n: full_precision(p.detach()) for n, p in named.items() if not p.requires_grad}
+        fixed |= {n: full_precision(b.detach()) for n, b in model.named_buffers()}
         return cls(model, loss_model(likelihood), trainable, fixed, label_key)
 
     @property
@@ -141,11 +128,7 @@ class Network:
 
     def split(self, directions: Tensor) -> Parameters:
         """Columns of ``directions`` [P, k] as one tensor [k, *shape] per parameter."""
-        pieces = directions.T.split([value.numel() for value in self.parameters.values()], dim=1)
-        return {
-            name: piece.reshape(-1, *value.shape).to(value)
-            for (name, value), piece in zip(self.parameters.items(), pieces, strict=True)
-        }
+        return split_directions(directions, self.parameters)
 
     def pair(self, batch: object, role: str) -> tuple[Any, Tensor]:
         """Inputs and targets of a batch, on the parameters' device.
@@ -178,25 +161,5 @@ class Network:
             )
         if batch_length(inputs) == 0:
             raise ValueError(f"{role} is empty; it needs at least one sample.")
-        inputs = _plain_input(to_device(inputs, self.device), self.dtype)
-        return inputs, _plain_input(targets.to(self.device), self.dtype)
-
-
-def _working_copy(value: Tensor) -> Tensor:
-    value = value.detach()
-    if value.is_floating_point() and value.dtype not in _WORKING_DTYPES:
-        return value.float()
-    return value
-
-
-def _plain_input(value: Any, dtype: torch.dtype) -> Any:
-    """Tensors that derivatives can be taken through: no inference tensors, no half precision."""
-    if isinstance(value, Mapping):
-        return {key: _plain_input(entry, dtype) for key, entry in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_inference():
-        value = value.clone()
-    if value.is_floating_point() and value.dtype not in _WORKING_DTYPES:
-        return value.to(dtype)
-    return value
+        inputs = plain_inputs(to_device(inputs, self.device), self.dtype)
+        return inputs, plain_inputs(targets.to(self.device), self.dtype)

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import LossModel, SoftmaxCrossEntropy
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-
 
 def positive_value(name: str, value: object) -> object:
     """Return ``value`` if it is a positive, finite number or tensor of such.

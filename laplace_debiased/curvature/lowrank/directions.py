@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from laplace_debiased.curvature.guards import batch_length, select_rows
 from laplace_debiased.curvature.lowrank.network import differentiable_kernels
 from laplace_debiased.curvature.lowrank.rows import RowPass
+from laplace_debiased.curvature.lowrank.transforms import Parameters, directional_outputs
 
 
 class Route(Enum):
@@ -96,12 +96,15 @@ class DirectionPass:
         inputs = network.prepare(inputs)
         parameters, constants = network.parameters(), network.constants()
 
-        def along(tangent: dict[str, Tensor]) -> Tensor:
-            return jvp(lambda p: network.call(p, constants, inputs), (parameters,), (tangent,))[1]
+        def call(values: Parameters) -> Tensor:
+            return network.call(values, constants, inputs)
 
         width = self._chunk_directions(inputs)
         with differentiable_kernels(network.model), torch.no_grad():
-            pieces = [vmap(along)(network.split(part)) for part in self.basis.split(width, dim=1)]
+            pieces = [
+                directional_outputs(call, parameters, network.split(part))
+                for part in self.basis.split(width, dim=1)
+            ]
         return torch.cat(pieces).permute(1, 2, 0)
 
     def _cheaper(self, inputs: Any, n_columns: int) -> Route:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import FROZEN, Coverage
 from laplace_debiased.curvature.guards import (
+    HALF_DTYPES,
     batch_length,
     call_with,
     evaluation_mode,
+    full_precision,
     math_attention,
     model_lock,
     to_device,
+)
+from laplace_debiased.curvature.lowrank.transforms import (
+    Parameters,
+    plain_inputs,
+    split_directions,
 )
 from laplace_debiased.curvature.passes import check_outputs
 from laplace_debiased.data.inputs import (
@@ -27,9 +34,6 @@ from laplace_debiased.data.inputs import (
     explained_failure,
     logits_of,
 )
-
-Parameters = dict[str, Tensor]
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
@@ -76,7 +80,7 @@ class FunctionalNetwork:
         # Another thread may be running a sampled network, whose weights are in the model meanwhile.
         with model_lock(self.model):
             named = dict(self.model.named_parameters())
-        return {name: _widened(named[name].detach()) for name in self.names}
+        return {name: full_precision(named[name].detach()) for name in self.names}
 
     def constants(self) -> Parameters:
         """What has to replace the model's other entries: those in half precision."""
@@ -86,7 +90,7 @@ class FunctionalNetwork:
         return {
             name: value.detach().float()
             for name, value in entries
-            if name not in covered and value.dtype in _HALF_DTYPES
+            if name not in covered and value.dtype in HALF_DTYPES
         }
 
     @property
@@ -114,7 +118,7 @@ class FunctionalNetwork:
 
     def prepare(self, inputs: Any) -> Any:
         """Inputs on the model's device, as plain tensors that derivatives can be taken through."""
-        return _plain(to_device(inputs, self.device))
+        return plain_inputs(to_device(inputs, self.device))
 
     def call(self, parameters: Parameters, constants: Parameters, inputs: Any) -> Tensor:
         """Network outputs at some parameters.
@@ -147,47 +151,4 @@ class FunctionalNetwork:
 
     def split(self, directions: Tensor) -> Parameters:
         """Columns of ``directions`` [P, k] as one tensor [k, *shape] per parameter."""
-        parameters = self.parameters()
-        pieces = directions.T.split(self.sizes, dim=1)
-        return {
-            name: piece.reshape(-1, *value.shape).to(value)
-            for (name, value), piece in zip(parameters.items(), pieces, strict=True)
-        }
-
-
-def sample_axes(inputs: Any) -> Any:
-    """Which axis of a model's input runs over samples, for ``torch.vmap``."""
-    length = batch_length(inputs)
-    return _nested(lambda t: 0 if t.ndim and len(t) == length else None, inputs)
-
-
-def with_batch_axis(sample: Any, axes: Any) -> Any:
-    """One sample's input as a batch of one."""
-    if isinstance(sample, dict):
-        return {key: with_batch_axis(value, axes[key]) for key, value in sample.items()}
-    if isinstance(sample, tuple | list):
-        return type(sample)(with_batch_axis(v, a) for v, a in zip(sample, axes, strict=True))
-    return sample.unsqueeze(0) if axes == 0 else sample
-
-
-def _nested(function: Callable[[Tensor], Any], inputs: Any) -> Any:
-    """``function`` of every tensor in dicts, tuples and lists; None for what is none."""
-    if isinstance(inputs, dict):
-        return {key: _nested(function, value) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(_nested(function, value) for value in inputs)
-    return function(inputs) if isinstance(inputs, Tensor) else None
-
-
-def _widened(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in _HALF_DTYPES else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_plain(entry) for entry in value)
-    if not isinstance(value, Tensor):
-        return value
-    return _widened(value.clone() if value.is_inference() else value)
+        return split_directions(directions, self.parameters())

@@ -89,28 +89,57 @@ def lanczos_eigenpairs(
         raise ValueError(
             f"Lanczos finds fewer than all {size} eigenpairs; got rank={rank}. Use a smaller rank."
         )
+
+    def multiply(vector: np.ndarray) -> np.ndarray:
+        given = torch.from_numpy(vector).to(network.device, dtype)
+        return product(given).double().cpu().numpy()
+
+    try:
+        with tqdm(desc="[GGN products]", disable=not progress_bar) as bar:
+            values, vectors = arpack_eigenpairs(multiply, size, rank, dtype, seed, bar)
+    except ArpackNoConvergence as error:
+        raise NumericalError(
+            f"Lanczos found {len(error.eigenvalues)} of {rank} eigenpairs before its iteration "
+            "limit; ask for a smaller rank (eigenvalues far down are close together)."
+        ) from error
+    except ArpackError as error:
+        raise NumericalError(
+            "Lanczos cannot start: the curvature of the data is not finite, or it vanishes "
+            "(saturated predictions, or outputs that do not depend on the covered parameters)."
+        ) from error
+    return _above_noise(values, vectors, network)
+
+
+def arpack_eigenpairs(
+    product: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    k: int,
+    dtype: torch.dtype,
+    seed: int,
+    bar: tqdm,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k algebraically largest eigenvalues of a symmetric matrix, descending; eigenvectors.
+
+    Args:
+        product: from a vector [P] to its product with the matrix [P], in float64.
+        size: P.
+        k: number of eigenpairs, below P.
+        dtype: what the product is computed in; the tolerance follows from it.
+        seed: seed of the starting vector.
+        bar: counts products.
+
+    Raises:
+        ArpackError: as scipy says; ArpackNoConvergence if the iteration limit is reached.
+    """
+
+    def counted(vector: np.ndarray) -> np.ndarray:
+        bar.update()
+        return product(vector.ravel())
+
+    operator = LinearOperator((size, size), matvec=counted, dtype=np.float64)
     start = np.random.default_rng(seed).standard_normal(size)
-    with tqdm(desc="[GGN products]", disable=not progress_bar) as bar:
-
-        def multiply(vector: np.ndarray) -> np.ndarray:
-            bar.update()
-            given = torch.from_numpy(vector.ravel()).to(network.device, dtype)
-            return product(given).double().cpu().numpy()
-
-        operator = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
-        try:
-            values, vectors = eigsh(operator, k=rank, which="LA", v0=start, tol=_TOLERANCE[dtype])
-        except ArpackNoConvergence as error:
-            raise NumericalError(
-                f"Lanczos found {len(error.eigenvalues)} of {rank} eigenpairs before its iteration "
-                "limit; ask for a smaller rank (eigenvalues far down are close together)."
-            ) from error
-        except ArpackError as error:
-            raise NumericalError(
-                "Lanczos cannot start: the curvature of the data is not finite, or it vanishes "
-                "(saturated predictions, or outputs that do not depend on the covered parameters)."
-            ) from error
-    return _above_noise(values[::-1].copy(), vectors[:, ::-1].copy(), network)
+    values, vectors = eigsh(operator, k=k, which="LA", v0=start, tol=_TOLERANCE[dtype])
+    return values[::-1].copy(), vectors[:, ::-1].copy()
 
 
 def _above_noise(values: np.ndarray, vectors: np.ndarray, network: FunctionalNetwork) -> Eigenpairs:

@@ -14,16 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
 
 from laplace_debiased.curvature.guards import batch_length, select_rows
-from laplace_debiased.curvature.lowrank.network import (
-    FunctionalNetwork,
-    Parameters,
-    differentiable_kernels,
-    sample_axes,
-    with_batch_axis,
-)
+from laplace_debiased.curvature.lowrank.network import FunctionalNetwork, differentiable_kernels
+from laplace_debiased.curvature.lowrank.transforms import Parameters, sample_rows
 from laplace_debiased.data.inputs import tensor_shapes
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
@@ -138,18 +132,12 @@ class RowPass:
             )
 
     def _vectorised(self, inputs: Any, columns: Tensor) -> Tensor:
-        network, axes = self.network, sample_axes(inputs)
-        parameters, constants = network.parameters(), network.constants()
+        network, constants = self.network, self.network.constants()
 
-        def rows_of_sample(sample: Any, cotangents: Tensor) -> Parameters:
-            single = with_batch_axis(sample, axes)
-            pull = vjp(lambda p: network.call(p, constants, single)[0], parameters)[1]
-            return vmap(lambda column: pull(column)[0], in_dims=1)(cotangents)
+        def call(parameters: Parameters, sample: Any) -> Tensor:
+            return network.call(parameters, constants, sample)
 
-        found = vmap(rows_of_sample, in_dims=(axes, 0))(inputs, columns)
-        n, _, width = columns.shape
-        parts = [found[name].reshape(n, width, -1) for name in network.names]
-        return torch.cat(parts, -1).to(network.dtype)
+        return sample_rows(call, network.parameters(), inputs, columns).to(network.dtype)
 
     def _looped(self, inputs: Any, columns: Tensor, differentiable: bool) -> Tensor:
         network = self.network

@@ -140,7 +140,7 @@ def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
         rows: Z [q, P].
         directions: coefficients and the eigenvalues that the result has.
     """
-    basis = _combine(rows, directions.coefficients)
+    basis = combined_rows(rows, directions.coefficients)
     overlap = gram_matrix(basis.T)
     identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
     if float((overlap - identity).abs().max()) <= _ORTHONORMAL[basis.dtype]:
@@ -149,7 +149,7 @@ def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
     core = lower.T @ (directions.eigenvalues[:, None] * lower)
     values, rotation = torch.linalg.eigh((core + core.T) / 2)
     rotation = torch.linalg.solve_triangular(lower.T, rotation.flip(1), upper=True)
-    return Eigenpairs(_combine(basis.T, rotation), values.flip(0).clamp_min(0.0))
+    return Eigenpairs(combined_rows(basis.T, rotation), values.flip(0).clamp_min(0.0))
 
 
 def matrix_average(parts: Sequence[JoinedPart], rank: int | None = None) -> Eigenpairs:
@@ -179,7 +179,7 @@ def core_root(core: Tensor, share: float) -> Tensor:
     return vectors * values.clamp_min(0.0).sqrt()
 
 
-def _combine(rows: Tensor, coefficients: Tensor) -> Tensor:
+def combined_rows(rows: Tensor, coefficients: Tensor) -> Tensor:
     """Zᵀ A [P, k] in the dtype of the rows, accumulated in float64."""
     result = rows.new_empty((rows.shape[1], coefficients.shape[1]))
     width = _block_width(len(rows))
