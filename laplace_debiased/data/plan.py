@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from laplace_debiased.data.inputs import select_rows
+
 __all__ = ["Batch", "CurvaturePlan", "Draws", "PoolScores", "Source"]
 
 
@@ -59,6 +61,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.folds)
+
+    def select(self, rows: Tensor | slice) -> Batch:
+        """Those samples; without inputs where there are none."""
+        return Batch(
+            None if self.inputs is None else select_rows(self.inputs, rows),
+            self.targets[rows],
+            self.folds[rows],
+            self.counts[rows],
+            self.weights[rows],
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, layers_of
-from laplace_debiased.curvature.guards import select_rows, to_device
+from laplace_debiased.curvature.guards import to_device
 from laplace_debiased.data import Batch, CurvaturePlan, preserved_rng
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import Fisher
@@ -118,7 +118,7 @@ class BackendFactors:
             desc="[Kronecker factors]",
         ):
             for fold in batch.folds.unique().tolist():
-                part = _of_fold(batch, fold)
+                part = batch.select((batch.folds == fold).nonzero().squeeze(-1))
                 with preserved_rng(self.seed + _SEED_STEP * n_calls), torch.enable_grad():
                     part_loss, factors, n_outputs = self._call(engine, model, part, n_calls)
                 n_calls += 1
@@ -184,16 +184,3 @@ def block_shape(parameter: Tensor) -> tuple[int, ...]:
     if parameter.ndim == 1:
         return (len(parameter),)
     return (len(parameter), parameter[0].numel())
-
-
-def _of_fold(batch: Batch, fold: int) -> Batch:
-    index = (batch.folds == fold).nonzero().squeeze(-1)
-    if len(index) == len(batch):
-        return batch
-    return Batch(
-        select_rows(batch.inputs, index),
-        batch.targets[index],
-        batch.folds[index],
-        batch.counts[index],
-        batch.weights[index],
-    )

@@ -53,6 +53,7 @@ from laplace_debiased.posterior.fitting import (
 )
 from laplace_debiased.posterior.resuming import opened_checkpoint
 from laplace_debiased.posterior.state import kron_from_state, kron_to_state
+from laplace_debiased.posterior.walking import first_inputs_of_plan
 from laplace_debiased.predictive import (
     NamedBlocks,
     OutputCovariance,
@@ -192,15 +193,11 @@ class KronPosterior(FittedPosterior):
 
     def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
         """Coverage after one look at how the network uses its layers."""
-        batches = plan.batches()
-        try:
-            first = next(batches)
-        finally:
-            batches.close()  # type: ignore[attr-defined]
+        inputs = first_inputs_of_plan(plan)
         model = self._covered_model
         layers = layers_of(model, self._static_coverage.covered)
         with model_lock(model), requiring_grad(self._tensors_of(self._static_coverage)):
-            problems = layer_problems(model, layers, first.inputs)
+            problems = layer_problems(model, layers, inputs)
         coverage = self._static_coverage.without(problems)
         coverage.require(strict=self._settings.strict)
         check_prior_length(self.prior_precision, coverage.covered, coverage.n_covered)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.curvature.guards import evaluation_mode, model_lock, select_rows, to_device
-from laplace_debiased.data import CurvaturePlan, preserved_rng, split_batch
+from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.data.inputs import calling_by_signature
-from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.budget import RECOMMENDED_LAST_LAYER_SAMPLES
@@ -25,6 +24,7 @@ from laplace_debiased.posterior.checks import check_last_layer_name, check_prior
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
 from laplace_debiased.posterior.kron_base import KronPosterior
+from laplace_debiased.posterior.walking import first_inputs_of_loader
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
 
 
@@ -64,11 +64,7 @@ class LastLayerPosterior(DebiasedPosterior):
     def _candidates(self, request: FitRequest) -> Coverage:
         """Find the last layer, if it is not known yet, from one sample of the loader."""
         if self.model.last_layer is None:
-            with preserved_rng(generators=loader_generators(request.train_loader)):
-                batch = next(iter(request.train_loader), None)
-            if batch is None:
-                raise ValueError("train_loader is empty.")
-            inputs, _ = split_batch(batch, self.dict_key_y)
+            inputs = first_inputs_of_loader(request.train_loader, self.dict_key_y)
             self.model.set_last_layer(self._find_last_layer_name(inputs))
             coverage = self._last_layer_coverage()
             if self._settings.backend is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from laplace.baselaplace import ParametricLaplace
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.guards import exact_arithmetic
 from laplace_debiased.curvature.lowrank import FunctionalNetwork, RowPass, parameter_coverage
-from laplace_debiased.data import CurvaturePlan, preserved_rng
+from laplace_debiased.data import preserved_rng
 from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import LowRank
@@ -27,6 +26,7 @@ from laplace_debiased.posterior.lowrank_budget import automatic_budget, checked_
 from laplace_debiased.posterior.lowrank_estimation import LowRankEstimator
 from laplace_debiased.posterior.lowrank_fitting import FittedLowRank, fit_low_rank
 from laplace_debiased.posterior.lowrank_state import low_rank_from_state, low_rank_to_state
+from laplace_debiased.posterior.walking import first_inputs_of_plan
 from laplace_debiased.predictive import OutputCovariance
 from laplace_debiased.predictive.lowrank import (
     WhitenedFrame,
@@ -151,7 +151,7 @@ class LowRankPosterior(FittedPosterior):
                 request = replace(request, n_samples=budget)
             exclude = previous.drawn if previous is not None and budget is not None else frozenset()
             plan = make_plan(request, options, exclude, scorer(row_pass, self._loss_model))
-            row_pass.check_samples_are_independent(_first_inputs(plan))
+            row_pass.check_samples_are_independent(first_inputs_of_plan(plan))
             estimator = LowRankEstimator(
                 row_pass, self._loss_model, options, self._settings.rank, seed, progress_bar
             )
@@ -306,11 +306,3 @@ class LowRankPosterior(FittedPosterior):
 
     _to_state = staticmethod(low_rank_to_state)
     _from_state = staticmethod(low_rank_from_state)
-
-
-def _first_inputs(plan: CurvaturePlan) -> Any:
-    batches = plan.batches()
-    try:
-        return next(batches).inputs
-    finally:
-        batches.close()  # type: ignore[attr-defined]

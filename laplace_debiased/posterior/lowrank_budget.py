@@ -8,10 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature.lowrank import RowPass
-from laplace_debiased.data import loader_length, preserved_rng, split_batch
-from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.data import loader_length
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import CurvatureOptions, Fisher
+from laplace_debiased.posterior.walking import first_inputs_of_loader
 
 ROW_BUDGETS = 4
 """The rows of the Gram route may take so many times the byte budget of a pass. They are as large as
@@ -57,12 +57,7 @@ def automatic_budget(
     Raises:
         ValueError: if the loader is empty, or not even one sample per fold fits.
     """
-    with preserved_rng(generators=loader_generators(loader)):
-        batch = next(iter(loader), None)
-    if batch is None:
-        raise ValueError("train_loader is empty.")
-    inputs, _ = split_batch(batch, dict_key_y)
-    outputs = row_pass.outputs(inputs)[:1]
+    outputs = row_pass.outputs(first_inputs_of_loader(loader, dict_key_y))[:1]
     match options.fisher:
         case Fisher.MC:
             n_columns = options.mc_samples

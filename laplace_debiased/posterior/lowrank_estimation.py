@@ -32,7 +32,6 @@ from laplace_debiased.data import (
     CurvaturePlan,
     Draws,
     draw_coefficients,
-    magnitude_coefficients,
     ratio_factor,
 )
 from laplace_debiased.debiasing import Measurement, scheme_plan
@@ -40,6 +39,7 @@ from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes
 from laplace_debiased.posterior.checks import require_labels, require_logits, rows_sum_to_one
 from laplace_debiased.posterior.lowrank_budget import fits_gram, max_gram_samples
+from laplace_debiased.posterior.walking import coefficients_of, effective_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +109,7 @@ class Survey:
     def effective_samples(self) -> float:
         """(Σ w h)² / Σ (w h)² over draws, h the trace of each sample's loss Hessian."""
         traces = self.loss.hessian_trace(self.outputs, self.targets).double().cpu()
-        shares, counts = traces * self.draws.weights, self.draws.counts
-        squares = float((counts * shares.square()).sum())
-        total = float(counts.sum())
-        return float((counts * shares).sum()) ** 2 / squares if squares > 0 else total
+        return effective_samples((traces * self.draws.weights).repeat_interleave(self.draws.counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,10 +250,9 @@ class LowRankEstimator:
 
     def _coefficients(self, plan: CurvaturePlan, step: Measurement, part: Batch | Draws) -> Tensor:
         """Coefficients c [m] with λ = Σ_n c_n x_n along a measurement's directions."""
-        if step.direction_folds == step.magnitude_folds:
-            return draw_coefficients(plan, part, step.magnitude_folds)
-        value = magnitude_coefficients(plan, part, step.direction_folds)
-        if self.options.ratio_step and plan.pool is not None:
+        value = coefficients_of(plan, step, part)
+        held_out = step.direction_folds != step.magnitude_folds
+        if held_out and self.options.ratio_step and plan.pool is not None:
             value = value * ratio_factor(plan, step.direction_folds)
         return value
 

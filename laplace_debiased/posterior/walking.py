@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.guards import select_rows
 from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.data import (
     Batch,
     CurvaturePlan,
+    Draws,
     draw_coefficients,
     magnitude_coefficients,
+    preserved_rng,
+    split_batch,
 )
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.debiasing import Measurement
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.posterior.checks import rows_sum_to_one
@@ -52,6 +56,28 @@ class Tally:
         self.sums_to_one.append(rows_sum_to_one(outputs))
 
 
+def first_inputs_of_loader(loader: Any, dict_key_y: str) -> Any:
+    """Model inputs of a training loader's first batch; its generators are left as they were.
+
+    Raises:
+        ValueError: if the loader is empty.
+    """
+    with preserved_rng(generators=loader_generators(loader)):
+        batch = next(iter(loader), None)
+    if batch is None:
+        raise ValueError("train_loader is empty.")
+    return split_batch(batch, dict_key_y)[0]
+
+
+def first_inputs_of_plan(plan: CurvaturePlan) -> Any:
+    """Model inputs of a plan's first batch."""
+    batches = plan.batches()
+    try:
+        return next(batches).inputs
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+
+
 def effective_samples(shares: Tensor) -> float:
     """(Σ s)² / Σ s² of non-negative shares."""
     squares = float(shares.square().sum())
@@ -74,25 +100,13 @@ def by_fold(batch: Batch) -> Batch:
     """The batch with its samples in the order of their folds, so that a fold is a slice."""
     if bool((batch.folds.diff() >= 0).all()):
         return batch
-    order = batch.folds.argsort(stable=True)
-    return Batch(
-        select_rows(batch.inputs, order),
-        batch.targets[order],
-        batch.folds[order],
-        batch.counts[order],
-        batch.weights[order],
-    )
+    return batch.select(batch.folds.argsort(stable=True))
 
 
 def rows_of(batch: Batch, rows: slice, device: torch.device) -> Batch:
     """A chunk's share of a batch, without the inputs; targets on the device of the outputs."""
-    return Batch(
-        None,
-        batch.targets[rows].to(device),
-        batch.folds[rows],
-        batch.counts[rows],
-        batch.weights[rows],
-    )
+    part = replace(batch, inputs=None).select(rows)
+    return replace(part, targets=part.targets.to(device))
 
 
 def fold_slices(folds: Tensor) -> list[tuple[int, slice]]:
@@ -111,7 +125,7 @@ def nonzero_slice(coefficients: Tensor) -> slice | None:
     return slice(int(index[0]), int(index[-1]) + 1) if len(index) else None
 
 
-def coefficients_of(plan: CurvaturePlan, measurement: Measurement, part: Batch) -> Tensor:
+def coefficients_of(plan: CurvaturePlan, measurement: Measurement, part: Batch | Draws) -> Tensor:
     """Coefficients c [m] with λ = Σ_n c_n x_n along a measurement's directions.
 
     Where directions and magnitudes share their folds (``single``) this is the plain mean over
