@@ -15,7 +15,7 @@ from laplace_debiased.curvature import Coverage
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.options import CurvatureOptions
 from laplace_debiased.persistence import ModelWatch
-from laplace_debiased.posterior.checks import positive_value
+from laplace_debiased.posterior.checks import check_weights, positive_value
 from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.fitting import FitRequest, resolve_scheme
 from laplace_debiased.posterior.tunable import TunablePosterior
@@ -82,6 +82,19 @@ class FittedPosterior(TunablePosterior):
         scheme = resolve_scheme(settings.scheme, settings.options.scheme, request)
         folds = settings.options.folds if request.magnitude_loader is None else 2
         return replace(settings.options, scheme=scheme, folds=folds)
+
+    def _begin(self, request: FitRequest) -> tuple[CurvatureOptions, Any, ModelWatch]:
+        """Options with the scheme resolved, the fit to add to if any, and a watch over the model.
+
+        Raises:
+            ValueError: if the arguments contradict each other.
+            NumericalError: for weights that are not finite.
+            ModelChangedError: if the fit to add to was made at other weights.
+        """
+        options = self._resolved_options(request)
+        check_weights(self._covered_model)
+        previous = None if request.override else self._fitted
+        return options, previous, self._watch_over(adding=previous is not None)
 
     def _take_over(self, fitted: Any, coverage: Coverage, watch: ModelWatch) -> None:
         """Adopt a finished fit, and the σ of its residuals where the posterior was asked to."""

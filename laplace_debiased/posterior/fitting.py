@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from laplace_debiased.posterior.estimation import (
 
 MAX_POOL_SIZE = 8_192
 """Cap on the pool of curvature sampling: one forward pass over it is part of the fit."""
+
+
+AnyEstimate = TypeVar("AnyEstimate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class FitRequest:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedKron:
+class Fitted(Generic[AnyEstimate]):
     """A fit that can be added to: the estimate, and what it stands for.
 
     Attributes:
@@ -68,11 +71,14 @@ class FittedKron:
         drawn: dataset indices that a budget has drawn so far.
     """
 
-    estimate: KronEstimate
+    estimate: AnyEstimate
     n_data: int
     scheme: Scheme
     names: tuple[str, ...]
     drawn: frozenset[int]
+
+
+FittedKron: TypeAlias = Fitted[KronEstimate]
 
 
 class FirstWalk(Protocol):
@@ -106,10 +112,16 @@ def resolve_scheme(asked: Scheme | None, default: Scheme, request: FitRequest) -
 def make_plan(
     request: FitRequest,
     options: CurvatureOptions,
-    exclude: frozenset[int],
+    previous: Fitted[Any] | None,
     score: Callable[[Any, Tensor], tuple[Tensor, Tensor]],
 ) -> CurvaturePlan:
-    """Which samples a fit looks at. ``options.scheme`` is resolved.
+    """Which samples a fit looks at.
+
+    Args:
+        request: the arguments of the fit.
+        options: the choices; the scheme is resolved.
+        previous: the fit that this one adds to; a budget draws none of its samples again.
+        score: gives the trace of the loss Hessian and the loss of every sample of a batch.
 
     Raises:
         ValueError, TypeError: as the data room says, for budgets, loaders and sizes.
@@ -122,6 +134,9 @@ def make_plan(
             seed=request.seed,
             dict_key_y=request.dict_key_y,
         )
+    exclude: frozenset[int] = frozenset()
+    if previous is not None and request.n_samples is not None:
+        exclude = previous.drawn
     n_folds, fractions = options.n_folds, options.fold_fractions
     if options.sampling is Sampling.CURVATURE and _is_a_share(request, exclude):
         assert request.n_samples is not None
@@ -200,8 +215,8 @@ def fit_kron(
         statistics = replace(statistics, mean_loss=float(plan.pool.losses.mean()))
     if previous is None:
         estimate = joined_estimate(statistics, options, plan.fold_sizes, estimator, plan)
-        drawn = _drawn(plan, request)
-        return FittedKron(estimate, plan.n_data, options.scheme, names, drawn)
+        drawn = drawn_indices(plan, request)
+        return Fitted(estimate, plan.n_data, options.scheme, names, drawn)
     _check_can_add(previous, plan, options, names)
     same_n = request.n_samples is not None
     old_weight = previous.estimate.n_samples if same_n else previous.n_data
@@ -231,16 +246,17 @@ def fit_kron(
         replace(fold, n_samples=fold.n_samples * n_samples / (old_weight + new_weight))
         for fold in merged.factors
     )
-    return FittedKron(
+    return Fitted(
         replace(estimate, n_samples=n_samples, folds=folds),
         previous.n_data if same_n else previous.n_data + plan.n_data,
         options.scheme,
         names,
-        previous.drawn | _drawn(plan, request),
+        previous.drawn | drawn_indices(plan, request),
     )
 
 
-def _drawn(plan: CurvaturePlan, request: FitRequest) -> frozenset[int]:
+def drawn_indices(plan: CurvaturePlan, request: FitRequest) -> frozenset[int]:
+    """Dataset indices that a plan's budget has drawn; none without a budget."""
     if request.n_samples is None or plan.indices is None:
         return frozenset()
     return frozenset(index for fold in plan.indices for index in fold.tolist())

@@ -37,7 +37,6 @@ from laplace_debiased.posterior.budget import RECOMMENDED_SAMPLES, kron_budget
 from laplace_debiased.posterior.checks import (
     check_prior_length,
     check_prior_mean,
-    check_weights,
     positive_value,
 )
 from laplace_debiased.posterior.configure import Settings
@@ -159,10 +158,7 @@ class KronPosterior(FittedPosterior):
             progress_bar,
             self.dict_key_y,
         )
-        options = self._resolved_options(request)
-        check_weights(self._covered_model)
-        previous = None if override else self._fitted
-        watch = self._watch_over(adding=previous is not None)
+        options, previous, watch = self._begin(request)
         # What a fit keeps must not be inference tensors, even where the caller is in that mode.
         with (
             preserved_rng(seed),
@@ -172,11 +168,10 @@ class KronPosterior(FittedPosterior):
         ):
             curvature_pass = self._make_pass(self._candidates(request))
             kept = opened_checkpoint(self, checkpoint, checkpoint_interval, request, options, watch)
-            exclude = previous.drawn if previous is not None and budget is not None else frozenset()
             score = scorer(curvature_pass, self._loss_model)
             if kept is not None:
                 score = kept.scored(score)
-            plan = make_plan(request, options, exclude, score)
+            plan = make_plan(request, options, previous, score)
             coverage = self._inspected_coverage(plan)
             if kept is not None:
                 kept.bind(plan, covered=list(coverage.covered))

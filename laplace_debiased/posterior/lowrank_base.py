@@ -18,7 +18,7 @@ from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import LowRank
 from laplace_debiased.persistence import ModelWatch
 from laplace_debiased.posterior.base import Inputs
-from laplace_debiased.posterior.checks import check_prior_mean, check_weights, positive_value
+from laplace_debiased.posterior.checks import check_prior_mean, positive_value
 from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.fitted import FittedPosterior
 from laplace_debiased.posterior.fitting import FitRequest, make_plan, scorer
@@ -133,10 +133,7 @@ class LowRankPosterior(FittedPosterior):
             progress_bar,
             self.dict_key_y,
         )
-        options = self._resolved_options(request)
-        check_weights(self._covered_model)
-        previous = None if override else self._fitted
-        watch = self._watch_over(adding=previous is not None)
+        options, previous, watch = self._begin(request)
         with (
             preserved_rng(seed),
             torch.inference_mode(False),
@@ -149,8 +146,7 @@ class LowRankPosterior(FittedPosterior):
                 loss, key = self._loss_model, self.dict_key_y
                 budget = automatic_budget(train_loader, row_pass, loss, options, n_data, key)
                 request = replace(request, n_samples=budget)
-            exclude = previous.drawn if previous is not None and budget is not None else frozenset()
-            plan = make_plan(request, options, exclude, scorer(row_pass, self._loss_model))
+            plan = make_plan(request, options, previous, scorer(row_pass, self._loss_model))
             row_pass.check_samples_are_independent(first_inputs_of_plan(plan))
             estimator = LowRankEstimator(
                 row_pass, self._loss_model, options, self._settings.rank, seed, progress_bar

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TypeAlias
 
 from laplace_debiased.curvature.lowrank import JoinedPart, matrix_average
 from laplace_debiased.data import CurvaturePlan
-from laplace_debiased.options import Scheme
-from laplace_debiased.posterior.fitting import FitRequest
+from laplace_debiased.posterior.fitting import FitRequest, Fitted, drawn_indices
 from laplace_debiased.posterior.lowrank_estimation import LowRankEstimate, LowRankEstimator
 
-
-@dataclass(frozen=True, eq=False)
-class FittedLowRank:
-    """A fit that can be added to: the estimate, and what it stands for.
-
-    Attributes:
-        estimate: per-sample means.
-        n_data: N.
-        scheme: the scheme, resolved.
-        names: covered parameters.
-        drawn: dataset indices that a budget has drawn so far.
-    """
-
-    estimate: LowRankEstimate
-    n_data: int
-    scheme: Scheme
-    names: tuple[str, ...]
-    drawn: frozenset[int]
+FittedLowRank: TypeAlias = Fitted[LowRankEstimate]
 
 
 def fit_low_rank(
@@ -47,9 +30,9 @@ def fit_low_rank(
     """
     if previous is not None and previous.names != names:
         raise ValueError("override=False needs the same covered parameters as the earlier fit.")
-    estimate, drawn = estimator.estimate(plan), _drawn(plan, request)
+    estimate, drawn = estimator.estimate(plan), drawn_indices(plan, request)
     if previous is None:
-        return FittedLowRank(estimate, plan.n_data, estimator.options.scheme, names, drawn)
+        return Fitted(estimate, plan.n_data, estimator.options.scheme, names, drawn)
     old, same_n = previous.estimate, request.n_samples is not None
     old_weight = old.n_samples if same_n else previous.n_data
     new_weight = estimate.n_samples if same_n else plan.n_data
@@ -69,10 +52,4 @@ def fit_low_rank(
         n_samples=old.n_samples + estimate.n_samples,
     )
     n_data = previous.n_data if same_n else previous.n_data + plan.n_data
-    return FittedLowRank(joined, n_data, estimator.options.scheme, names, previous.drawn | drawn)
-
-
-def _drawn(plan: CurvaturePlan, request: FitRequest) -> frozenset[int]:
-    if request.n_samples is None or plan.indices is None:
-        return frozenset()
-    return frozenset(index for fold in plan.indices for index in fold.tolist())
+    return Fitted(joined, n_data, estimator.options.scheme, names, previous.drawn | drawn)

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from laplace_debiased.curvature.lowrank import Eigenpairs
-from laplace_debiased.options import Scheme, parse_choice
 from laplace_debiased.posterior.lowrank_estimation import LowRankEstimate
-from laplace_debiased.posterior.lowrank_fitting import FittedLowRank
 from laplace_debiased.posterior.state import (
-    adopt_common_state,
+    adopt_state,
     check_common_state,
     common_state,
-    watch_from_state,
 )
 
 if TYPE_CHECKING:
@@ -22,17 +19,11 @@ if TYPE_CHECKING:
 
 def low_rank_to_state(posterior: DebiasedLowRankLaplace) -> dict[str, Any]:
     """State of a low-rank posterior."""
-    fitted = posterior._fitted
-    assert fitted is not None
-    estimate = fitted.estimate
+    assert posterior._fitted is not None
+    estimate = posterior._fitted.estimate
     return common_state(posterior) | {
         "H": [estimate.pairs.basis.clone(), estimate.pairs.eigenvalues.clone()],
         "comparisons": [[own.clone(), other.clone()] for own, other in estimate.comparisons],
-        "mean_loss": estimate.mean_loss,
-        "n_samples": estimate.n_samples,
-        "effective_samples": estimate.effective_samples,
-        "scheme": fitted.scheme.value,
-        "drawn": sorted(fitted.drawn),
     }
 
 
@@ -45,7 +36,7 @@ def low_rank_from_state(
         ValueError: if the state does not fit; nothing is changed then.
     """
     check_common_state(posterior, state)
-    names, device = tuple(state["covered"]), posterior._device
+    device = posterior._device
     basis, eigenvalues = (tensor.to(device) for tensor in state["H"])
     if basis.ndim != 2 or basis.shape != (len(state["mean"]), len(eigenvalues)):
         raise ValueError(
@@ -60,8 +51,4 @@ def low_rank_from_state(
         int(state["n_samples"]),
         state.get("effective_samples"),
     )
-    scheme = parse_choice(Scheme, state["scheme"], "scheme")
-    fitted = FittedLowRank(estimate, int(state["n_data"]), scheme, names, frozenset(state["drawn"]))
-    watch = watch_from_state(posterior, state, check_weights=check_weights)
-    posterior._adopt(fitted, posterior._coverage_from_names(names, state["excluded"]), watch)
-    adopt_common_state(posterior, state)
+    adopt_state(posterior, state, estimate, check_weights=check_weights)

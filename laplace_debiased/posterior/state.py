@@ -15,7 +15,7 @@ from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.options import Scheme, parse_choice
 from laplace_debiased.persistence import ModelFingerprint, ModelWatch, fingerprint
 from laplace_debiased.posterior.estimation import KronEstimate
-from laplace_debiased.posterior.fitting import FittedKron
+from laplace_debiased.posterior.fitting import Fitted
 from laplace_debiased.posterior.tuning import TuningResult
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ Block = TypeVar("Block", BlockBasis, BlockFactors)
 
 def common_state(posterior: Any) -> dict[str, Any]:
     """The entries that every posterior's state has, laplace-torch's among them."""
+    fitted: Fitted[Any] = posterior._fitted
     return {
         "version": STATE_VERSION,
         "cls_name": type(posterior).__name__,
@@ -49,6 +50,11 @@ def common_state(posterior: Any) -> dict[str, Any]:
         else posterior.tuned_link_approx.value,
         "tuning_result": _tuning_to_state(getattr(posterior, "tuning_result", None)),
         "model": posterior._watch.reference.to_state(),
+        "mean_loss": fitted.estimate.mean_loss,
+        "n_samples": fitted.estimate.n_samples,
+        "effective_samples": fitted.estimate.effective_samples,
+        "scheme": fitted.scheme.value,
+        "drawn": sorted(fitted.drawn),
     }
 
 
@@ -111,7 +117,7 @@ def watch_from_state(
             "this state was made by an early version, which did not record its model: whether the "
             "weights are the right ones cannot be checked. Save it again to record them.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return ModelWatch(present)
     stored = ModelFingerprint.from_state(state["model"])
@@ -127,8 +133,29 @@ def watch_from_state(
     return ModelWatch(present)
 
 
-def adopt_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
-    """Set what every state holds; call after everything was checked."""
+def adopt_state(
+    posterior: Any, state: Mapping[str, Any], estimate: Any, *, check_weights: bool
+) -> None:
+    """Take over an estimate and what else a state holds; the posterior's own part is checked.
+
+    Args:
+        posterior: the posterior with its model.
+        state: the state.
+        estimate: the curvature that it holds.
+        check_weights: as in :func:`watch_from_state`.
+
+    Raises:
+        ValueError: as :func:`watch_from_state`; nothing is changed then.
+    """
+    names, scheme = tuple(state["covered"]), parse_choice(Scheme, state["scheme"], "scheme")
+    fitted = Fitted(estimate, int(state["n_data"]), scheme, names, frozenset(state["drawn"]))
+    coverage = posterior._coverage_from_names(names, state["excluded"])
+    watch = watch_from_state(posterior, state, check_weights=check_weights)
+    posterior._adopt(fitted, coverage, watch)
+    _adopt_hyper_parameters(posterior, state)
+
+
+def _adopt_hyper_parameters(posterior: Any, state: Mapping[str, Any]) -> None:
     from laplace.utils.enums import LinkApprox
 
     device, dtype = posterior._device, posterior._dtype
@@ -159,19 +186,13 @@ def _tuning_from_state(state: Mapping[str, Any] | None) -> TuningResult | None:
 
 def kron_to_state(posterior: KronPosterior) -> dict[str, Any]:
     """State of a Kronecker posterior."""
-    fitted = posterior._fitted
-    assert fitted is not None
-    estimate = fitted.estimate
+    assert posterior._fitted is not None
+    estimate = posterior._fitted.estimate
     return common_state(posterior) | {
         "H": [_block_to_state(block) for block in estimate.basis],
         "tables": [table.detach().clone() for table in estimate.tables],
         "folds": [_factors_to_state(fold) for fold in estimate.folds],
         "comparisons": [[list(own), list(other)] for own, other in estimate.comparisons],
-        "mean_loss": estimate.mean_loss,
-        "n_samples": estimate.n_samples,
-        "effective_samples": estimate.effective_samples,
-        "scheme": fitted.scheme.value,
-        "drawn": sorted(fitted.drawn),
     }
 
 
@@ -207,12 +228,7 @@ def kron_from_state(
         int(state["n_samples"]),
         state.get("effective_samples"),
     )
-    scheme = parse_choice(Scheme, state["scheme"], "scheme")
-    fitted = FittedKron(estimate, int(state["n_data"]), scheme, names, frozenset(state["drawn"]))
-    coverage = posterior._coverage_from_names(names, state["excluded"])
-    watch = watch_from_state(posterior, state, check_weights=check_weights)
-    posterior._adopt(fitted, coverage, watch)
-    adopt_common_state(posterior, state)
+    adopt_state(posterior, state, estimate, check_weights=check_weights)
 
 
 def _block_to_state(block: BlockBasis | BlockFactors) -> dict[str, Any]:
