@@ -57,12 +57,31 @@ class FittedPosterior(TunablePosterior):
     def _adopt(self, fitted: Any, coverage: Coverage, watch: ModelWatch) -> None:
         """Take over a finished estimate; nothing in it can fail half-way."""
 
+    @abstractmethod
+    def _check_prior_length(self, value: object) -> None:
+        """Refuse a prior precision that does not fit the coverage."""
+
     def _configure(self, settings: Settings, coverage: Coverage) -> None:
         self._settings = settings
         self.likelihood = settings.likelihood
         self._static_coverage = coverage
         self._fitted = None
         self._set_coverage(coverage)
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Prior precision δ: [1], or one entry per covered parameter tensor; low rank: or [P]."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, prior_precision: float | Tensor) -> None:
+        value = positive_value("prior_precision", prior_precision)
+        if not hasattr(self, "coverage"):  # under construction, or the last layer is not known yet
+            prior = torch.as_tensor(value, dtype=self._dtype).detach()
+            self._prior_precision = prior.reshape(-1)
+            return
+        self._check_prior_length(value)
+        ParametricLaplace.prior_precision.fset(self, value)
 
     @property
     def sigma_noise(self) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from laplace.baselaplace import KronLaplace
 from laplace.utils.matrix import Kron
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import (
@@ -37,7 +36,6 @@ from laplace_debiased.posterior.budget import RECOMMENDED_SAMPLES, kron_budget
 from laplace_debiased.posterior.checks import (
     check_prior_length,
     check_prior_mean,
-    positive_value,
 )
 from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.estimation import KronEstimate, KronEstimator
@@ -79,20 +77,8 @@ class KronPosterior(FittedPosterior):
 
     # -- hyper-parameters ------------------------------------------------------------------
 
-    @property
-    def prior_precision(self) -> Tensor:
-        """Prior precision δ: [1], or one entry per covered parameter tensor."""
-        return self._prior_precision
-
-    @prior_precision.setter
-    def prior_precision(self, prior_precision: float | Tensor) -> None:
-        value = positive_value("prior_precision", prior_precision)
-        if not hasattr(self, "coverage"):  # under construction, or the last layer is not known yet
-            prior = torch.as_tensor(value, dtype=self._dtype).detach()
-            self._prior_precision = prior.reshape(-1)
-            return
+    def _check_prior_length(self, value: object) -> None:
         check_prior_length(value, self.coverage.covered, self.n_params)
-        KronLaplace.prior_precision.fset(self, value)
 
     def _diagonal_prior(self, start: Tensor) -> Tensor:
         raise ValueError(
@@ -232,7 +218,7 @@ class KronPosterior(FittedPosterior):
             self._settings.backend,
             self._backend_kwargs,
             self._asdl_fisher_kwargs,
-            lambda: isolated_copy(self.model, coverage),
+            lambda: self._isolated_model(coverage),
             coverage.covered,
             tuple(block_shape(parameter) for parameter in self._tensors_of(coverage)),
             self.likelihood,
@@ -241,6 +227,10 @@ class KronPosterior(FittedPosterior):
             request.seed,
             request.progress_bar,
         )
+
+    def _isolated_model(self, coverage: Coverage) -> nn.Module:
+        """A copy of the model that a backend may do with as it likes."""
+        return isolated_copy(self.model, coverage)
 
     def _adopt(self, fitted: FittedKron, coverage: Coverage, watch: ModelWatch) -> None:
         """Take over a finished estimate; nothing here can fail half-way."""

@@ -17,12 +17,12 @@ from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.curvature.guards import evaluation_mode, model_lock, select_rows, to_device
 from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.data.inputs import calling_by_signature
-from laplace_debiased.posterior.backends import BackendFactors, block_shape, check_backend
+from laplace_debiased.posterior.backends import check_backend
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.budget import RECOMMENDED_LAST_LAYER_SAMPLES
 from laplace_debiased.posterior.checks import check_last_layer_name, check_prior_length
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
-from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
+from laplace_debiased.posterior.fitting import FitRequest, FittedKron
 from laplace_debiased.posterior.kron_base import KronPosterior
 from laplace_debiased.posterior.walking import first_inputs_of_loader
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
@@ -250,23 +250,7 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
     def _make_pass(self, coverage: Coverage) -> FeaturePass:
         return self._feature_pass(coverage)
 
-    def _backend_walk(self, coverage: Coverage, request: FitRequest) -> FirstWalk:
-        assert self._settings.backend is not None
-        return BackendFactors(
-            self._settings.backend,
-            self._backend_kwargs,
-            {},
-            self._isolated_extractor,
-            coverage.covered,
-            tuple(block_shape(parameter) for parameter in self._tensors_of(coverage)),
-            self.likelihood,
-            self._loss_model,
-            (self.dict_key_x, self.dict_key_y),
-            request.seed,
-            request.progress_bar,
-        )
-
-    def _isolated_extractor(self) -> FeatureExtractor:
+    def _isolated_model(self, coverage: Coverage) -> FeatureExtractor:
         """A new extractor around a copy: a copied one would write to the old one's features."""
         inner = copy.deepcopy(self._covered_model).eval()
         extractor = FeatureExtractor(

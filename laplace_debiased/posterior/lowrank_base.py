@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from laplace.baselaplace import ParametricLaplace
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,7 +17,7 @@ from laplace_debiased.diagnostics.bias import BiasReport, bias_report
 from laplace_debiased.operators import LowRank
 from laplace_debiased.persistence import ModelWatch
 from laplace_debiased.posterior.base import Inputs
-from laplace_debiased.posterior.checks import check_prior_mean, positive_value
+from laplace_debiased.posterior.checks import check_prior_mean
 from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.fitted import FittedPosterior
 from laplace_debiased.posterior.fitting import FitRequest, make_plan, scorer
@@ -52,21 +51,6 @@ class LowRankPosterior(FittedPosterior):
         self.H = None
 
     # -- hyper-parameters ------------------------------------------------------------------
-
-    @property
-    def prior_precision(self) -> Tensor:
-        """Prior precision: [1], one entry per covered parameter tensor, or one per entry [P]."""
-        return self._prior_precision
-
-    @prior_precision.setter
-    def prior_precision(self, prior_precision: float | Tensor) -> None:
-        value = positive_value("prior_precision", prior_precision)
-        if not hasattr(self, "coverage"):  # under construction, or the last layer is not known yet
-            prior = torch.as_tensor(value, dtype=self._dtype).detach()
-            self._prior_precision = prior.reshape(-1)
-            return
-        self._check_prior_length(value)
-        ParametricLaplace.prior_precision.fset(self, value)
 
     def _check_prior_length(self, value: object) -> None:
         if not isinstance(value, Tensor) or value.numel() == 1:
