@@ -28,13 +28,13 @@ def as_rows(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def jacobian(model: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
-    """Jacobian of the outputs in the named parameters [m, C, P], in evaluation mode."""
+    """Jacobian of the flattened outputs in the named parameters [m, C, P], in evaluation mode."""
     model = copy.deepcopy(model).eval()
     values = {name: p.detach() for name, p in model.named_parameters()}
     chosen = {name: values.pop(name) for name in names}
 
     def outputs(theta: dict[str, Tensor]) -> Tensor:
-        return functional_call(model, {**values, **theta}, (x,))
+        return functional_call(model, {**values, **theta}, (x,)).flatten(1)
 
     blocks = jacrev(outputs)(chosen)
     return torch.cat([blocks[name].flatten(2) for name in names], dim=-1)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from laplace_debiased.factory import DebiasedLaplace
-from tests.likelihoods.problems import Reward, Tagger, mlp
+from tests.likelihoods.problems import Reward, Tagger
+from tests.zoo import mlp
 
 N = 12
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev, vmap
+from torch.func import hessian, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
+from tests.zoo import mlp
 
 F = nn.functional
 IGNORED = -100
@@ -39,10 +40,6 @@ class Reward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rewards = self.head(torch.tanh(self.inner(x)))
         return rewards.squeeze(-1) if x.ndim == 3 else rewards
-
-
-def mlp(n_outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, n_outputs))
 
 
 def sample_loss(likelihood: str, f: Tensor, y: Tensor) -> Tensor:
@@ -77,11 +74,8 @@ class Case:
 
     def jacobian(self, x: Tensor | None = None) -> Tensor:
         """Jacobian of the flattened outputs [m, T·C, P]."""
-        x = self.x if x is None else x
-        model = copy.deepcopy(self.model).eval()
-        values = {name: p.detach() for name, p in model.named_parameters()}
-        blocks = jacrev(lambda theta: functional_call(model, theta, (x,)).flatten(1))(values)
-        return torch.cat([blocks[name].flatten(2) for name in values], dim=-1)
+        names = [name for name, _ in self.model.named_parameters()]
+        return oracles.jacobian(self.model, self.x if x is None else x, names)
 
     def losses(self) -> Tensor:
         return torch.stack(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.zoo import mlp
+
 
 class Attention(nn.Module):
     """An encoder layer with LayerNorm and attention over two positions, and a head."""
@@ -62,10 +64,6 @@ class Tokens(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return self.head(torch.tanh(self.embedding(batch["input_ids"])).mean(1))
-
-
-def mlp(n_outputs: int = 3) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, n_outputs))
 
 
 def cnn() -> nn.Module:
@@ -162,12 +160,6 @@ def eigenvectors(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tenso
 
 def along(basis: Tensor, magnitudes: Tensor) -> Tensor:
     return (basis * magnitudes) @ basis.T
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Norm-wise relative."""
-    assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @contextmanager
