@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common.tables import (
     Summary,
@@ -23,6 +22,7 @@ from benchmarks.common.tables import (
     machine_line,
     number,
     ratio,
+    settings,
     table,
     write,
 )
@@ -169,9 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     results = measure(options)
     report = markdown(results, options)
-    plain = {k: v for k, v in vars(options).items() if k not in ("images", "weights", "output")}
-    record: dict[str, Any] = {"machine": machine(options.threads), "options": plain}
-    write(options.output, "fit", report, record | {"results": results})
+    write(options.output, "fit", report, settings(options) | {"results": results})
     print(report)
     return 0
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.predictive_report import Prediction, Tuning, markdown
-from benchmarks.common.tables import Summary, machine, seconds, write
+from benchmarks.common.tables import Summary, seconds, settings, write
 from benchmarks.common.workers import Limits, Measurement, NoResult, Worker
 
 OURS = "benchmarks.common.posteriors:ours"
@@ -238,21 +238,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all cases; the report is rewritten after each."""
     options = parser().parse_args(arguments)
     results: dict[str, dict[str, Any]] = {}
+    trained, real = options.weights is not None, options.images is not None
     for name in options.cases:
         results[name] = measure_case(name, options)
         report = markdown(results, options)
-        record = {"machine": machine(options.threads), "options": _plain(options)} | results
-        write(options.output, "predictive", report, record)
+        record = settings(options, trained_weights=trained, real_images=real)
+        write(options.output, "predictive", report, record | results)
     print(report)
     return 0
-
-
-def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    """Options without paths."""
-    return {k: v for k, v in vars(options).items() if k not in ("images", "weights", "output")} | {
-        "trained_weights": options.weights is not None,
-        "real_images": options.images is not None,
-    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -104,6 +105,12 @@ def machine_line(facts: dict[str, Any]) -> str:
         f"{facts['cores']} CPU cores ({facts['architecture']}), {facts['threads']} torch "
         f"thread(s), Python {facts['python']}, {versions}; float32, no accelerator."
     )
+
+
+def settings(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """The machine, and the options of a run without paths, for its record."""
+    plain = {k: v for k, v in vars(options).items() if k not in ("images", "weights", "output")}
+    return {"machine": machine(options.threads), "options": plain | more}
 
 
 def write(folder: Path, name: str, markdown: str, results: dict[str, Any]) -> None:

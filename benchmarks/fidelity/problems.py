@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common.models import CifarResNet20, load_images
+from benchmarks.common.models import CifarResNet20, freeze_batch_norm, load_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +109,7 @@ def resnet20(
     """
     model = CifarResNet20()
     model.load_state_dict(torch.load(weights, weights_only=True))
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(False)
+    freeze_batch_norm(model.eval())
     if few_layers:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in FEW_LAYERS)
