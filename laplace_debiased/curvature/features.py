@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from laplace.utils.feature_extractor import FeatureExtractor
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_debiased.curvature.guards import (
     batch_length,
@@ -17,6 +18,7 @@ from laplace_debiased.curvature.guards import (
     to_device,
 )
 from laplace_debiased.curvature.layers import Layer
+from laplace_debiased.curvature.linear_head import check_linear_head
 from laplace_debiased.curvature.passes import (
     Chunk,
     ColumnChunk,
@@ -55,27 +57,50 @@ class FeaturePass:
         return next(self.model.parameters()).device
 
     def features(self, inputs: Any, *, differentiable: bool = False) -> tuple[Tensor, Tensor]:
-        """Outputs [m, C] and features φ [m, D] of one batch."""
+        """Outputs [m, C] and features φ [m, D] of one batch.
+
+        Raises:
+            ValueError: if the outputs are not W φ + b.
+        """
         inputs = to_device(inputs, self.device)
+        dtypes: list[torch.dtype] = []
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
             with (
                 evaluation_mode(self.model),
                 calling_by_signature(self.model.model),
                 explained_failure(inputs),
+                self._noting_dtype(dtypes),
             ):
                 outputs, features = self.model.forward_with_features(inputs)
         check_outputs(outputs, batch_length(inputs))
+        head = self.layer.module
+        assert isinstance(head, nn.Linear)
+        dtypes += [outputs.dtype, features.dtype, head.weight.dtype]
         outputs, features = full_precision(outputs), full_precision(features)
         features = features.reshape(len(outputs), -1)
-        width = self.layer.module.in_features
+        width = head.in_features
         if features.shape[1] != width:
             raise ValueError(
                 f"the last layer {self.layer.name!r} maps {width} features, but the network gives "
                 f"{features.shape[1]} per sample. Pass feature_reduction='pick_first', 'pick_last' "
                 "or 'average', as the model itself reduces them."
             )
+        check_linear_head(self.layer.name, head, outputs, features, dtypes)
         return outputs, features
+
+    @contextmanager
+    def _noting_dtype(self, dtypes: list[torch.dtype]) -> Iterator[None]:
+        """Note in what dtype the layer answers: casts inside the model show nowhere else."""
+
+        def note(_module: Any, _inputs: Any, output: Tensor) -> None:
+            dtypes.append(output.dtype)
+
+        handle = self.layer.module.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def outputs(self, inputs: Any) -> Tensor:
         """Network outputs [m, C] without a graph."""

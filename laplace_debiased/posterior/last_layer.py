@@ -24,7 +24,7 @@ from laplace_debiased.posterior.checks import check_last_layer_name, check_prior
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.fitting import FitRequest, FittedKron
 from laplace_debiased.posterior.kron_base import KronPosterior
-from laplace_debiased.posterior.walking import first_inputs_of_loader
+from laplace_debiased.posterior.walking import first_inputs_of_loader, first_inputs_of_plan
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
 
 
@@ -245,6 +245,10 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
     def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
         coverage = self._static_coverage
         check_prior_length(self._prior_precision, coverage.covered, coverage.n_covered)
+        if self._settings.backend is not None:
+            # A backend differentiates the whole network, and would not see that its outputs are
+            # not the last layer's; our own pass checks every batch.
+            self._feature_pass(coverage).outputs(first_inputs_of_plan(plan))
         return coverage
 
     def _make_pass(self, coverage: Coverage) -> FeaturePass:
