@@ -14,6 +14,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from laplace_debiased.data import inputs
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Targets = Iterable[Any] | torch.Tensor | np.ndarray
@@ -56,14 +58,8 @@ def inputs_only(batch: Any) -> Any:
 
 
 def to_device(x: Any, device: torch.device | str | None) -> Any:
-    """Inputs moved to a device; the tensors of a mapping move, its other values stay."""
-    if device is None:
-        return x
-    if hasattr(x, "to"):
-        return x.to(device)
-    if isinstance(x, Mapping):
-        return {key: to_device(value, device) for key, value in x.items()}
-    return x
+    """Inputs moved to a device: every tensor of a mapping, tuple or list; the rest stays."""
+    return x if device is None else inputs.to_device(x, torch.device(device))
 
 
 def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -111,16 +111,16 @@ def predict(
     """
     _check_likelihood(source, options.likelihood)
     if isinstance(source, Values):
-        with untouched(None):
+        with untouched(None, loader):
             targets = collect_targets(loader)
         return _rows(source, targets, options.likelihood or "classification")
     if isinstance(source, tuple):
-        with untouched(None):
+        with untouched(None, loader):
             targets = collect_targets(loader)
         return _from_moments(source, targets)
     likelihood = _likelihood(source)
     ask = _ask(source, likelihood, options)
-    with untouched(_model(source)):
+    with untouched(_model(source), loader):
         if likelihood in _WITH_LABELS:
             return _classify(source, ask, loader, options)
         return _regress(source, ask, loader, options)
@@ -130,7 +130,7 @@ def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> 
     """Probabilities of a posterior for a loader whose targets do not matter."""
     ask = _ask(source, _likelihood(source), options)
     device = getattr(source, "_device", None)
-    with untouched(_model(source)):
+    with untouched(_model(source), loader):
         parts = [
             _detached(ask(to_device(inputs_only(batch), device)))
             for batch in iterate(loader, "ood_loader", options.progress_bar)

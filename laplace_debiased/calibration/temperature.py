@@ -25,6 +25,7 @@ from laplace_debiased.calibration.batches import (
     to_numpy,
 )
 from laplace_debiased.calibration.state import untouched
+from laplace_debiased.data.inputs import invoke
 
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
 
@@ -93,7 +94,7 @@ def fit_temperature(
             "logits_or_model must be a torch module or logits (samples, classes), got "
             f"{type(logits_or_model).__name__}; of a posterior pass its .model."
         )
-    with untouched(None):
+    with untouched(None, val_loader):
         targets = collect_targets(val_loader, dict_key_y)
     return _fit(*_checked(logits_or_model, targets))
 
@@ -113,14 +114,21 @@ def collect_logits(
     """
     device = next((parameter.device for parameter in model.parameters()), None)
     logits, labels = [], []
-    with untouched(model), torch.no_grad():
+    with untouched(model, loader), torch.no_grad():
         for batch in iterate(loader, "loader", progress_bar):
             x, y = split_batch(batch, dict_key_y)
-            output = model(to_device(x, device))
-            # Hugging Face models wrap their logits in a record.
-            logits.append(getattr(output, "logits", output).cpu())
+            logits.append(_checked_output(invoke(model, to_device(x, device))).cpu())
             labels.append(to_numpy(torch.as_tensor(y)))
     return torch.cat(logits), torch.from_numpy(concatenate(labels))
+
+
+def _checked_output(output: Any) -> torch.Tensor:
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(
+            "logits_or_model must return a tensor of logits, or a record that holds one as "
+            f".logits; got {type(output).__name__}."
+        )
+    return output
 
 
 def _checked(

@@ -31,12 +31,13 @@ from laplace_debiased.curvature.guards import batch_length, select_rows
 from laplace_debiased.curvature.lowrank import combined_rows, gram_matrix
 from laplace_debiased.curvature.lowrank.products import arpack_eigenpairs
 from laplace_debiased.curvature.lowrank.transforms import Parameters
+from laplace_debiased.data.inputs import calling_by_signature
 from laplace_debiased.diagnostics.measure import (
     Matrix,
     root_rows,
     rows_bytes,
 )
-from laplace_debiased.diagnostics.network import Network, undisturbed
+from laplace_debiased.diagnostics.network import Network, attributed, undisturbed
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import parse_choice
 
@@ -270,17 +271,23 @@ def _ggn_product(network: Network, inputs: object, targets: Tensor) -> _Product:
             "curvature products need a float32 or float64 model; call model.float(), or use "
             "solver='gram', which computes in float32 whatever the model's dtype."
         )
-    operator = GGNLinearOperator(
-        network.model,
-        _MeanLoss(network.loss),
-        trainable,
-        [(select_rows(inputs, piece), targets[piece]) for piece in _pieces(targets)],
-        # Its determinism check would draw from the global generator.
-        check_deterministic=False,
-        num_data=len(targets),
-        batch_size_fn=batch_length,
-    )
-    return lambda columns: operator @ columns
+    with calling_by_signature(network.model):
+        operator = GGNLinearOperator(
+            network.model,
+            _MeanLoss(network.loss),
+            trainable,
+            [(attributed(select_rows(inputs, p)), targets[p]) for p in _pieces(targets)],
+            # Its determinism check would draw from the global generator.
+            check_deterministic=False,
+            num_data=len(targets),
+            batch_size_fn=batch_length,
+        )
+
+    def product(columns: Tensor) -> Tensor:
+        with calling_by_signature(network.model):
+            return operator @ columns
+
+    return product
 
 
 def _hessian_product(network: Network, inputs: object, targets: Tensor) -> _Product:

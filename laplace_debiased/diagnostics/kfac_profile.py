@@ -209,7 +209,7 @@ def kfac_profile(
     if isinstance(n_bands, bool) or not isinstance(n_bands, int) or n_bands < 1:
         raise ValueError(f"n_bands must be a positive integer; got {n_bands!r}.")
     loss = loss_model(likelihood)
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model, reference_loader), torch.no_grad():
         coverage, layers = layer_coverage(model)
         inputs, _ = split_batch(batch, dict_key_y)
         coverage = coverage.without(layer_problems(model, layers, inputs))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 from tqdm import tqdm
 
 from laplace_debiased.curvature.guards import select_rows
@@ -133,16 +133,35 @@ def root_rows(
     Yields:
         Samples, and their rows [n, R, P].
 
-    Raises:
-        RuntimeError: if the model cannot be vectorised over samples.
+    A model that torch cannot vectorise over samples (one that branches on its inputs, as those of
+    Hugging Face do on their masks) is differentiated sample by sample.
     """
     size = chunk_size or samples_per_chunk(network, roots.shape[-1])
     for i in range(0, len(roots), size):
         chosen = slice(i, i + size)
         part = select_rows(inputs, chosen)
-        with _explained():
+        try:
             rows = sample_rows(network.outputs, network.parameters, part, roots[chosen])
+        except RuntimeError:
+            # If it was something else, it will show again, with its own message.
+            rows = _rows_one_by_one(network, part, roots[chosen])
         yield chosen, rows.to(network.dtype)
+
+
+def _rows_one_by_one(network: Network, inputs: Any, roots: Tensor) -> Tensor:
+    """J_nᵀ s [n, R, P] without vectorisation: a backward pass per sample and column."""
+    rows = []
+    for i, columns in enumerate(roots):
+        sample = select_rows(inputs, slice(i, i + 1))
+
+        def outputs(parameters: Parameters, sample: Any = sample) -> Tensor:
+            return network.outputs(parameters, sample)[0]
+
+        pull = vjp(outputs, network.parameters)[1]
+        for column in columns.unbind(-1):
+            found = pull(column)[0]
+            rows.append(torch.cat([found[name].flatten() for name in network.parameters]))
+    return torch.stack(rows).reshape(len(roots), roots.shape[-1], -1)
 
 
 def samples_per_chunk(network: Network, n_columns: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +17,37 @@ from laplace_debiased.curvature.lowrank.transforms import (
     plain_inputs,
     split_directions,
 )
+from laplace_debiased.data.inputs import (
+    AttributeDict,
+    call_arguments,
+    explained_failure,
+    logits_of,
+)
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.data.rng import preserved_rng
 from laplace_debiased.likelihoods import LossModel, loss_model
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, loader: object = None) -> Iterator[None]:
     """Evaluation mode and kernels that forward-mode derivatives support; all restored after.
 
-    The global generators too: a reference loader that shuffles draws from them.
+    The global generators too, and the loader's own: one that shuffles draws from them.
     """
-    with preserved_rng(), differentiable_kernels(model), torch.enable_grad():
+    with (
+        preserved_rng(generators=loader_generators(loader)),
+        differentiable_kernels(model),
+        torch.enable_grad(),
+    ):
         yield
+
+
+def attributed(inputs: Any) -> Any:
+    """A dict of inputs that can be read by attribute too, as a model may read its batch.
+
+    Only plain dicts go through vmap, so this is for the call of the model alone.
+    """
+    return AttributeDict(inputs) if isinstance(inputs, dict) else inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +116,9 @@ class Network:
         Raises:
             TypeError: if the model returns anything but a tensor.
         """
-        result = call_with(self.model, {**self.constants, **parameters}, (inputs,))
+        args, kwargs = call_arguments(self.model, attributed(inputs))
+        values = {**self.constants, **parameters}
+        result = logits_of(call_with(self.model, values, args, kwargs))
         if not isinstance(result, Tensor):
             raise TypeError(
                 "the model must return a tensor of outputs (batch, outputs); got "
@@ -109,9 +130,10 @@ class Network:
         """Outputs [m, C] at the present parameters, finite and with fitting targets.
 
         Raises:
+            ModelCallError: if the model fails on the inputs.
             ValueError: if an output is not finite, or the targets do not fit the outputs.
         """
-        with torch.no_grad():
+        with torch.no_grad(), explained_failure(inputs):
             outputs = self.outputs(self.parameters, inputs)
         if not bool(torch.isfinite(outputs).all()):
             raise ValueError(
@@ -141,10 +163,11 @@ class Network:
             TypeError: if it is neither.
             ValueError: if the key of the targets is missing, or the batch is empty.
         """
-        if isinstance(batch, MutableMapping):
+        if isinstance(batch, Mapping):
             if self.label_key not in batch:
                 raise ValueError(
-                    f"{role} has no entry {self.label_key!r}; its keys are {sorted(batch)}. Name "
+                    f"{role} has no entry {self.label_key!r}; its keys are "
+                    f"{sorted(map(str, batch))}. Name "
                     "the targets' key with dict_key_y."
                 )
             inputs, targets = batch, batch[self.label_key]

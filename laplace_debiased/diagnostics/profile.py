@@ -207,7 +207,7 @@ def directional_profile(
     which = parse_choice(Matrix, matrix, "matrix")
     how = parse_choice(Solver, solver, "solver")
     mode = parse_choice(Derivatives, derivatives, "derivatives")
-    with undisturbed(model):
+    with undisturbed(model, reference_loader):
         network = Network.of(model, likelihood, dict_key_y)
         pairs = network_eigenpairs(
             network,
@@ -278,7 +278,7 @@ def directional_quadratic(
     Raises:
         ValueError: as `directional_profile`, and for directions of the wrong shape.
     """
-    with undisturbed(model):
+    with undisturbed(model, batches):
         return measure_directions(
             Network.of(model, likelihood, dict_key_y),
             batches,

@@ -9,7 +9,10 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import call_with
+from laplace_debiased.curvature.guards import batch_length, call_with, to_device
+from laplace_debiased.data.inputs import call_arguments, logits_of
+from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.data.rng import preserved_rng
 from laplace_debiased.optim.isolation import as_fixed_function
 from laplace_debiased.optim.matvec import Matvec
 from laplace_debiased.optim.operators import (
@@ -53,7 +56,9 @@ def model_quadratic(
         model: Called as ``model(X)`` in evaluation mode; it comes out in its own.
         loss_func: A loss module with ``reduction="mean"``.
         data: Mini-batches ``(X, y)``, walked once; gradient and curvature are means over all their
-            samples. ``X`` is a tensor [n, ...] or a mapping that holds such tensors.
+            samples. ``X`` is a tensor [n, ...], or a mapping, tuple or list that holds such
+            tensors, which the model takes as in ``DebiasedLaplace``: by keywords, one by one, or
+            whole, as the signature of its ``forward`` says.
         params: Which parameters move, in this order; None: all that require a gradient.
         curvature: GGN or Hessian.
         damping: δ ≥ 0.
@@ -63,14 +68,15 @@ def model_quadratic(
         raise RuntimeError once these have changed.
 
     Raises:
-        TypeError: If a batch is no pair, the model returns no tensor, or the parameters are in
-            half precision.
+        TypeError: If a batch is no pair, the model returns neither a tensor nor a record with
+            ``.logits``, or the parameters are in half precision.
         ValueError: If the loss is no mean, the data is empty, or a parameter is not the model's.
         RuntimeError: If the loss or its gradient is not finite.
     """
     chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
     loss = ModelLoss(model, loss_func, tuple(chosen))
-    batches = [check_batch(batch, "data") for batch in data]
+    with preserved_rng(generators=loader_generators(data)):
+        batches = [check_batch(batch, "data") for batch in data]
     if not batches:
         raise ValueError("data must hold at least one mini-batch (X, y), got none.")
     return loss.quadratic(batches, Curvature(curvature), damping)[1]
@@ -104,7 +110,9 @@ class ModelLoss:
         shifts = zip(self.params, unflatten(displacement, self.params), strict=True)
         with as_fixed_function(self.model), torch.no_grad():
             moved = {names[id(p)]: p + shift for p, shift in shifts}
-            return float(self.loss_func(call_with(self.model, moved, (X,)), y))
+            args, kwargs = call_arguments(self.model, X)
+            outputs = logits_of(call_with(self.model, moved, args, kwargs))
+            return float(self.loss_func(outputs, y))
 
     def quadratic(
         self, batches: Sequence[Batch], curvature: Curvature, damping: float
@@ -135,7 +143,8 @@ class ModelLoss:
     def _record(self, batch: Batch) -> tuple[Tensor, Tensor]:
         X, y = self._on_device(batch)
         with as_fixed_function(self.model), torch.enable_grad():
-            outputs = self.model(X)
+            args, kwargs = call_arguments(self.model, X)
+            outputs = logits_of(self.model(*args, **kwargs))
             if not isinstance(outputs, Tensor):
                 raise TypeError(
                     f"model must return a tensor, got {type(outputs).__name__}: wrap it in a "
@@ -160,7 +169,7 @@ class ModelLoss:
     def _on_device(self, batch: Batch) -> Batch:
         X, y = batch
         device = self.params[0].device
-        return (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
+        return to_device(X, device), y.to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,9 +195,11 @@ class _RecordedCurvature:
 def check_batch(batch: Any, name: str) -> Batch:
     """Return ``batch`` as a pair (X, y); TypeError or ValueError name it ``name``."""
     is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+    mapping = isinstance(batch, Mapping)
     if not is_pair or not isinstance(batch[1], Tensor):
         raise TypeError(
-            f"{name} must be a pair (X, y) with y a tensor, got {type(batch).__name__}."
+            f"{name} must be a pair (X, y) with y a tensor, got {type(batch).__name__}"
+            + ("; pair a mapping with its labels: (batch, batch['labels'])." if mapping else ".")
         )
     if batch_size(batch[0]) == 0:
         raise ValueError(f"{name} must hold at least one sample, got none.")
@@ -196,12 +207,14 @@ def check_batch(batch: Any, name: str) -> Batch:
 
 
 def batch_size(X: Any) -> int:
-    """Number of samples in a tensor [n, ...] or in a mapping of such tensors."""
-    values = list(X.values()) if isinstance(X, Mapping) else [X]
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0]
-    raise TypeError(f"X must be a tensor or a mapping that holds one, got {type(X).__name__}.")
+    """Number of samples in a tensor [n, ...], or in a mapping, tuple or list of such tensors."""
+    try:
+        return batch_length(X)
+    except TypeError:
+        raise TypeError(
+            "X must be a tensor or a mapping, tuple or list that holds one, got "
+            f"{type(X).__name__}."
+        ) from None
 
 
 def _check_loss(loss_func: nn.Module) -> None:

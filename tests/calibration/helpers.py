@@ -32,6 +32,11 @@ def calibrated_gaussians(n=400, n_outputs=2, seed=0):
     return mean, std, mean + std * rng.normal(size=(n, n_outputs))
 
 
+def drawing_loader(*arrays, **kwargs):
+    """A loader that shuffles with a generator of its own."""
+    return loader_of(*arrays, shuffle=True, generator=torch.Generator().manual_seed(3), **kwargs)
+
+
 def loader_of(*arrays, batch_size=32, **kwargs):
     dataset = TensorDataset(*(torch.as_tensor(array) for array in arrays))
     return DataLoader(dataset, batch_size=batch_size, **kwargs)
