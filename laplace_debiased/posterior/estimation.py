@@ -315,7 +315,7 @@ def joined_estimate(
     return KronEstimate(
         basis=bases[0]
         if scheme_steps.posterior_basis_is_measured
-        else _basis_of(statistics, scheme_steps.posterior_folds),
+        else posterior_basis(statistics, options.scheme, fold_sizes),
         tables=join_by_rank(tables, [step.share for step in scheme_steps.measurements]),
         folds=statistics.factors,
         comparisons=()
@@ -326,6 +326,13 @@ def joined_estimate(
         n_samples=sum(fold_sizes),
         effective_samples=statistics.effective_samples,
     )
+
+
+def posterior_basis(
+    statistics: FoldStatistics, scheme: Scheme, fold_sizes: tuple[int, ...]
+) -> tuple[BlockBasis, ...]:
+    """The eigenbasis of the posterior under a scheme, one entry per covered parameter."""
+    return _basis_of(statistics, scheme_plan(scheme, fold_sizes).posterior_folds)
 
 
 def _scaled(tables: Sequence[Tensor], factor: float) -> tuple[Tensor, ...]:
@@ -346,4 +353,5 @@ __all__ = [
     "KronEstimator",
     "SchemePlan",
     "joined_estimate",
+    "posterior_basis",
 ]

@@ -17,6 +17,7 @@ from laplace_debiased.data import (
     plan_from_two_loaders,
 )
 from laplace_debiased.data.build import budget_pool, checked_budget
+from laplace_debiased.data.rng import derived_seed
 from laplace_debiased.debiasing import join_by_rank
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import CurvatureOptions, Sampling, Scheme
@@ -25,6 +26,7 @@ from laplace_debiased.posterior.estimation import (
     KronEstimate,
     KronEstimator,
     joined_estimate,
+    posterior_basis,
 )
 
 MAX_POOL_SIZE = 8_192
@@ -117,10 +119,14 @@ def make_plan(
 ) -> CurvaturePlan:
     """Which samples a fit looks at.
 
+    A uniform budget that adds to a fit draws none of its samples again: what is left of the data
+    is a uniform sample of them still. What curvature sampling leaves is not (the samples of large
+    curvature are gone), so it draws from all of the data anew, with a seed of its own.
+
     Args:
         request: the arguments of the fit.
         options: the choices; the scheme is resolved.
-        previous: the fit that this one adds to; a budget draws none of its samples again.
+        previous: the fit that this one adds to, if any.
         score: gives the trace of the loss Hessian and the loss of every sample of a batch.
 
     Raises:
@@ -134,9 +140,12 @@ def make_plan(
             seed=request.seed,
             dict_key_y=request.dict_key_y,
         )
-    exclude: frozenset[int] = frozenset()
+    exclude, seed = frozenset[int](), request.seed
     if previous is not None and request.n_samples is not None:
-        exclude = previous.drawn
+        if options.sampling is Sampling.CURVATURE:
+            seed = derived_seed(request.seed, "added", previous.estimate.n_samples)
+        else:
+            exclude = previous.drawn
     n_folds, fractions = options.n_folds, options.fold_fractions
     if options.sampling is Sampling.CURVATURE and _is_a_share(request, exclude):
         assert request.n_samples is not None
@@ -147,10 +156,9 @@ def make_plan(
             fractions=fractions,
             n_samples=request.n_samples,
             n_data=request.n_data,
-            seed=request.seed,
+            seed=seed,
             symmetric=options.scheme is Scheme.CROSS_FIT,
             pool_size=options.pool_size or max(MAX_POOL_SIZE, request.n_samples),
-            exclude=exclude,
             dict_key_y=request.dict_key_y,
         )
     return plan_from_loader(
@@ -159,7 +167,7 @@ def make_plan(
         fractions=fractions,
         n_samples=request.n_samples,
         n_data=request.n_data,
-        seed=request.seed,
+        seed=seed,
         exclude=exclude,
         dict_key_y=request.dict_key_y,
     )
@@ -208,7 +216,9 @@ def fit_kron(
 
     Added factors are means weighted by the number of draws (same N), or by N where the new data
     extend the training set. Magnitudes that came from factors follow from the merged factors;
-    measured ones are averaged at equal ranks with the same weights.
+    measured ones are averaged at equal ranks with the same weights. Draws by curvature may repeat
+    samples of the earlier fit, so they are measured along directions of their own: along merged
+    ones a sample could measure a direction that it has chosen before.
     """
     statistics = walk.fold_statistics(plan)
     if plan.pool is not None:
@@ -236,7 +246,16 @@ def fit_kron(
         new.n_outputs,
         new.effective_samples,
     )
-    estimate = joined_estimate(merged, options, plan.fold_sizes, estimator, plan)
+    if same_n and options.sampling is Sampling.CURVATURE:
+        estimate = joined_estimate(new, options, plan.fold_sizes, estimator, plan)
+        estimate = replace(
+            estimate,
+            basis=posterior_basis(merged, options.scheme, plan.fold_sizes),
+            comparisons=old.comparisons + estimate.comparisons,
+            mean_loss=merged.mean_loss,
+        )
+    else:
+        estimate = joined_estimate(merged, options, plan.fold_sizes, estimator, plan)
     if estimator is not None:
         share = new_weight / (old_weight + new_weight)
         tables = join_by_rank([old.tables, estimate.tables], [1 - share, share])
