@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from laplace.utils.enums import LinkApprox, PredType
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.guards import HALF_DTYPES, exact_arithmetic
@@ -137,8 +136,10 @@ class DebiasedPosterior(StoredPosterior):
         sizes = {name: p.numel() for name, p in self._covered_model.named_parameters()}
         return Coverage(names, MappingProxyType(dict(excluded)), MappingProxyType(sizes))
 
-    def _map_estimate(self) -> Tensor:
-        return parameters_to_vector(self.params).detach().to(self._dtype, copy=True)
+    def _map_estimate(self, coverage: Coverage) -> Tensor:
+        """The covered parameters as one vector [P], of any memory format."""
+        parameters = [p.detach().reshape(-1).to(self._dtype) for p in self._tensors_of(coverage)]
+        return torch.cat(parameters) if parameters else torch.empty(0, dtype=self._dtype)
 
     # -- prediction ------------------------------------------------------------------------
 

@@ -237,12 +237,12 @@ class KronPosterior(FittedPosterior):
         estimate, n_data = fitted.estimate, fitted.n_data
         curvature_sum = EigenKron(_blocks(estimate, float(n_data)))
         factors = Kron(_host_factors(fitted))
-        curvature_pass = self._make_pass(coverage)
+        curvature_pass, mean = self._make_pass(coverage), self._map_estimate(coverage)
         self._set_coverage(coverage)
         self.H, self.H_facs = curvature_sum, factors
         self._fitted, self._pass = fitted, curvature_pass
         self._watch = watch
-        self.mean = self._map_estimate()
+        self.mean = mean
         self.loss = estimate.mean_loss * n_data
         self.n_data, self.n_outputs = n_data, estimate.n_outputs
         self._posterior_scale = None

@@ -164,12 +164,12 @@ class LowRankPosterior(FittedPosterior):
         summed = (pairs.eigenvalues * n_data).to(pairs.basis)
         sizes = tuple(coverage.sizes[name] for name in coverage.covered)
         operator = LowRank(pairs.basis, summed, 1.0, sizes)
-        row_pass = self._make_pass(coverage)
+        row_pass, mean = self._make_pass(coverage), self._map_estimate(coverage)
         self._set_coverage(coverage)
         self._operator, self._pass, self._fitted = operator, row_pass, fitted
         self._watch = watch
         self.H = (pairs.basis, summed)
-        self.mean = self._map_estimate()
+        self.mean = mean
         self.loss = fitted.estimate.mean_loss * n_data
         self.n_data, self.n_outputs = n_data, fitted.estimate.n_outputs
 

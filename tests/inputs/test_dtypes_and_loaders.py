@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,3 +129,24 @@ def test_loaders_of_every_kind_give_the_same_curvature(name: str) -> None:
 def test_a_loader_without_a_length_needs_n_data(name: str) -> None:
     with pytest.raises(ValueError, match="pass n_data"):
         DebiasedLaplace(P.model).fit(LOADERS[name]())
+
+
+@pytest.mark.parametrize("structure", ["kron", "lowrank"])
+def test_a_model_in_channels_last_fits_predicts_and_loads_as_any_other(structure: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(12, 3, 6, 6, generator=generator)
+    labels = torch.randint(0, 3, (12,), generator=generator)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    models = nn.Sequential(*layers), copy.deepcopy(nn.Sequential(*layers))
+    plain, last = (DebiasedLaplace(model, hessian_structure=structure) for model in models)
+    plain.fit(loader)
+    last.model.to(memory_format=torch.channels_last)
+    last.fit(loader)
+    torch.testing.assert_close(last(images), plain(images))
+    torch.testing.assert_close(last.mean, plain.mean)
+    again = DebiasedLaplace(last.model, hessian_structure=structure)
+    again.load_state_dict(last.state_dict())
+    torch.testing.assert_close(again(images), plain(images))
