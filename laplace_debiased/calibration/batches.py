@@ -142,6 +142,43 @@ def concatenate(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def positions_as_samples(values: Any, targets: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Positions of sequences [n, T, C] as samples [n · T, C]; anything else as it is.
+
+    Raises:
+        ValueError: If the labels of sequences are not [n, T].
+    """
+    if values.ndim != 3:
+        return values, targets
+    if targets.shape != values.shape[:2]:
+        raise ValueError(
+            f"labels of sequences must have shape {tuple(values.shape[:2])} (samples, positions), "
+            f"got {targets.shape}."
+        )
+    return values.reshape(-1, values.shape[-1]), targets.reshape(-1)
+
+
+def without_ignored(
+    rows: Any, targets: np.ndarray, ignore_index: int | None
+) -> tuple[Any, np.ndarray]:
+    """Rows [n, C] and labels [n] of those whose label counts, all without an `ignore_index`.
+
+    Raises:
+        ValueError: If no label counts, or unsigned labels are to equal a negative `ignore_index`.
+    """
+    if ignore_index is None or targets.shape != (len(rows),):
+        return rows, targets
+    if ignore_index < 0 and np.issubdtype(targets.dtype, np.unsignedinteger):
+        raise ValueError(
+            f"labels of dtype {targets.dtype} never equal ignore_index={ignore_index}; convert "
+            "them to int64 before that value is written, or pass the value that marks them."
+        )
+    counted = targets != ignore_index
+    if not counted.any():
+        raise ValueError(f"every label is ignore_index={ignore_index}; nothing is left to score.")
+    return rows[counted], targets[counted]
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of length {len(value)}"

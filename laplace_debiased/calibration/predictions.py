@@ -17,9 +17,11 @@ from laplace_debiased.calibration.batches import (
     concatenate,
     inputs_only,
     iterate,
+    positions_as_samples,
     split_batch,
     to_device,
     to_numpy,
+    without_ignored,
 )
 from laplace_debiased.calibration.state import untouched
 
@@ -153,7 +155,7 @@ def _classify(la: Any, ask: Call, loader: Targets, options: Options) -> ClassPre
     probs, labels = [], []
     for batch in iterate(loader, "loader", options.progress_bar):
         x, y = split_batch(batch, key)
-        predicted, target = _positions(
+        predicted, target = positions_as_samples(
             _detached(ask(to_device(x, device))), to_numpy(torch.as_tensor(y))
         )
         probs.append(predicted)
@@ -184,28 +186,9 @@ def _rows(
         shape = checks.label_probabilities(probs).shape
         labels = checks.binary_labels(targets, shape).reshape(-1)
         return ClassPredictions(rows_of(probs, True, "probs"), labels, floor, shape[1], True)
-    probs, targets = _positions(probs, targets)
-    rows = rows_of(probs, False, "probs")
-    if ignore_index is not None and targets.shape == (len(rows),):
-        counted = targets != ignore_index
-        if not counted.any():
-            raise ValueError(
-                f"every label is ignore_index={ignore_index}; nothing is left to score."
-            )
-        rows, targets = rows[counted], targets[counted]
+    probs, targets = positions_as_samples(probs, targets)
+    rows, targets = without_ignored(rows_of(probs, False, "probs"), targets, ignore_index)
     return ClassPredictions(rows, checks.class_labels(targets, *rows.shape), floor)
-
-
-def _positions(probs: Any, targets: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Positions of sequences [n, T, C] as samples [n · T, C]; anything else as it is."""
-    if probs.ndim != 3:
-        return probs, targets
-    if targets.shape != probs.shape[:2]:
-        raise ValueError(
-            f"labels of sequences must have shape {tuple(probs.shape[:2])} (samples, positions), "
-            f"got {targets.shape}."
-        )
-    return probs.reshape(-1, probs.shape[-1]), targets.reshape(-1)
 
 
 def _from_moments(source: tuple[Any, ...], targets: np.ndarray) -> GaussianPredictions:

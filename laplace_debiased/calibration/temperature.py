@@ -20,9 +20,11 @@ from laplace_debiased.calibration.batches import (
     collect_targets,
     concatenate,
     iterate,
+    positions_as_samples,
     split_batch,
     to_device,
     to_numpy,
+    without_ignored,
 )
 from laplace_debiased.calibration.state import untouched
 from laplace_debiased.data.inputs import invoke
@@ -64,15 +66,18 @@ def fit_temperature(
     logits_or_model: torch.Tensor | np.ndarray | nn.Module,
     val_loader: Targets,
     *,
+    ignore_index: int | None = None,
     dict_key_y: str = "labels",
     progress_bar: bool = False,
 ) -> TemperatureScaling:
     """Temperature that minimises the negative log-likelihood on validation data.
 
     Args:
-        logits_or_model: A classifier that gives logits [batch, C], or its logits [n, C].
-        val_loader: Gives (x, y) or mappings. Beside logits it must not shuffle, and the labels [n]
-            themselves will do as well.
+        logits_or_model: A classifier that gives logits [batch, C], or its logits [n, C]. Of
+            sequences [n, T, C] with labels [n, T] every position counts as a sample.
+        val_loader: Gives (x, y) or mappings, the inputs as a posterior takes them. Beside logits
+            it must not shuffle, and the labels [n] themselves will do as well.
+        ignore_index: Label that does not count, such as -100 at padded positions; None for none.
         dict_key_y: Where a mapping holds its labels.
         progress_bar: Whether to show progress over the loader.
 
@@ -81,14 +86,17 @@ def fit_temperature(
         [0.001, 1000], as for validation data without a single error, and returns that bound.
 
     Raises:
-        TypeError: If the first argument is neither model nor logits.
-        ValueError: If logits are not finite, labels are invalid, or the two do not match.
+        TypeError: If the first argument is neither model nor logits, or the model returns no
+            tensor.
+        ModelCallError: If the model fails on the inputs.
+        ValueError: If logits are not finite, labels are invalid or all ignored, or the two do not
+            match.
     """
     if isinstance(logits_or_model, nn.Module):
         logits, labels = collect_logits(
             logits_or_model, val_loader, dict_key_y=dict_key_y, progress_bar=progress_bar
         )
-        return _fit(*_checked(logits, labels))
+        return _fit(*_checked(logits, to_numpy(labels), ignore_index))
     if not isinstance(logits_or_model, torch.Tensor | np.ndarray):
         raise TypeError(
             "logits_or_model must be a torch module or logits (samples, classes), got "
@@ -96,7 +104,7 @@ def fit_temperature(
         )
     with untouched(None, val_loader):
         targets = collect_targets(val_loader, dict_key_y)
-    return _fit(*_checked(logits_or_model, targets))
+    return _fit(*_checked(logits_or_model, targets, ignore_index))
 
 
 def collect_logits(
@@ -108,17 +116,22 @@ def collect_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [n, C] and labels [n] of a loader, on the CPU; the model is left as it was.
 
+    The positions of sequences are rows of their own, so that batches may differ in length.
+
     Raises:
-        TypeError: If a batch is neither a pair nor a mapping.
-        ValueError: If the loader is empty.
+        TypeError: If a batch is neither a pair nor a mapping, or the model returns no tensor.
+        ModelCallError: If the model fails on the inputs.
+        ValueError: If the loader is empty, or the labels of sequences are not [batch, T].
     """
     device = next((parameter.device for parameter in model.parameters()), None)
     logits, labels = [], []
     with untouched(model, loader), torch.no_grad():
         for batch in iterate(loader, "loader", progress_bar):
             x, y = split_batch(batch, dict_key_y)
-            logits.append(_checked_output(invoke(model, to_device(x, device))).cpu())
-            labels.append(to_numpy(torch.as_tensor(y)))
+            output = _checked_output(invoke(model, to_device(x, device))).cpu()
+            rows, targets = positions_as_samples(output, to_numpy(torch.as_tensor(y)))
+            logits.append(rows)
+            labels.append(targets)
     return torch.cat(logits), torch.from_numpy(concatenate(labels))
 
 
@@ -132,9 +145,11 @@ def _checked_output(output: Any) -> torch.Tensor:
 
 
 def _checked(
-    logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray
+    logits: torch.Tensor | np.ndarray, labels: np.ndarray, ignore_index: int | None
 ) -> tuple[FloatArray, IntArray]:
-    checked = checks.finite(logits, "logits")
+    rows, labels = positions_as_samples(logits, labels)
+    rows, labels = without_ignored(rows, labels, ignore_index)
+    checked = checks.finite(rows, "logits")
     if checked.ndim != 2 or checked.shape[1] < 2:
         raise ValueError(
             "logits must have shape (samples, classes) with at least two classes, got "

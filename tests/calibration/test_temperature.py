@@ -7,8 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.calibration import TemperatureScaling, evaluate, fit_temperature
-from tests.calibration.helpers import RTOL, calibrated_classes, loader_of, softmax
+from laplace_debiased.calibration import (
+    TemperatureScaling,
+    collect_logits,
+    evaluate,
+    fit_temperature,
+)
+from tests.calibration.helpers import (
+    RTOL,
+    FakePosterior,
+    calibrated_classes,
+    loader_of,
+    softmax,
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +158,56 @@ def test_bad_input_is_named(classes):
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature must be positive"):
             TemperatureScaling(temperature, nll_before=1.0, nll_after=1.0)
+
+
+def _sequences(classes):
+    """20 sequences of 30 positions, a third of whose labels do not count."""
+    logits, labels = classes
+    ignored = np.where(np.arange(len(labels)) % 3 == 1, -100, labels)
+    return logits.reshape(20, 30, -1), ignored.reshape(20, 30)
+
+
+def test_positions_that_count_are_samples(classes):
+    logits, labels = classes
+    sequences, ignored = _sequences(classes)
+    assert fit_temperature(sequences, labels.reshape(20, 30)) == fit_temperature(logits, labels)
+    counted = np.arange(len(labels)) % 3 != 1
+    expected = fit_temperature(logits[counted], labels[counted])
+    assert fit_temperature(sequences, ignored, ignore_index=-100) == expected
+    flat = ignored.reshape(-1)
+    assert fit_temperature(logits, flat, ignore_index=-100) == expected
+
+
+def test_a_model_of_sequences_may_have_batches_of_unlike_lengths(classes):
+    sequences, ignored = map(torch.tensor, _sequences(classes))
+    ragged = [(sequences[:12, :20], ignored[:12, :20]), (sequences[12:], ignored[12:])]
+    rows = torch.cat([x.reshape(-1, 4) for x, _ in ragged])
+    labels = torch.cat([y.reshape(-1) for _, y in ragged])
+    got = fit_temperature(nn.Identity(), ragged, ignore_index=-100)
+    assert got == fit_temperature(rows, labels, ignore_index=-100)
+    collected = collect_logits(nn.Identity(), ragged)
+    assert torch.equal(collected[0], rows)
+    assert torch.equal(collected[1], labels)
+
+
+def test_temperature_and_evaluation_count_the_same_positions(classes):
+    sequences, ignored = _sequences(classes)
+    fit = fit_temperature(sequences, ignored, ignore_index=-100)
+    la = FakePosterior()
+    la.ignore_index = -100
+    scaled = fit.probs(torch.tensor(sequences))
+    record = evaluate(la, loader_of(scaled, ignored, batch_size=7))
+    assert record.nll == pytest.approx(fit.nll_after, rel=RTOL)
+    assert record.n_samples == 400
+
+
+def test_labels_of_sequences_are_checked(classes):
+    sequences, ignored = _sequences(classes)
+    with pytest.raises(ValueError, match=r"labels of sequences must have shape \(20, 30\)"):
+        fit_temperature(sequences, ignored[:, :5])
+    with pytest.raises(ValueError, match="every label is ignore_index=-100"):
+        fit_temperature(sequences, np.full((20, 30), -100), ignore_index=-100)
+    with pytest.raises(ValueError, match="dtype uint8 never equal ignore_index=-100"):
+        fit_temperature(sequences, np.ones((20, 30), np.uint8), ignore_index=-100)
+    with pytest.raises(ValueError, match="labels must lie in"):
+        fit_temperature(sequences, ignored)
