@@ -206,8 +206,13 @@ def call_with(
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No automatic casts inside: sums of squares are formed in the precision of their terms."""
-    with torch.autocast(device.type, enabled=False):
+    """No automatic casts inside: sums of squares are formed in the precision of their terms.
+
+    A model that casts on its own does so without the cache of cast weights: inside another
+    ``autocast`` it is not emptied after a forward pass, would grow with every transformed call,
+    and would not notice a weight that has changed.
+    """
+    with torch.autocast(device.type, enabled=False, cache_enabled=False):
         yield
 
 

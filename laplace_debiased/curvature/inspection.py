@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import UNUSED
-from laplace_debiased.curvature.guards import batch_length, select_rows, to_device
+from laplace_debiased.curvature.guards import (
+    batch_length,
+    full_precision,
+    select_rows,
+    to_device,
+)
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import check_outputs, map_calls
 from laplace_debiased.curvature.tape import Calls, LayerTape, record
@@ -109,8 +114,8 @@ def _matches(
         return False
     try:
         rows = layer.rows_of_calls(
-            map_calls(lambda a: a.detach()[:1], inputs),
-            map_calls(lambda g: g[:1].unsqueeze(1), cotangents),
+            map_calls(lambda a: full_precision(a.detach()[:1]), inputs),
+            map_calls(lambda g: full_precision(g[:1].unsqueeze(1)), cotangents),
         )
     except ValueError:
         return False

@@ -309,7 +309,7 @@ def bytes_per_sample(tape: LayerTape, layers: tuple[Layer, ...], n_columns: int 
             n_outputs = sum(shape.numel() for shape in call.shapes)
             graph += sum(tensor.numel() for tensor in call.inputs) + (2 + columns) * n_outputs
             zeros = (tape.outputs.new_zeros(shape).unsqueeze(1) for shape in call.shapes)
-            rows = layer.rows(tuple(tensor.detach() for tensor in call.inputs), tuple(zeros))
+            rows = layer.rows(tuple(map(_detached, call.inputs)), tuple(map(_detached, zeros)))
             entries = sum(block.entries for _, block in rows.blocks())
             patches += sum(block.patches for _, block in rows.blocks())
             working = max(working, entries) + n_outputs

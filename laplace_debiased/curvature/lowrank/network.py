@@ -17,6 +17,7 @@ from laplace_debiased.curvature.guards import (
     batch_length,
     call_with,
     evaluation_mode,
+    exact_arithmetic,
     full_precision,
     math_attention,
     model_lock,
@@ -47,7 +48,7 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     with (
         evaluation_mode(model),
         torch.inference_mode(False),
-        torch.autocast(device, enabled=False),
+        exact_arithmetic(torch.device(device)),
         math_attention(),
     ):
         yield
@@ -121,7 +122,7 @@ class FunctionalNetwork:
         return plain_inputs(to_device(inputs, self.device))
 
     def call(self, parameters: Parameters, constants: Parameters, inputs: Any) -> Tensor:
-        """Network outputs at some parameters.
+        """Network outputs at some parameters, in float32 or better whatever the model casts to.
 
         Raises:
             TypeError: if the model does not return a tensor.
@@ -135,7 +136,7 @@ class FunctionalNetwork:
                 f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it "
                 "in a module whose forward returns the logits."
             )
-        return outputs
+        return full_precision(outputs)
 
     def outputs(self, inputs: Any, *, differentiable: bool = False) -> Tensor:
         """Outputs [m, C] of a batch, checked to be finite."""

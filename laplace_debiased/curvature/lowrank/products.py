@@ -17,7 +17,7 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from laplace_debiased.curvature.guards import batch_length
+from laplace_debiased.curvature.guards import batch_length, full_precision
 from laplace_debiased.curvature.lowrank.network import FunctionalNetwork, differentiable_kernels
 from laplace_debiased.curvature.lowrank.span import Eigenpairs
 from laplace_debiased.errors import NumericalError
@@ -41,6 +41,7 @@ class _RootLoss(nn.Module):
 
     def forward(self, outputs: Tensor, positions: Tensor) -> Tensor:
         """Sum over the batch."""
+        outputs = full_precision(outputs)
         columns = self._columns_at(positions).to(outputs)
         return 0.5 * torch.einsum("ncr,nc->nr", columns, outputs).square().sum()
 
