@@ -56,10 +56,20 @@ class SoftmaxCrossEntropy:
                 else [str(tuple(s)) for s in (outputs.shape[:-1], targets.shape)]
             )
             raise ValueError(f"{got} model outputs for {given} targets.")
+        self._check_marker(targets)
         self._check_range(targets, n_classes)
 
+    def _check_marker(self, targets: Tensor) -> None:
+        unsigned = not targets.dtype.is_signed
+        if unsigned and self.ignore_index is not None and self.ignore_index < 0:
+            raise ValueError(
+                f"targets of dtype {targets.dtype} hold no negative number, so that none of them "
+                f"equals ignore_index={self.ignore_index}. Convert them with `labels.long()` "
+                "before that value is written, or pass the value that marks them."
+            )
+
     def _check_range(self, targets: Tensor, n_classes: int) -> None:
-        labels = targets if self.ignore_index is None else targets[targets != self.ignore_index]
+        labels = targets.long()[self._counted(targets)]
         if not labels.numel():
             return
         low, high = int(labels.min()), int(labels.max())
@@ -80,7 +90,7 @@ class SoftmaxCrossEntropy:
         """Cross-entropy of every sample, summed over its positions [m]."""
         counted = self._counted(targets)
         log_p = torch.log_softmax(outputs, dim=-1)
-        chosen = log_p.gather(-1, targets.masked_fill(~counted, 0).unsqueeze(-1)).squeeze(-1)
+        chosen = log_p.gather(-1, _indices(targets, counted).unsqueeze(-1)).squeeze(-1)
         return -_per_sample(torch.where(counted, chosen, torch.zeros_like(chosen)))
 
     def hessian_root(self, outputs: Tensor) -> Tensor:
@@ -114,7 +124,7 @@ class SoftmaxCrossEntropy:
         """P − onehot(y) [m, C] ([m, T, C]), zero where a label does not count."""
         counted = self._counted(targets)
         p = torch.softmax(outputs, dim=-1)
-        labels = targets.masked_fill(~counted, 0)
+        labels = _indices(targets, counted)
         gradient = p - torch.nn.functional.one_hot(labels, p.shape[-1]).to(p.dtype)
         return gradient * counted.unsqueeze(-1)
 
@@ -138,7 +148,7 @@ class SoftmaxCrossEntropy:
     def _counted(self, targets: Tensor) -> Tensor:
         if self.ignore_index is None:
             return torch.ones_like(targets, dtype=torch.bool)
-        return targets != self.ignore_index
+        return targets.long() != self.ignore_index
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,11 @@ class BradleyTerry(SoftmaxCrossEntropy):
                 f"return the two rewards (batch, 2); got {tuple(outputs.shape)}."
             )
         super().check_targets(outputs, targets)
+
+
+def _indices(targets: Tensor, counted: Tensor) -> Tensor:
+    """Class indices in int64, which torch's lookups need; 0 where a label does not count."""
+    return targets.long().masked_fill(~counted, 0)
 
 
 def _per_sample(values: Tensor) -> Tensor:

@@ -210,9 +210,14 @@ class GridSearch:
     def _scored(
         self, mean: Tensor, covariances: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Only what has a label that counts; the positions of sequences as samples."""
+        """Only what has a label that counts; the positions of sequences as samples.
+
+        Class indices come out in int64, which lookups need and a user's loss may rely on.
+        """
         n_lead = targets.ndim if mean.ndim == 3 else 1
         mask = self.posterior._loss_model.label_mask(targets)
+        if not self._regression and not targets.is_floating_point():
+            targets = targets.long()
         if n_lead == 2:
             mean, covariances = mean.flatten(0, 1), covariances.flatten(1, 2)
             targets, mask = targets.flatten(), None if mask is None else mask.flatten()

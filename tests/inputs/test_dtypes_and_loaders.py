@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from laplace_debiased.calibration import evaluate
 from laplace_debiased.factory import DebiasedLaplace
 from tests.tolerances import assert_same, relative_error
 from tests.untouched import untouched
@@ -150,3 +151,26 @@ def test_a_model_in_channels_last_fits_predicts_and_loads_as_any_other(structure
     again = DebiasedLaplace(last.model, hessian_structure=structure)
     again.load_state_dict(last.state_dict())
     torch.testing.assert_close(again(images), plain(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize(("subset", "structure"), POSTERIORS)
+def test_labels_of_any_integer_type_are_fitted_tuned_and_scored(
+    subset: str, structure: str, dtype: torch.dtype
+) -> None:
+    def tuned(p: Problem, **tuning: Any) -> Any:
+        la = fitted(p, subset, structure, n_samples=16)
+        la.optimize_prior_precision(val_loader=p.loader(), grid_size=3, **tuning)
+        return la
+
+    def nll(probs: Tensor, y: Tensor) -> Tensor:
+        return -probs.gather(1, y[:, None]).log().mean()
+
+    narrow = Problem(P.model, P.x, P.y.to(dtype), P.likelihood)
+    la, expected = tuned(narrow), tuned(P)
+    assert torch.equal(la(P.x), expected(P.x))
+    assert evaluate(la, narrow.loader()) == evaluate(expected, P.loader())
+    own = tuned(narrow, loss=nll).tuning_result.losses
+    assert own == pytest.approx(tuned(P, loss=nll).tuning_result.losses)
+    options = {"pred_type": "nn", "n_samples": 2}
+    assert tuned(narrow, **options).tuning_result == tuned(P, **options).tuning_result

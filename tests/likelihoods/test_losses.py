@@ -141,3 +141,29 @@ def test_single_logit_and_unknown_likelihood_are_refused() -> None:
         loss_model("classification").check_targets(torch.zeros(2, 1), torch.zeros(2).long())
     with pytest.raises(ValueError, match="likelihood must be"):
         loss_model("poisson")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("shape", [(9,), (3, 3)])
+def test_labels_of_any_integer_type_give_what_int64_gives(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    f, y = outputs_and_targets("classification")
+    f, y = f.reshape(*shape, 4), y.reshape(shape)
+    for ignored in (None, 2):
+        loss = loss_model("classification", ignore_index=ignored, positions=True)
+        loss.check_targets(f, y.to(dtype))
+        assert torch.equal(loss.losses(f, y.to(dtype)), loss.losses(f, y))
+        assert torch.equal(loss.output_gradient(f, y.to(dtype)), loss.output_gradient(f, y))
+        assert torch.equal(loss.n_labels(y.to(dtype)), loss.n_labels(y))
+
+
+def test_an_unsigned_label_never_matches_a_negative_ignore_index() -> None:
+    f, y = outputs_and_targets("classification")
+    loss = loss_model("classification", ignore_index=-100)
+    with pytest.raises(ValueError, match=r"uint8 hold no negative number.*ignore_index=-100"):
+        loss.check_targets(f, y.to(torch.uint8))
+    # -100 is 156 in eight bits: a class, and no marker.
+    many = torch.randn(1, 200, dtype=torch.float64)
+    assert float(loss.losses(many, torch.tensor([156], dtype=torch.uint8))) > 0
+    loss.check_targets(f, y.to(torch.int8))
