@@ -76,6 +76,9 @@ def plan_from_loader(
             split into inputs and targets.
         ValueError: The loader is empty, the budget exceeds what is there, N is unknown, or the
             sampler does not tell its indices.
+
+    Warns:
+        UserWarning: A stream gives more samples than the training set has.
     """
     check_loader(loader, "loader")
     n_folds, seed = checked_count(folds, "folds"), checked_seed(seed)
@@ -87,6 +90,15 @@ def plan_from_loader(
         n = loader_length(loader, n_data)
         source: Source = _whole_source(loader, _split_into(n_folds, shares), seed, size, dict_key_y)
         walked = len(source.draws)
+        if isinstance(source, StreamSource) and walked > n:
+            warnings.warn(
+                f"one walk through the loader gives {walked} samples, more than the training set "
+                f"has (N={n}): a copy of a sample may measure the directions that it chose. With "
+                "an IterableDataset and several workers, let every worker yield a share of its "
+                "own (torch.utils.data.get_worker_info); otherwise correct n_data.",
+                UserWarning,
+                stacklevel=2,
+            )
         return plan_of(
             (source,), n_data=n, n_folds=n_folds, population=max(walked, n), pool_size=walked
         )

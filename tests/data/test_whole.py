@@ -220,6 +220,11 @@ def test_a_stream_of_another_length_is_refused(folds, change):
         walk(plan)
 
 
+def test_a_stream_that_every_worker_repeats_is_warned_about():
+    with pytest.warns(UserWarning, match=r"gives 20 samples.*\(N=10\).*get_worker_info"):
+        plan_from_loader(DataLoader(NumberStream(10), num_workers=2), folds=2, n_data=10)
+
+
 def test_a_shuffled_stream_repeats_by_seed():
     class Shuffled:
         def __iter__(self):
