@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
-from torch import nn
+from torch import Tensor, nn
 
 from laplace_debiased.factory import DebiasedLaplace
 from tests.bad_input.rows import Row
@@ -49,6 +49,17 @@ class _Detached(nn.Module):
 
 def _wrapped(after: Any) -> Any:
     return lambda w: w.posterior(Wrapped(w.model, after)).fit(w.loader())
+
+
+class _Tempered(nn.Module):
+    """Logits over a temperature: what a calibrated wrapper returns."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) / 0.25
 
 
 ROWS = [
@@ -360,6 +371,15 @@ ROWS = [
         ).fit(w.loader()),
         "ValueError",
         ("last layer", "linear"),
+    ),
+    Row(
+        AREA,
+        "a last layer whose outputs are scaled, capped or normalised after it",
+        lambda w: w.posterior(_Tempered(w.linear()), subset_of_weights="last_layer").fit(
+            w.loader()
+        ),
+        "ValueError",
+        ("last layer", "head.0"),
     ),
     Row(
         AREA,
