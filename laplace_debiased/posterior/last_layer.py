@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +13,7 @@ from laplace.curvature.curvature import CurvatureInterface
 from laplace.lllaplace import KronLLLaplace
 from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
@@ -24,6 +27,7 @@ from laplace_debiased.posterior.checks import check_last_layer_name, check_prior
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.fitting import FitRequest, FittedKron
 from laplace_debiased.posterior.kron_base import KronPosterior
+from laplace_debiased.posterior.original import Original
 from laplace_debiased.posterior.walking import first_inputs_of_loader, first_inputs_of_plan
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
 
@@ -34,10 +38,57 @@ class LastLayerPosterior(DebiasedPosterior):
     model: Any  # laplace-torch's FeatureExtractor: its attributes are set past nn.Module's typing
     _settings: Settings
     _static_coverage: Coverage
+    _original: Original
 
     @property
     def _covered_model(self) -> nn.Module:
         return self.model.model
+
+    # -- the user's network ----------------------------------------------------------------
+
+    @contextmanager
+    def _at_present_weights(self) -> Iterator[None]:
+        """Work on a new copy where the user's network has changed; all as before on failure."""
+        before = dict(vars(self))
+        try:
+            if self._original.differs_from(self._covered_model):
+                self._copy_anew()
+            yield
+        except BaseException:
+            if self.model is not before["model"]:
+                for name in vars(self).keys() - before.keys():
+                    delattr(self, name)
+                for name, value in before.items():
+                    object.__setattr__(self, name, value)
+            raise
+
+    def _copy_anew(self) -> None:
+        """A new extractor around a new copy; what is covered stays as it was chosen."""
+        own = self._original.copied()
+        requires_grad = {
+            name: p.requires_grad for name, p in self._covered_model.named_parameters()
+        }
+        for name, parameter in own.named_parameters():
+            parameter.requires_grad_(requires_grad.get(name, parameter.requires_grad))
+        check_last_layer_name(own, self._last_layer_name)
+        self.model = FeatureExtractor(
+            own,
+            # One that was found is looked for again.
+            last_layer_name=self._last_layer_name,
+            enable_backprop=self.model.enable_backprop,
+            feature_reduction=self.model.feature_reduction,
+        )
+        if self._last_layer_name is not None:
+            self._static_coverage = self._last_layer_coverage()
+        for name in ("_prior_precision", "_prior_mean", "_sigma_noise"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(self._device, self._dtype))
+
+    def _check_model(self) -> None:
+        super()._check_model()
+        if self._watch is not None:
+            self._original.check(self._covered_model, self._watch.reference)
 
     # -- which layer -----------------------------------------------------------------------
 
@@ -138,19 +189,20 @@ class LastLayerPosterior(DebiasedPosterior):
 
     def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
         """As over all weights; finds the last layer by its name."""
-        name = state_dict.get("last_layer_name")
-        modules = dict(self._covered_model.named_modules())
-        if not isinstance(modules.get(str(name)), nn.Linear):
-            raise ValueError(f"the model has no linear layer {name!r}, which the state covers.")
-        if self.model.last_layer is None:
-            self.model.set_last_layer(name)
-            self._static_coverage = self._last_layer_coverage()
-        elif self.model._last_layer_name != name:
-            raise ValueError(
-                f"the state is for the last layer {name!r}, this posterior for "
-                f"{self.model._last_layer_name!r}."
-            )
-        super().load_state_dict(state_dict, check_weights=check_weights)
+        with self._at_present_weights():
+            name = state_dict.get("last_layer_name")
+            modules = dict(self._covered_model.named_modules())
+            if not isinstance(modules.get(str(name)), nn.Linear):
+                raise ValueError(f"the model has no linear layer {name!r}, which the state covers.")
+            if self.model.last_layer is None:
+                self.model.set_last_layer(name)
+                self._static_coverage = self._last_layer_coverage()
+            elif self.model._last_layer_name != name:
+                raise ValueError(
+                    f"the state is for the last layer {name!r}, this posterior for "
+                    f"{self.model._last_layer_name!r}."
+                )
+            super().load_state_dict(state_dict, check_weights=check_weights)
 
     def _own_model(self) -> nn.Module:
         """A copy without the extractor's hook, which would write to this posterior's features."""
@@ -175,7 +227,8 @@ class LastLayerPosterior(DebiasedPosterior):
 class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
     """Kronecker posterior over the last layer, whose predictive needs no Jacobian.
 
-    The network is copied, as laplace-torch does, and the last layer is found by its feature
+    The network is copied, as laplace-torch does, and copied again by a ``fit`` that finds it
+    changed; until then, predictions raise ModelChangedError. The last layer is found by its feature
     extractor: by name, or by one forward pass at the first ``fit``. Everything else is as in
     :class:`DebiasedKronLaplace`; magnitudes of the last layer need no backward pass.
 
@@ -232,6 +285,7 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
                 last_layer_name=last_layer_name,
                 backend_kwargs=backend_kwargs,
             )
+        self._original = Original(model)
         self._settings = settings
         self.likelihood = settings.likelihood
         self._fitted: FittedKron | None = None
@@ -241,6 +295,11 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
             self._configure(settings, self._last_layer_coverage())
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
+
+    def fit(self, train_loader: DataLoader, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`DebiasedKronLaplace.fit`, at the weights that the network has now."""
+        with self._at_present_weights():
+            super().fit(train_loader, *args, **kwargs)
 
     def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
         coverage = self._static_coverage

@@ -20,12 +20,14 @@ from laplace_debiased.posterior.fitting import FitRequest
 from laplace_debiased.posterior.last_layer import LastLayerPosterior
 from laplace_debiased.posterior.lowrank import low_rank_settings
 from laplace_debiased.posterior.lowrank_base import LowRankPosterior
+from laplace_debiased.posterior.original import Original
 
 
 class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, LowRankLaplace):
     """Low-rank posterior over the last layer, whose rows need no backward pass.
 
-    The network is copied, as laplace-torch does, and the last layer is found by its feature
+    The network is copied, as laplace-torch does, and copied again by a ``fit`` that finds it
+    changed; until then, predictions raise ModelChangedError. The last layer is found by its feature
     extractor: by name, or by one forward pass at the first ``fit``. Everything else is as in
     :class:`DebiasedLowRankLaplace`.
 
@@ -83,6 +85,7 @@ class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, 
             feature_reduction=feature_reduction,
         )
         self._last_layer_name = last_layer_name
+        self._original = Original(model)
         self._settings = settings
         self.likelihood = settings.likelihood
         self._fitted = None
@@ -93,9 +96,10 @@ class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, 
         self.prior_mean = prior_mean
 
     def fit(self, train_loader: DataLoader, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`DebiasedLowRankLaplace.fit`; finds the last layer if it is not known yet."""
+        """As :meth:`DebiasedLowRankLaplace.fit`, at the weights that the network has now."""
         try:
-            super().fit(train_loader, *args, **kwargs)
+            with self._at_present_weights():
+                super().fit(train_loader, *args, **kwargs)
         finally:
             # What the extractor kept of curvature products is a tensor of a finished transform.
             self.model._features.clear()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.errors import ModelChangedError
 from laplace_debiased.persistence import ModelFingerprint, ModelWatch, fingerprint
-from tests.persistence.cases import INPUTS, LABELS, fitted, loader, network
+from tests.persistence.cases import INPUTS, LABELS, STRUCTURES, fitted, loader, network
 from tests.untouched import untouched
 
 Change = Callable[[nn.Module], object]
@@ -128,18 +132,162 @@ def test_nothing_else_is_an_alarm(name: str) -> None:
     la.fit(loader(), override=False)
 
 
-@pytest.mark.parametrize("structure", ["kron_last_layer", "lowrank_last_layer"])
-def test_last_layer_posterior_has_a_model_of_its_own(structure: str) -> None:
-    """laplace-torch copies the network: what becomes of the original is no matter."""
-    model = network()
-    la = fitted(structure, model)
-    expected = la(INPUTS)
-    replace_layer(model)
-    assert torch.equal(la(INPUTS), expected)
+LAST_LAYERS = ["kron_last_layer", "lowrank_last_layer"]
+
+
+@pytest.mark.parametrize("structure", LAST_LAYERS)
+def test_last_layer_posterior_watches_its_copy_too(structure: str) -> None:
+    la = fitted(structure)
     with torch.no_grad():
         la.model.model[3].weight += 1
     with pytest.raises(ModelChangedError, match=r"3\.weight has other values"):
         la(INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("structure", "name"),
+    [*((LAST_LAYERS[0], name) for name in CHANGES), (LAST_LAYERS[1], "an optimiser's step")],
+)
+def test_last_layer_posterior_follows_the_network_that_it_copied(structure: str, name: str) -> None:
+    model = network()
+    la = fitted(structure, model)
+    expected = la(INPUTS)
+    if name == "another dtype":
+        model.float()
+        assert torch.equal(la(INPUTS), expected)  # a cast of the same weights
+        return
+    before = copy.deepcopy(model)
+    CHANGES[name](model)
+    for call in (
+        lambda: la(INPUTS),
+        lambda: la(INPUTS, pred_type="nn"),
+        lambda: la.functional_samples(INPUTS, n_samples=2),
+        lambda: la.optimize_prior_precision(val_loader=loader()),
+        lambda: la.fit(loader(), override=False),
+    ):
+        with pytest.raises(ModelChangedError, match=r"[Cc]all fit again|Fit anew"):
+            call()
+    model.load_state_dict(before.state_dict())
+    assert torch.equal(la(INPUTS), expected)
+    CHANGES[name](model)
+    la.fit(loader(), n_samples=None)
+    torch.testing.assert_close(la(INPUTS), fitted(structure, copy.deepcopy(model))(INPUTS))
+    assert not torch.allclose(la(INPUTS), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("structure", LAST_LAYERS)
+def test_fit_is_at_the_weights_that_the_network_has_then(structure: str) -> None:
+    """Trained between construction and fit; the name is found anew in another architecture."""
+    subset, hessian = STRUCTURES[structure]
+    for named in (None, "3"):
+        model = network()
+        la = DebiasedLaplace(model, "classification", subset, hessian, last_layer_name=named)
+        step(model, torch.optim.SGD(model.parameters(), lr=0.5))
+        la.fit(loader(), n_samples=None)
+        expected = fitted(structure, copy.deepcopy(model))
+        torch.testing.assert_close(la.mean, expected.mean)
+        torch.testing.assert_close(la(INPUTS), expected(INPUTS))
+        model.append(nn.Linear(3, 3).double())
+        if named is None:
+            la.fit(loader(), n_samples=None)
+            assert la.coverage.covered == ("4.weight", "4.bias")
+        else:
+            with pytest.raises(ValueError, match="not those of its last layer '3'"):
+                la.fit(loader(), n_samples=None)
+            del model[4]
+            torch.testing.assert_close(la(INPUTS), expected(INPUTS))
+
+
+@pytest.mark.parametrize("structure", LAST_LAYERS)
+def test_failed_refit_leaves_the_earlier_copy(structure: str) -> None:
+    model = network()
+    la = fitted(structure, model)
+    expected, state = la(INPUTS), copy.deepcopy(model.state_dict())
+    own = la.model
+    bad = DataLoader(TensorDataset(INPUTS, LABELS + 7), batch_size=7)
+    for change in (step, replace_layer):
+        step(model, torch.optim.SGD(model.parameters(), lr=0.5))
+        if change is replace_layer:
+            replace_layer(model)
+        attributes = dict(vars(la))
+        with pytest.raises(ValueError, match="class indices"):
+            la.fit(bad, n_samples=None)
+        assert la.model is own
+        assert vars(la).keys() == attributes.keys()
+        assert all(vars(la)[name] is value for name, value in attributes.items())
+        with pytest.raises(ModelChangedError):
+            la(INPUTS)
+    model.load_state_dict(state)
+    assert torch.equal(la(INPUTS), expected)
+
+
+@pytest.mark.parametrize("structure", LAST_LAYERS)
+@pytest.mark.parametrize("name", [*HARMLESS, "a move to no memory"])
+def test_nothing_else_is_an_alarm_for_a_last_layer(structure: str, name: str) -> None:
+    model = network()
+    if name == "signs of zero":
+        model[0].bias.data.fill_(-0.0)
+    la = fitted(structure, model)
+    own = la.model
+    la(INPUTS)
+    if name == "a move to no memory":
+        model.to("meta")
+    else:
+        HARMLESS[name](model)
+        model[1].track_running_stats = True
+    for _ in range(2):
+        la(INPUTS)
+        la(INPUTS, pred_type="nn", n_samples=2)
+    la.fit(loader(), override=False, n_samples=None)
+    assert la.model is own
+
+
+@pytest.mark.parametrize("structure", LAST_LAYERS)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_a_last_layer_posterior_are_on_their_own(structure: str, how: str) -> None:
+    model = network()
+    la = fitted(structure, model)
+    twin = copy.deepcopy(la) if how == "deepcopy" else pickle.loads(pickle.dumps(la))
+    replace_layer(model)
+    with pytest.raises(ModelChangedError):
+        la(INPUTS)
+    twin(INPUTS)
+    twin.fit(loader(), n_samples=None)
+
+
+@pytest.mark.parametrize("structure", LAST_LAYERS)
+def test_loaded_last_layer_posterior_follows_its_network(structure: str, tmp_path: Path) -> None:
+    model = network()
+    la = fitted(structure, model)
+    expected = la(INPUTS)
+    la.save(tmp_path / "la")
+    loaded = DebiasedLaplace.load(tmp_path / "la", model)
+    assert torch.equal(loaded(INPUTS), expected)
+    state = copy.deepcopy(model.state_dict())
+    step(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    with pytest.raises(ModelChangedError):
+        loaded(INPUTS)
+    with pytest.raises(ValueError, match="other weights"):
+        loaded.load_state_dict(la.state_dict())
+    # A posterior that was made before the weights were loaded takes the state of these weights.
+    early = DebiasedLaplace(model, "classification", *STRUCTURES[structure])
+    model.load_state_dict(state)
+    early.load_state_dict(la.state_dict())
+    assert torch.equal(early(INPUTS), expected)
+    assert torch.equal(loaded(INPUTS), expected)
+
+
+@pytest.mark.parametrize("structure", LAST_LAYERS)
+def test_last_layer_posterior_keeps_no_network_alive(structure: str) -> None:
+    model = network()
+    la = fitted(structure, model)
+    expected = la(INPUTS)
+    held = [weakref.ref(model), weakref.ref(model[0]), weakref.ref(model[0].weight)]
+    del model
+    assert [reference() for reference in held] == [None] * 3
+    assert torch.equal(la(INPUTS), expected)
+    la.fit(loader(), n_samples=None)
+    assert torch.equal(la(INPUTS), expected)
 
 
 def test_check_reads_no_weights_and_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
