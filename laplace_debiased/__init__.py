@@ -6,9 +6,11 @@ Debiased conjugate gradients and ``NewtonCG`` are in ``laplace_debiased.optim``.
 from laplace_debiased._version import __version__
 from laplace_debiased.calibration import (
     Evaluation,
+    PredictiveReport,
     TemperatureScaling,
     evaluate,
     fit_temperature,
+    predictive_report,
 )
 from laplace_debiased.diagnostics import DirectionalProfile, directional_profile
 from laplace_debiased.errors import (
@@ -51,6 +53,7 @@ __all__ = [
     "ModelChangedError",
     "NotFittedError",
     "NumericalError",
+    "PredictiveReport",
     "Sampling",
     "Scheme",
     "StoredFileError",
@@ -60,4 +63,5 @@ __all__ = [
     "directional_profile",
     "evaluate",
     "fit_temperature",
+    "predictive_report",
 ]

@@ -50,6 +50,12 @@ class TunablePosterior(DebiasedPosterior):
     ) -> None:
         """Choose the prior precision on validation data, or by the marginal likelihood.
 
+        A grid search leaves ``tuning_result`` and ``tuned_link_approx``, the link that predictions
+        then use; "marglik" leaves None in both. Like the prior precision they stay through a new
+        ``fit``, which does not tune: call this again for the new curvature. The search warns where
+        its best prior predicts the validation data worse than the MAP model does (by more than
+        1e-4 nats per sample): then the posterior costs accuracy of the probabilities.
+
         Args:
             pred_type: prediction whose loss is compared.
             method: "gridsearch" or "marglik"; None means "gridsearch" with a ``val_loader``, else
@@ -95,7 +101,7 @@ class TunablePosterior(DebiasedPosterior):
                     self, init_prior_prec, prior_structure, n_steps, lr, progress_bar
                 )
                 self.prior_precision = best
-                self.tuned_link_approx = None
+                self.tuning_result, self.tuned_link_approx = None, None
             case TuningMethod.GRIDSEARCH:
                 link = self._checked_link(link_approx)
                 if pred is PredType.NN:
@@ -117,6 +123,7 @@ class TunablePosterior(DebiasedPosterior):
                 ):
                     result = search.run(val_loader, progress_bar)
                 result.warn_on_edge()
+                result.warn_if_worse()
                 self.prior_precision = torch.as_tensor(result.prior_precision, dtype=torch.float64)
                 self.tuning_result = result
                 self.tuned_link_approx = link

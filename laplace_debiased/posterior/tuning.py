@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from laplace_debiased.curvature.guards import evaluation_mode
 from laplace_debiased.data import split_batch
+from laplace_debiased.data.inputs import invoke, to_device
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.options import parse_choice
@@ -31,8 +33,18 @@ if TYPE_CHECKING:
 _MAX_NODE_SPACING = 0.25 * math.log(10.0)
 """Refinement interpolates between nodes at most this far apart in log prior precision."""
 
+_LABELS = (LikelihoodName.CLASSIFICATION, LikelihoodName.BERNOULLI)
+
 _MAX_STORED_BYTES = 2 * 2**30
 """Moments of the validation set are kept for the refinement up to this size."""
+
+
+_WORSE_BY = 1e-4
+"""Nats per sample by which a validation NLL has to exceed another to be called worse.
+
+The posterior's tends to the MAP model's with the prior precision; a prior at the end of the grid
+leaves differences that mean nothing.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,8 @@ class TuningResult:
         best_grid_point: the grid point of the lowest finite loss.
         prior_precision: the refined optimum (or the best grid point, if nothing was lower).
         loss: validation loss there.
+        map_loss: the MAP model's negative log likelihood on the same data, in nats, mean over
+            samples (in regression with the same noise σ²); None with a loss of the user's own.
     """
 
     prior_precisions: tuple[float, ...]
@@ -100,6 +114,7 @@ class TuningResult:
     best_grid_point: float
     prior_precision: float
     loss: float
+    map_loss: float | None = None
 
     @property
     def on_edge(self) -> bool:
@@ -113,6 +128,19 @@ class TuningResult:
             warnings.warn(
                 f"the best prior precision {self.best_grid_point:.3g} is an end of the grid; the "
                 "optimum may lie beyond. Widen log_prior_prec_min and log_prior_prec_max.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def warn_if_worse(self) -> None:
+        """Warn if the posterior predicts the validation data worse than the MAP model does."""
+        if self.map_loss is not None and self.loss > self.map_loss + _WORSE_BY:
+            warnings.warn(
+                f"the best prior precision {self.prior_precision:.3g} has a validation NLL of "
+                f"{self.loss:.4g}, worse than the {self.map_loss:.4g} of the MAP model on the same "
+                "data. Widen the grid towards larger priors (log_prior_prec_max), scale the "
+                "temperature (fit_temperature), or take more data for the curvature and for "
+                "validation.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -174,12 +202,12 @@ class GridSearch:
                 self._sampled_loss(float(prior), val_loader)
                 for prior in tqdm(points, disable=not progress_bar, desc="[Grid search]")
             ]
-            return self._result(points, losses, None)
+            return self._result(points, losses, None, self._network_map_loss(val_loader))
         return self._linearised_search(val_loader, progress_bar)
 
     def _linearised_search(self, val_loader: DataLoader, progress_bar: bool) -> TuningResult:
         log_nodes, on_grid = self.grid.nodes()
-        scorers = [self._fresh_scorer() for _ in on_grid]
+        scorers, map_scorer = [self._fresh_scorer() for _ in on_grid], self._fresh_scorer()
         stored: list[_StoredBatch] | None = [] if self.refine and len(on_grid) > 1 else None
         priors = log_nodes.exp().to(self.posterior._device, self.posterior._dtype)
         if stored is None:
@@ -190,13 +218,16 @@ class GridSearch:
             mean, covariances, targets = self._scored(mean, covariances, targets)
             for scorer, node in zip(scorers, on_grid.tolist(), strict=True):
                 scorer.update(self._predict(mean, covariances[node], index), targets)
+            if self.loss is None:
+                map_scorer.update(self._map_prediction(mean), targets)
             if stored is not None:
                 stored.append(_StoredBatch(mean, covariances, targets))
                 if sum(batch.covariances.nbytes for batch in stored) > _MAX_STORED_BYTES:
                     stored = None
         losses = [scorer.value() for scorer in scorers]
         refined = None if stored is None else _Refinement(self, log_nodes, stored)
-        return self._result(self.grid.points(), losses, refined)
+        map_loss = map_scorer.value() if self.loss is None else None
+        return self._result(self.grid.points(), losses, refined, map_loss)
 
     def _batches(self, loader: DataLoader, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
         device, empty = self.posterior._device, True
@@ -216,7 +247,9 @@ class GridSearch:
         """
         n_lead = targets.ndim if mean.ndim == 3 else 1
         mask = self.posterior._loss_model.label_mask(targets)
-        if not self._regression and not targets.is_floating_point():
+        if self.posterior.likelihood == LikelihoodName.CLASSIFICATION and not (
+            targets.is_floating_point() or targets.is_complex()
+        ):
             targets = targets.long()
         if n_lead == 2:
             mean, covariances = mean.flatten(0, 1), covariances.flatten(1, 2)
@@ -233,6 +266,25 @@ class GridSearch:
         return (
             class_probabilities(mean, covariance, self.link, self.n_samples, generator, inverse),
         )
+
+    def _map_prediction(self, outputs: Tensor) -> Prediction:
+        """What the MAP model predicts by its outputs alone: no epistemic variance."""
+        if self._regression:
+            return outputs, torch.zeros_like(outputs)
+        return (self.posterior._inverse_link(outputs.double()),)
+
+    def _network_map_loss(self, loader: DataLoader) -> float | None:
+        """The MAP model's loss, by a walk of its own: sampled networks do not pass its outputs."""
+        model, comparable = self.posterior.model, (*_LABELS, LikelihoodName.REGRESSION)
+        if self.loss is not None or self.posterior.likelihood not in comparable:
+            return None
+        scorer = self._fresh_scorer()
+        with evaluation_mode(model), torch.no_grad():
+            for inputs, targets in self._batches(loader, progress_bar=False):
+                outputs = invoke(model, to_device(inputs, self.posterior._device))
+                outputs, _, targets = self._scored(outputs, outputs.unsqueeze(0), targets)
+                scorer.update(self._map_prediction(outputs), targets)
+        return scorer.value()
 
     def _sampled_loss(self, prior: float, loader: DataLoader) -> float:
         """Validation loss of sampled networks at one prior precision."""
@@ -255,7 +307,11 @@ class GridSearch:
         return scorer.value()
 
     def _result(
-        self, points: Tensor, losses: list[float], refinement: _Refinement | None
+        self,
+        points: Tensor,
+        losses: list[float],
+        refinement: _Refinement | None,
+        map_loss: float | None,
     ) -> TuningResult:
         finite = [index for index, loss in enumerate(losses) if math.isfinite(loss)]
         if not finite:
@@ -271,7 +327,8 @@ class GridSearch:
             found = refinement.minimise(float(log_points[low]), float(log_points[high]))
             if math.isfinite(found[1]) and found[1] < loss:
                 prior, loss = found
-        return TuningResult(tuple(points.tolist()), tuple(losses), float(points[best]), prior, loss)
+        grid = tuple(points.tolist())
+        return TuningResult(grid, tuple(losses), float(points[best]), prior, loss, map_loss)
 
 
 @dataclass(frozen=True, eq=False)
