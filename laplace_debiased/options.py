@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar, cast
 
 DEFAULT_BYTE_BUDGET = 256 * 2**20
 """Working memory of one chunk of a pass, in bytes (beside the model and the results)."""
@@ -83,6 +84,8 @@ class SubsetOfWeights(str, Enum):
     LAST_LAYER = "last_layer"
 
 
+_LEAST = {"mc_samples": 1, "byte_budget": 1, "pool_size": 1, "folds": 2}
+
 Choice = TypeVar("Choice", bound=Enum)
 
 
@@ -135,12 +138,11 @@ class CurvatureOptions:
     byte_budget: int = DEFAULT_BYTE_BUDGET
 
     def __post_init__(self) -> None:
-        for name in ("mc_samples", "byte_budget"):
-            _require_positive_int(name, getattr(self, name))
-        if self.pool_size is not None:
-            _require_positive_int("pool_size", self.pool_size)
-        if isinstance(self.folds, bool) or not isinstance(self.folds, int) or self.folds < 2:
-            raise ValueError(f"folds must be an integer of at least 2; got {self.folds!r}.")
+        for name, minimum in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None or name != "pool_size":
+                # A plain int: numpy's would not go through a state that holds tensors only.
+                object.__setattr__(self, name, checked_integer(name, value, minimum))
         if not 0.0 < self.direction_fraction < 1.0:
             raise ValueError(
                 "direction_fraction must lie strictly between 0 and 1; "
@@ -180,6 +182,18 @@ class CurvatureOptions:
         return None
 
 
-def _require_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+def checked_integer(name: str, value: object, minimum: int = 1) -> int:
+    """``value`` as an int; numpy's integers will do.
+
+    Raises:
+        ValueError: if it is no integer (a bool is none), or below ``minimum``.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(cast(SupportsIndex, value))
+    except TypeError:
+        number = None
+    if number is None or number < minimum:
+        named = {0: "a non-negative integer", 1: "a positive integer"}
+        wanted = named.get(minimum, f"an integer of at least {minimum}")
+        raise ValueError(f"{name} must be {wanted}; got {value!r}.")
+    return number

@@ -33,12 +33,16 @@ def checked_count(value: Any, name: str) -> int:
 
 
 def checked_seed(seed: Any) -> int:
-    """Return ``seed`` as an int.
+    """Return ``seed`` as an int that every generator takes: torch's, numpy's and ``random``.
 
     Raises:
         TypeError: ``seed`` is not an integer.
+        ValueError: ``seed`` is negative, or needs more than 63 bits.
     """
-    return _as_int(seed, "seed")
+    number = _as_int(seed, "seed")
+    if not 0 <= number < 2**63:
+        raise ValueError(f"seed must lie in 0..2**63 - 1, got {number}.")
+    return number
 
 
 def checked_fractions(folds: int, fractions: Sequence[float] | None) -> tuple[float, ...] | None:

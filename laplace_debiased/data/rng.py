@@ -7,6 +7,7 @@ generators. Inside these guards they draw from a seed of ours; outside nothing h
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def preserved_rng(
     state = RngState.capture(generators)
     try:
         if seed is not None:
-            _seed_all(seed, generators)
+            _seed_all(operator.index(seed), generators)  # torch takes no integers of numpy
         yield
     finally:
         state.restore()

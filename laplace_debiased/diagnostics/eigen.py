@@ -31,6 +31,7 @@ from laplace_debiased.curvature.guards import batch_length, select_rows
 from laplace_debiased.curvature.lowrank import combined_rows, gram_matrix
 from laplace_debiased.curvature.lowrank.products import arpack_eigenpairs
 from laplace_debiased.curvature.lowrank.transforms import Parameters
+from laplace_debiased.data.checks import checked_seed
 from laplace_debiased.data.inputs import calling_by_signature
 from laplace_debiased.diagnostics.measure import (
     Matrix,
@@ -39,7 +40,7 @@ from laplace_debiased.diagnostics.measure import (
 )
 from laplace_debiased.diagnostics.network import Network, attributed, undisturbed
 from laplace_debiased.likelihoods import LossModel
-from laplace_debiased.options import parse_choice
+from laplace_debiased.options import checked_integer, parse_choice
 
 _GRAM_MAX_BYTES = 2 * 2**30
 _GRAM_MAX_ROWS = 1024
@@ -127,8 +128,7 @@ def network_eigenpairs(
     progress_bar: bool = False,
 ) -> Eigenpairs:
     """As `top_eigenpairs`, for a network that is already undisturbed."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be a positive integer; got {k!r}.")
+    k, seed = checked_integer("k", k), checked_seed(seed)
     inputs, targets = network.pair(batch, role)
     outputs = network.checked_outputs(inputs, targets)
     root = network.loss.hessian_root(outputs)

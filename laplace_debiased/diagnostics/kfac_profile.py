@@ -31,7 +31,7 @@ from laplace_debiased.diagnostics.network import undisturbed
 from laplace_debiased.diagnostics.profile import DirectionalProfile, profile_from_directions
 from laplace_debiased.diagnostics.summary import BiasSummary
 from laplace_debiased.likelihoods import loss_model
-from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET, checked_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,8 +206,7 @@ def kfac_profile(
         CoverageError: if no layer has K-FAC factors.
         NumericalError: for outputs or factors that are not finite.
     """
-    if isinstance(n_bands, bool) or not isinstance(n_bands, int) or n_bands < 1:
-        raise ValueError(f"n_bands must be a positive integer; got {n_bands!r}.")
+    n_bands = checked_integer("n_bands", n_bands)
     loss = loss_model(likelihood)
     with undisturbed(model, reference_loader), torch.no_grad():
         coverage, layers = layer_coverage(model)

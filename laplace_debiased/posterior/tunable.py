@@ -16,11 +16,8 @@ from laplace_debiased.data import preserved_rng
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.options import parse_choice
 from laplace_debiased.posterior.base import DebiasedPosterior
-from laplace_debiased.posterior.tuning import (
-    GridSearch,
-    PriorGrid,
-    maximise_marginal_likelihood,
-)
+from laplace_debiased.posterior.marglik import maximise_marginal_likelihood
+from laplace_debiased.posterior.tuning import GridSearch, PriorGrid
 
 
 class TunablePosterior(DebiasedPosterior):

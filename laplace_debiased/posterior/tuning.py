@@ -1,4 +1,4 @@
-"""Choosing the prior precision: one pass for a whole grid, or the marginal likelihood."""
+"""Choosing the prior precision on validation data: one pass for a whole grid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torchmetrics
-from laplace.utils.enums import LinkApprox, PredType, PriorStructure
+from laplace.utils.enums import LinkApprox, PredType
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from laplace_debiased.curvature.guards import evaluation_mode
 from laplace_debiased.data import split_batch
+from laplace_debiased.data.checks import checked_count, checked_seed
 from laplace_debiased.data.inputs import invoke, to_device
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import LikelihoodName
-from laplace_debiased.options import parse_choice
-from laplace_debiased.posterior.checks import positive_value
+from laplace_debiased.options import checked_integer
+from laplace_debiased.posterior.marglik import temporary_prior
 from laplace_debiased.posterior.predict import class_probabilities, needs_covariance
 from laplace_debiased.posterior.scores import Prediction, Scorer, scorer_factory
 from laplace_debiased.predictive.interpolation import CovarianceCurve
@@ -61,8 +62,7 @@ class PriorGrid:
     base: float = 10.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"grid_size must be a positive integer; got {self.size!r}.")
+        object.__setattr__(self, "size", checked_integer("grid_size", self.size))
         if not (math.isfinite(self.log_min) and math.isfinite(self.log_max)):
             raise ValueError("log_prior_prec_min and log_prior_prec_max must be finite.")
         if self.log_min > self.log_max or (self.log_min == self.log_max and self.size > 1):
@@ -174,6 +174,8 @@ class GridSearch:
     _fresh_scorer: Callable[[], Scorer] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", checked_seed(self.seed))
+        object.__setattr__(self, "n_samples", checked_count(self.n_samples, "n_samples"))
         sigma = float(torch.as_tensor(self.posterior.sigma_noise).detach())
         factory = scorer_factory(self.loss, self.posterior.likelihood, noise_variance=sigma * sigma)
         object.__setattr__(self, "_fresh_scorer", factory)
@@ -290,7 +292,7 @@ class GridSearch:
         """Validation loss of sampled networks at one prior precision."""
         scorer = self._fresh_scorer()
         generator = torch.Generator(self.posterior._device).manual_seed(self.seed)
-        with _temporary_prior(self.posterior, prior):
+        with temporary_prior(self.posterior, prior):
             for inputs, targets in self._batches(loader, progress_bar=False):
                 prediction = self.posterior(
                     inputs,
@@ -357,75 +359,3 @@ class _Refinement:
 
         found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-3})
         return math.exp(found.x), float(found.fun)
-
-
-class _temporary_prior:  # noqa: N801
-    """Another prior precision inside, the old one outside."""
-
-    def __init__(self, posterior: DebiasedPosterior, prior: float | Tensor | None) -> None:
-        self._posterior, self._prior = posterior, prior
-
-    def __enter__(self) -> None:
-        self._old = self._posterior.prior_precision
-        if self._prior is not None:
-            prior = self._prior
-            exact = None if isinstance(prior, Tensor) else torch.float64
-            self._posterior.prior_precision = torch.as_tensor(prior, dtype=exact)
-
-    def __exit__(self, *exception: object) -> None:
-        self._posterior.prior_precision = self._old
-
-
-def maximise_marginal_likelihood(
-    posterior: DebiasedPosterior,
-    initial: float | Tensor,
-    structure: PriorStructure | str,
-    n_steps: int,
-    lr: float,
-    progress_bar: bool,
-) -> Tensor:
-    """Gradient ascent on the log marginal likelihood in log prior precision (laplace-torch's).
-
-    Returns:
-        The best prior precision met, [1] or one entry per covered parameter tensor. The posterior
-        keeps its own prior.
-
-    Raises:
-        ValueError: for a diagonal prior structure, or numbers out of range.
-        NumericalError: if the marginal likelihood is not finite.
-    """
-    positive_value("init_prior_prec", initial)
-    positive_value("lr", lr)
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 0:
-        raise ValueError(f"n_steps must be a non-negative integer; got {n_steps!r}.")
-    with torch.inference_mode(False):
-        start = torch.as_tensor(initial, dtype=posterior.mean.dtype, device=posterior.mean.device)
-        start = start.detach().clone().reshape(-1)
-    match parse_choice(PriorStructure, structure, "prior_structure"):
-        case PriorStructure.SCALAR:
-            pass
-        case PriorStructure.LAYERWISE:
-            start = start.expand(posterior.n_layers).clone() if len(start) == 1 else start
-        case PriorStructure.DIAG:
-            start = posterior._diagonal_prior(start)
-    with _temporary_prior(posterior, start), torch.inference_mode(False), torch.enable_grad():
-        log_prior = start.log().requires_grad_(True)
-        optimizer = torch.optim.Adam([log_prior], lr=lr)
-        best, best_value = start, -math.inf
-        for step in tqdm(
-            range(n_steps + 1), disable=not progress_bar, desc="[Marginal likelihood]"
-        ):
-            optimizer.zero_grad()
-            value = posterior.log_marginal_likelihood(prior_precision=log_prior.exp())
-            current = float(value.detach())
-            if not math.isfinite(current):
-                raise NumericalError(
-                    f"the log marginal likelihood is {current} after {step} steps; lower lr, "
-                    "or start from another init_prior_prec."
-                )
-            if current > best_value:
-                best, best_value = log_prior.detach().exp(), current
-            if step < n_steps:
-                (-value).backward()
-                optimizer.step()
-    return best

@@ -1,0 +1,104 @@
+"""Integers of numpy are integers, and a seed that cannot be one is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from laplace_debiased import DebiasedLaplace, directional_profile
+from laplace_debiased.data import preserved_rng
+from laplace_debiased.data.checks import checked_seed
+from laplace_debiased.diagnostics import kfac_profile
+from laplace_debiased.options import CurvatureOptions, checked_integer
+from tests.zoo import problem
+
+P = problem("mlp")
+BATCHES = (P.x[:5], P.y[:5]), (P.x[5:10], P.y[5:10])
+KINDS = [np.int64, np.uint8, np.int32]
+
+
+def posterior(kind: Any, **fit: Any) -> DebiasedLaplace:
+    la = DebiasedLaplace(P.model, folds=kind(3), mc_samples=kind(2), fisher="mc")
+    la.fit(P.loader(), n_samples=kind(12), n_data=kind(26), seed=kind(3), **fit)
+    return la
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_posterior_of_numpys_integers_is_that_of_pythons(kind: Any) -> None:
+    la, expected = posterior(kind), posterior(int)
+    assert torch.equal(la(P.x), expected(P.x))
+    for one in (la, expected):
+        number = kind if one is la else int
+        one.optimize_prior_precision(
+            val_loader=P.loader(),
+            grid_size=number(3),
+            link_approx="mc",
+            n_samples=number(7),
+            seed=number(5),
+        )
+    assert la.tuning_result == expected.tuning_result
+    la.optimize_prior_precision(method="marglik", n_steps=kind(2))
+    expected.optimize_prior_precision(method="marglik", n_steps=2)
+    assert torch.equal(la.prior_precision, expected.prior_precision)
+
+
+def test_options_hold_plain_integers() -> None:
+    options = CurvatureOptions(
+        mc_samples=np.int64(2), folds=np.int64(3), pool_size=np.int64(9), byte_budget=np.int64(8)
+    )
+    for name in ("mc_samples", "folds", "pool_size", "byte_budget"):
+        assert type(getattr(options, name)) is int
+
+
+def test_diagnostics_take_numpys_integers() -> None:
+    first, second = BATCHES
+    profile = directional_profile(
+        P.model, "classification", first, second, k=np.int64(3), seed=np.int64(1)
+    )
+    assert profile.n_directions == 3
+    assert kfac_profile(P.model, "classification", first, second, n_bands=np.int64(4)).blocks
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), 2.0, np.float64(2.0), "2", None, 0, -1])
+def test_what_is_no_positive_integer_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="rank must be a positive integer; got"):
+        checked_integer("rank", value)
+    with pytest.raises(ValueError, match="folds must be an integer of at least 2"):
+        CurvatureOptions(folds=value)
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**63, -1])
+def test_a_seed_out_of_range_is_named(seed: int) -> None:
+    la = DebiasedLaplace(P.model)
+    la.fit(P.loader())
+    before = torch.get_rng_state()
+    for call in (
+        lambda: checked_seed(seed),
+        lambda: la.fit(P.loader(), seed=seed),
+        lambda: la.optimize_prior_precision(val_loader=P.loader(), seed=seed),
+        lambda: directional_profile(P.model, "classification", *BATCHES, seed=seed),
+    ):
+        with pytest.raises(ValueError, match=rf"seed must lie in 0\.\.2\*\*63 - 1, got {seed}"):
+            call()
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(TypeError, match=r"seed must be an int, got 1\.5"):
+        la.optimize_prior_precision(val_loader=P.loader(), seed=1.5)
+
+
+def test_the_largest_seed_works_for_every_generator() -> None:
+    la = DebiasedLaplace(P.model, fisher="mc")
+    la.fit(P.loader(), n_samples=12, seed=2**63 - 1)
+    la.optimize_prior_precision(
+        val_loader=P.loader(), grid_size=2, link_approx="mc", seed=2**63 - 1
+    )
+
+
+def test_preserved_generators_are_seeded_alike_by_numpys_integers() -> None:
+    def drawn(seed: Any) -> tuple[float, float]:
+        with preserved_rng(seed):
+            return float(torch.rand(())), float(np.random.rand())
+
+    assert drawn(np.int64(4)) == drawn(4)
