@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "ModelLock",
     "batch_length",
     "call_with",
+    "eager_execution",
     "evaluation_mode",
     "exact_arithmetic",
     "full_precision",
@@ -108,8 +110,12 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside; each module's own mode restored on the way out."""
-    with model_lock(model):
+    """Every module in evaluation mode inside; each module's own mode restored on the way out.
+
+    Compiled modules run as they were written: compiled code calls no hooks that it was not compiled
+    with, and would be compiled anew for every set of weights.
+    """
+    with model_lock(model), eager_execution():
         modes = [(module, module.training) for module in model.modules()]
         try:
             for module, _ in modes:
@@ -120,37 +126,71 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-class _AttentionSwitch:
-    """How many are inside ``math_attention``, and what restores the process's own choice."""
+class _Switch:
+    """A choice of the whole process, not of a thread, that holds while anyone is inside.
 
-    lock = threading.Lock()
-    inside = 0
-    restore = ExitStack()
+    The first to enter sets it and the last to leave restores it, whoever that is.
+
+    Args:
+        choose: sets it, with what restores the process's own choice pushed on the stack.
+    """
+
+    def __init__(self, choose: Callable[[ExitStack], None]) -> None:
+        self._choose = choose
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._restore = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                with ExitStack() as stack:
+                    self._choose(stack)
+                    self._restore = stack.pop_all()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._restore.close()
+
+
+def _run_eagerly(stack: ExitStack) -> None:
+    # Called from within a compiled function, torch allows no such choice.
+    with suppress(RuntimeError):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+_EAGER = _Switch(_run_eagerly)
+
+
+@contextmanager
+def eager_execution() -> Iterator[None]:
+    """Compiled code runs as it was written while anyone is inside."""
+    # Whoever compiles has imported the compiler; doing it here would cost the others seconds.
+    with _EAGER() if "torch._dynamo" in sys.modules else nullcontext():
+        yield
+
+
+def _choose_math_attention(stack: ExitStack) -> None:
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack.callback(
+        torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+    )
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
+_ATTENTION = _Switch(_choose_math_attention)
 
 
 @contextmanager
 def math_attention() -> Iterator[None]:
-    """Plain attention kernels, which forward mode and vmap support, while anyone is inside.
-
-    The choice is the process's, not the thread's: the first to enter sets it and the last to leave
-    restores it, whoever that is.
-    """
-    switch = _AttentionSwitch
-    with switch.lock:
-        if switch.inside == 0:
-            fastpath = torch.backends.mha.get_fastpath_enabled()
-            switch.restore = ExitStack()
-            switch.restore.enter_context(sdpa_kernel(SDPBackend.MATH))
-            switch.restore.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-            torch.backends.mha.set_fastpath_enabled(False)
-        switch.inside += 1
-    try:
+    """Plain attention kernels, which forward mode and vmap support, while anyone is inside."""
+    with _ATTENTION():
         yield
-    finally:
-        with switch.lock:
-            switch.inside -= 1
-            if switch.inside == 0:
-                switch.restore.close()
 
 
 @contextmanager
