@@ -95,7 +95,7 @@ def weight_curvature(
         outputs = (g[:, :, 0] @ output_basis).square().sum(1)
         inputs = (a[:, 0] @ input_basis).square()
         return (outputs * coefficients.unsqueeze(-1)).T @ inputs
-    squares = rotated_gradients(a, g, output_basis, input_basis).square_().sum(1)
+    squares = rotated_gradients(a, g, output_basis, input_basis).square().sum(1)
     return torch.tensordot(coefficients, squares, dims=1)
 
 

@@ -1,8 +1,10 @@
 """The kernels against plain einsums, in every order of rotation that they choose between."""
 
+import warnings
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, vmap
 
 from laplace_debiased.curvature import kernels
 from tests.tolerances import assert_exact
@@ -37,6 +39,18 @@ def test_weight_curvature_sums_over_positions_before_it_squares(
     rows = torch.einsum("nrtd,nte->nrde", g, a)
     expected = torch.einsum("n,nrij->ij", c, (u_b.T @ rows @ u_a).square())
     assert_exact(kernels.weight_curvature(a, g, u_b, u_a, c), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_curvature_is_vectorised_over_groups_without_a_fallback(
+    shape: tuple[int, int, int, int],
+) -> None:
+    *groups, c = (torch.stack([one, one + 1]) for one in arrays(shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actual = vmap(kernels.weight_curvature, (0, 0, 0, 0, None))(*groups, c[0])
+    for index, table in enumerate(actual):
+        assert_exact(table, kernels.weight_curvature(*(one[index] for one in groups), c[0]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
