@@ -15,19 +15,23 @@ from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
+from laplace_debiased.curvature import Coverage, CurvaturePass, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.curvature.guards import evaluation_mode, model_lock, select_rows, to_device
 from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.data.inputs import calling_by_signature
+from laplace_debiased.options import CurvatureOptions
+from laplace_debiased.persistence import FitCheckpoint
 from laplace_debiased.posterior.backends import check_backend
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
 from laplace_debiased.posterior.budget import RECOMMENDED_LAST_LAYER_SAMPLES
 from laplace_debiased.posterior.checks import check_last_layer_name, check_prior_length
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
-from laplace_debiased.posterior.fitting import FitRequest, FittedKron
+from laplace_debiased.posterior.estimation import KronEstimator
+from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
 from laplace_debiased.posterior.kron_base import KronPosterior
 from laplace_debiased.posterior.original import Original
+from laplace_debiased.posterior.softmax_head import in_closed_form
 from laplace_debiased.posterior.walking import first_inputs_of_loader, first_inputs_of_plan
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
 
@@ -230,7 +234,8 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
     The network is copied, as laplace-torch does, and copied again by a ``fit`` that finds it
     changed; until then, predictions raise ModelChangedError. The last layer is found by its feature
     extractor: by name, or by one forward pass at the first ``fit``. Everything else is as in
-    :class:`DebiasedKronLaplace`; magnitudes of the last layer need no backward pass.
+    :class:`DebiasedKronLaplace`; magnitudes of the last layer need no backward pass, and in
+    classification (with ``fisher="type2"``) C² operations per sample.
 
     Args:
         model: trained network with a linear last layer; never changed.
@@ -312,6 +317,17 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
 
     def _make_pass(self, coverage: Coverage) -> FeaturePass:
         return self._feature_pass(coverage)
+
+    def _walks(
+        self,
+        curvature_pass: CurvaturePass,
+        coverage: Coverage,
+        options: CurvatureOptions,
+        request: FitRequest,
+        kept: FitCheckpoint | None,
+    ) -> tuple[FirstWalk, KronEstimator | None]:
+        walk, estimator = super()._walks(curvature_pass, coverage, options, request, kept)
+        return in_closed_form(walk), in_closed_form(estimator)
 
     def _isolated_model(self, coverage: Coverage) -> FeatureExtractor:
         """A new extractor around a copy: a copied one would write to the old one's features."""

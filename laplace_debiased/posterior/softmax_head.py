@@ -1,0 +1,53 @@
+"""Estimates of a last layer under a softmax, in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature import FeaturePass
+from laplace_debiased.curvature.passes import Columns
+from laplace_debiased.curvature.softmax_head import SoftmaxHeadRule
+from laplace_debiased.data import Batch
+from laplace_debiased.likelihoods import SoftmaxCrossEntropy
+from laplace_debiased.options import Fisher
+from laplace_debiased.posterior.estimation import KronEstimator
+
+AnyWalk = TypeVar("AnyWalk")
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxHeadEstimator(KronEstimator):
+    """The estimator whose columns are √p, one per sample, and stand for a whole root."""
+
+    @property
+    def _n_columns(self) -> int:
+        return 1
+
+    def _columns_of(self, batch: Batch, generator: torch.Generator) -> Columns:
+        def columns(outputs: Tensor, rows: slice) -> Tensor:
+            targets = batch.targets[rows].to(outputs.device)
+            self.loss.check_targets(outputs, targets)
+            roots = torch.softmax(outputs, dim=-1).sqrt().unsqueeze(-1)
+            mask = self.loss.label_mask(targets)
+            return roots if mask is None else roots * mask.reshape(-1, 1, 1)
+
+        return columns
+
+
+def in_closed_form(walk: AnyWalk) -> AnyWalk | SoftmaxHeadEstimator:
+    """The same estimator in closed form where there is one: softmax, type-2 Fisher, features."""
+    if not (
+        isinstance(walk, KronEstimator)
+        and isinstance(walk.curvature_pass, FeaturePass)
+        and isinstance(walk.loss, SoftmaxCrossEntropy)
+        and walk.options.fisher is Fisher.TYPE2
+    ):
+        return walk
+    general = walk.curvature_pass
+    closed = replace(general, layer=replace(general.layer, rule=SoftmaxHeadRule()))
+    arguments = {field.name: getattr(walk, field.name) for field in fields(walk)}
+    return SoftmaxHeadEstimator(**arguments | {"curvature_pass": closed})
