@@ -114,7 +114,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Compiled modules run as they were written: compiled code calls no hooks that it was not compiled
     with, and would be compiled anew for every set of weights.
+
+    Raises:
+        ValueError: if a forward pass would overwrite weights, before there is one.
     """
+    _refuse_rewritten_weights(model)
     with model_lock(model), eager_execution():
         modes = [(module, module.training) for module in model.modules()]
         try:
@@ -124,6 +128,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _refuse_rewritten_weights(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise ValueError(
+                f"layer {name!r} is an {type(module).__name__} with max_norm={module.max_norm}: "
+                "its forward pass overwrites its own weight, so that no pass could leave the model "
+                "as it was. Renormalise the weight once, with "
+                f"weight.data.renorm_({module.norm_type}, 0, {module.max_norm}), and set the "
+                "layer's max_norm=None; its outputs stay the same."
+            )
 
 
 class _Switch:

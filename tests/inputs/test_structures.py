@@ -197,3 +197,30 @@ def test_cutting_and_moving_keep_the_structure() -> None:
     assert hash(tensor_shapes(x)) == hash(tensor_shapes(select_rows(x, slice(0, 5))))
     with pytest.raises(TypeError, match="got list"):
         batch_length(["a", "b"])
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize(("subset", "structure"), POSTERIORS)
+def test_a_layer_that_overwrites_its_weight_is_refused_before_it_does(
+    subset: str, structure: str, kind: type[nn.Module]
+) -> None:
+    flat = nn.Flatten() if kind is nn.Embedding else nn.Identity()
+    model = nn.Sequential(kind(9, 4, max_norm=0.5), flat, nn.LazyLinear(3))
+    loader = DataLoader(TensorDataset(torch.arange(18).reshape(9, 2) % 9, torch.arange(9) % 3))
+    table = model[0]
+    table.max_norm = None
+    model(torch.zeros(1, 2, dtype=torch.int64))
+    table.max_norm = 0.5
+    la = DebiasedLaplace(model, "classification", subset, structure)
+    with (
+        untouched(model),
+        pytest.raises(ValueError, match=r"layer '(model\.)?0' .*max_norm=0\.5: its"),
+    ):
+        la.fit(loader)
+    table.weight.data.renorm_(2.0, 0, 0.5)  # as the message says
+    expected, table.max_norm = model(loader.dataset[:][0]), None
+    assert torch.equal(model(loader.dataset[:][0]), expected)
+    la = DebiasedLaplace(model, "classification", subset, structure)
+    with untouched(model):
+        la.fit(loader)
+        la(loader.dataset[:][0])
