@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -67,6 +68,10 @@ class FittedPosterior(TunablePosterior):
         self._static_coverage = coverage
         self._fitted = None
         self._set_coverage(coverage)
+
+    def _at_present_weights(self) -> AbstractContextManager[None]:
+        """Around a fit: the model that is fitted is the user's own, at its present weights."""
+        return nullcontext()
 
     @property
     def prior_precision(self) -> Tensor:

@@ -13,7 +13,6 @@ from laplace.curvature.curvature import CurvatureInterface
 from laplace.lllaplace import KronLLLaplace
 from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import Coverage, CurvaturePass, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
@@ -300,11 +299,6 @@ class DebiasedKronLLLaplace(LastLayerPosterior, KronPosterior, KronLLLaplace):
             self._configure(settings, self._last_layer_coverage())
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
-
-    def fit(self, train_loader: DataLoader, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`DebiasedKronLaplace.fit`, at the weights that the network has now."""
-        with self._at_present_weights():
-            super().fit(train_loader, *args, **kwargs)
 
     def _inspected_coverage(self, plan: CurvaturePlan) -> Coverage:
         coverage = self._static_coverage

@@ -117,12 +117,13 @@ class LowRankPosterior(FittedPosterior):
             progress_bar,
             self.dict_key_y,
         )
-        options, previous, watch = self._begin(request)
         with (
+            self._at_present_weights(),
             preserved_rng(seed),
             torch.inference_mode(False),
             exact_arithmetic(self._device),
         ):
+            options, previous, watch = self._begin(request)
             coverage = self._candidates(request)
             self._check_against(coverage)
             row_pass = self._make_pass(coverage)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,6 @@ from laplace.baselaplace import LowRankLaplace, ParametricLaplace
 from laplace.lllaplace import LLLaplace
 from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.lowrank import FeatureRowPass, FunctionalNetwork, RowPass
@@ -95,11 +96,11 @@ class DebiasedLowRankLLLaplace(LastLayerPosterior, LowRankPosterior, LLLaplace, 
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
 
-    def fit(self, train_loader: DataLoader, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`DebiasedLowRankLaplace.fit`, at the weights that the network has now."""
+    @contextmanager
+    def _at_present_weights(self) -> Iterator[None]:
         try:
-            with self._at_present_weights():
-                super().fit(train_loader, *args, **kwargs)
+            with super()._at_present_weights():
+                yield
         finally:
             # What the extractor kept of curvature products is a tensor of a finished transform.
             self.model._features.clear()
