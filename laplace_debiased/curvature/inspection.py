@@ -18,7 +18,7 @@ from laplace_debiased.curvature.guards import (
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import check_outputs, map_calls
 from laplace_debiased.curvature.tape import Calls, LayerTape, record
-from laplace_debiased.errors import NumericalError
+from laplace_debiased.errors import ModelCallError, NumericalError
 
 MISMATCH = (
     "its gradient is not the sum over positions that its layer type implies: the layer's first "
@@ -50,7 +50,11 @@ def layer_problems(model: nn.Module, layers: tuple[Layer, ...], inputs: Any) -> 
     """
     device = next(model.parameters()).device
     probe = select_rows(to_device(inputs, device), slice(0, min(2, batch_length(inputs))))
-    tape, fixed = _record(model, layers, probe)
+    try:
+        tape, fixed = _record(model, layers, probe)
+    except ModelCallError:  # perhaps a network that takes one sample at a time; else it shows again
+        probe = select_rows(probe, slice(0, 1))
+        tape, fixed = _record(model, layers, probe)
     check_outputs(tape.outputs, batch_length(probe), positions=True)
     problems: dict[str, str] = {}
     usable = []

@@ -18,6 +18,7 @@ from laplace_debiased.data import (
     preserved_rng,
     split_batch,
 )
+from laplace_debiased.data.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.debiasing import Measurement
 from laplace_debiased.likelihoods import LossModel
@@ -70,12 +71,31 @@ def first_inputs_of_loader(loader: Any, dict_key_y: str) -> Any:
 
 
 def first_inputs_of_plan(plan: CurvaturePlan) -> Any:
-    """Model inputs of a plan's first batch."""
+    """Model inputs of a plan's first batch; of its first two, where they hold one sample each.
+
+    Whether samples mix shows on two samples only.
+    """
     batches = plan.batches()
     try:
-        return next(batches).inputs
+        inputs = next(batches).inputs
+        following = next(batches, None) if batch_length(inputs) == 1 else None
     finally:
         batches.close()  # type: ignore[attr-defined]
+    if following is None or tensor_shapes(inputs) != tensor_shapes(following.inputs):
+        return inputs
+    return _joined(inputs, following.inputs)
+
+
+def _joined(inputs: Any, following: Any) -> Any:
+    """Both samples in one batch; what is not per sample stays as the first has it."""
+    others = tensors_of(following)
+
+    def joined(tensor: Tensor) -> Tensor:
+        other = next(others)
+        both_single = tensor.ndim > 0 and len(tensor) == 1 == len(other)
+        return torch.cat([tensor, other]) if both_single else tensor
+
+    return map_tensors(joined, inputs)
 
 
 def effective_samples(shares: Tensor) -> float:

@@ -1,0 +1,71 @@
+"""Networks whose samples depend on each other, or on chance, whatever the batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased.factory import DebiasedLaplace
+from tests.untouched import untouched
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(24, 4, generator=G), torch.arange(24) % 3
+
+
+class Centred(nn.Module):
+    """Takes the batch's mean out, so that samples depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.head(torch.tanh(hidden - 0.5 * hidden.mean(0, keepdim=True)))
+
+
+class Named(Centred):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * scale)
+
+
+class OneAtATime(nn.Module):
+    """Takes no batch of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (_,) = x
+        return self.head(x)
+
+
+def named(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    x, y = (torch.stack(parts) for parts in zip(*samples, strict=True))
+    return {"x": x, "scale": torch.ones(len(x), 1), "labels": y}
+
+
+@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.parametrize("kind", [Centred, Named])
+def test_samples_that_mix_are_found_at_any_batch_size(kind: type[Centred], size: int) -> None:
+    loader = DataLoader(
+        TensorDataset(X, Y), batch_size=size, collate_fn=named if kind is Named else None
+    )
+    model = kind()
+    la = DebiasedLaplace(model)
+    with untouched(model):
+        la.fit(loader, n_samples=None)
+    assert set(la.coverage.gaps) == {"first.weight", "first.bias"}
+    low_rank = DebiasedLaplace(model, hessian_structure="lowrank")
+    with untouched(model), pytest.raises(ValueError, match="when another joins its batch"):
+        low_rank.fit(loader, n_samples=None)
+
+
+@pytest.mark.parametrize("structure", ["kron", "lowrank"])
+def test_a_network_of_one_sample_at_a_time_is_still_taken(structure: str) -> None:
+    la = DebiasedLaplace(OneAtATime(), hessian_structure=structure)
+    la.fit(DataLoader(TensorDataset(X, Y)), n_samples=None)
+    assert la.coverage.gaps == {}
