@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["checked_count", "checked_fractions", "checked_seed"]
+__all__ = ["checked_count", "checked_fractions", "checked_seed", "generator_seed"]
 
 
 def _as_int(value: Any, name: str) -> int:
@@ -33,15 +33,24 @@ def checked_count(value: Any, name: str) -> int:
 
 
 def checked_seed(seed: Any) -> int:
-    """Return ``seed`` as an int that every generator takes: torch's, numpy's and ``random``.
+    """Return ``seed`` as an int.
 
     Raises:
         TypeError: ``seed`` is not an integer.
-        ValueError: ``seed`` is negative, or needs more than 63 bits.
+    """
+    return _as_int(seed, "seed")
+
+
+def generator_seed(seed: Any) -> int:
+    """Return ``seed`` as an int in the range that torch's generators take.
+
+    Raises:
+        TypeError: ``seed`` is not an integer.
+        ValueError: ``seed`` lies outside -2**63..2**64 - 1.
     """
     number = _as_int(seed, "seed")
-    if not 0 <= number < 2**63:
-        raise ValueError(f"seed must lie in 0..2**63 - 1, got {number}.")
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must lie in -2**63..2**64 - 1, got {number}.")
     return number
 
 

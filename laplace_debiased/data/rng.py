@@ -7,7 +7,6 @@ generators. Inside these guards they draw from a seed of ours; outside nothing h
 from __future__ import annotations
 
 import hashlib
-import operator
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+from laplace_debiased.data.checks import generator_seed
 
 __all__ = ["RngState", "derived_seed", "guarded_iter", "preserved_rng"]
 
@@ -99,12 +100,16 @@ def preserved_rng(
     Args:
         seed: Seed for all of them inside the block; None leaves them where they are.
         generators: Further generators to guard, such as a loader's ``generator=``.
+
+    Raises:
+        TypeError: ``seed`` is not an integer.
+        ValueError: ``seed`` lies outside -2**63..2**64 - 1.
     """
     generators = tuple(generators)
     state = RngState.capture(generators)
     try:
         if seed is not None:
-            _seed_all(operator.index(seed), generators)  # torch takes no integers of numpy
+            _seed_all(generator_seed(seed), generators)
         yield
     finally:
         state.restore()

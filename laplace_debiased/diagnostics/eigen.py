@@ -31,7 +31,7 @@ from laplace_debiased.curvature.guards import batch_length, select_rows
 from laplace_debiased.curvature.lowrank import combined_rows, gram_matrix
 from laplace_debiased.curvature.lowrank.products import arpack_eigenpairs
 from laplace_debiased.curvature.lowrank.transforms import Parameters
-from laplace_debiased.data.checks import checked_seed
+from laplace_debiased.data.checks import generator_seed
 from laplace_debiased.data.inputs import calling_by_signature
 from laplace_debiased.diagnostics.measure import (
     Matrix,
@@ -128,7 +128,8 @@ def network_eigenpairs(
     progress_bar: bool = False,
 ) -> Eigenpairs:
     """As `top_eigenpairs`, for a network that is already undisturbed."""
-    k, seed = checked_integer("k", k), checked_seed(seed)
+    # Numpy's generators take no negative seed.
+    k, seed = checked_integer("k", k), generator_seed(seed) % 2**64
     inputs, targets = network.pair(batch, role)
     outputs = network.checked_outputs(inputs, targets)
     root = network.loss.hessian_root(outputs)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from laplace_debiased.curvature.guards import evaluation_mode
 from laplace_debiased.data import split_batch
-from laplace_debiased.data.checks import checked_count, checked_seed
+from laplace_debiased.data.checks import checked_count, generator_seed
 from laplace_debiased.data.inputs import invoke, to_device
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import LikelihoodName
@@ -174,7 +174,7 @@ class GridSearch:
     _fresh_scorer: Callable[[], Scorer] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seed", checked_seed(self.seed))
+        object.__setattr__(self, "seed", generator_seed(self.seed))
         object.__setattr__(self, "n_samples", checked_count(self.n_samples, "n_samples"))
         sigma = float(torch.as_tensor(self.posterior.sigma_noise).detach())
         factory = scorer_factory(self.loss, self.posterior.likelihood, noise_variance=sigma * sigma)
@@ -263,7 +263,7 @@ class GridSearch:
     def _predict(self, mean: Tensor, covariance: Tensor, batch: int) -> Prediction:
         if self._regression:
             return mean, covariance
-        generator = torch.Generator(mean.device).manual_seed(self.seed + batch)
+        generator = torch.Generator(mean.device).manual_seed((self.seed + batch) % 2**64)
         inverse = self.posterior._inverse_link
         return (
             class_probabilities(mean, covariance, self.link, self.n_samples, generator, inverse),

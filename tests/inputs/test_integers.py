@@ -10,7 +10,7 @@ import torch
 
 from laplace_debiased import DebiasedLaplace, directional_profile
 from laplace_debiased.data import preserved_rng
-from laplace_debiased.data.checks import checked_seed
+from laplace_debiased.data.checks import generator_seed
 from laplace_debiased.diagnostics import kfac_profile
 from laplace_debiased.options import CurvatureOptions, checked_integer
 from tests.zoo import problem
@@ -70,30 +70,33 @@ def test_what_is_no_positive_integer_is_refused(value: Any) -> None:
         CurvatureOptions(folds=value)
 
 
-@pytest.mark.parametrize("seed", [2**64, 2**63, -1])
+@pytest.mark.parametrize("seed", [2**64, 2**70, -(2**63) - 1])
 def test_a_seed_out_of_range_is_named(seed: int) -> None:
     la = DebiasedLaplace(P.model)
     la.fit(P.loader())
     before = torch.get_rng_state()
     for call in (
-        lambda: checked_seed(seed),
+        lambda: generator_seed(seed),
         lambda: la.fit(P.loader(), seed=seed),
         lambda: la.optimize_prior_precision(val_loader=P.loader(), seed=seed),
         lambda: directional_profile(P.model, "classification", *BATCHES, seed=seed),
     ):
-        with pytest.raises(ValueError, match=rf"seed must lie in 0\.\.2\*\*63 - 1, got {seed}"):
+        with pytest.raises(
+            ValueError, match=rf"seed must lie in -2\*\*63\.\.2\*\*64 - 1, got {seed}"
+        ):
             call()
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(TypeError, match=r"seed must be an int, got 1\.5"):
         la.optimize_prior_precision(val_loader=P.loader(), seed=1.5)
 
 
-def test_the_largest_seed_works_for_every_generator() -> None:
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63), -1])
+def test_the_extreme_seeds_work_for_every_generator(seed: int) -> None:
     la = DebiasedLaplace(P.model, fisher="mc")
-    la.fit(P.loader(), n_samples=12, seed=2**63 - 1)
-    la.optimize_prior_precision(
-        val_loader=P.loader(), grid_size=2, link_approx="mc", seed=2**63 - 1
-    )
+    la.fit(P.loader(), n_samples=12, seed=seed)
+    la.optimize_prior_precision(val_loader=P.loader(), grid_size=2, link_approx="mc", seed=seed)
+    options = {"solver": "lanczos", "k": 2, "seed": seed}
+    assert directional_profile(P.model, "classification", *BATCHES, **options).n_directions == 2
 
 
 def test_preserved_generators_are_seeded_alike_by_numpys_integers() -> None:
