@@ -16,7 +16,7 @@ from laplace_debiased.curvature.guards import (
     to_device,
 )
 from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.passes import check_outputs, map_calls
+from laplace_debiased.curvature.passes import check_outputs, check_repeatable, map_calls
 from laplace_debiased.curvature.tape import Calls, LayerTape, record
 from laplace_debiased.errors import ModelCallError, NumericalError
 
@@ -45,7 +45,7 @@ def layer_problems(model: nn.Module, layers: tuple[Layer, ...], inputs: Any) -> 
         inputs: some model inputs; at most two samples are used.
 
     Raises:
-        ValueError: if the outputs are not [m, C].
+        ValueError: if the outputs are not [m, C], or differ between two forward passes.
         NumericalError: if one is NaN or infinite.
     """
     device = next(model.parameters()).device
@@ -56,6 +56,7 @@ def layer_problems(model: nn.Module, layers: tuple[Layer, ...], inputs: Any) -> 
         probe = select_rows(probe, slice(0, 1))
         tape, fixed = _record(model, layers, probe)
     check_outputs(tape.outputs, batch_length(probe), positions=True)
+    check_repeatable(tape.outputs, record(model, (), probe).outputs)
     problems: dict[str, str] = {}
     usable = []
     for layer in layers:

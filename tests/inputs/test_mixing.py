@@ -69,3 +69,18 @@ def test_a_network_of_one_sample_at_a_time_is_still_taken(structure: str) -> Non
     la = DebiasedLaplace(OneAtATime(), hessian_structure=structure)
     la.fit(DataLoader(TensorDataset(X, Y)), n_samples=None)
     assert la.coverage.gaps == {}
+
+
+class Noisy(OneAtATime):
+    """Adds noise in evaluation too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.dropout(x))
+
+
+@pytest.mark.parametrize("structure", ["kron", "lowrank"])
+def test_a_network_that_is_stochastic_in_evaluation_is_refused(structure: str) -> None:
+    model = Noisy()
+    la = DebiasedLaplace(model, hessian_structure=structure)
+    with untouched(model), pytest.raises(ValueError, match=r"stochastic.*self\.training"):
+        la.fit(DataLoader(TensorDataset(X, Y), batch_size=8))

@@ -18,6 +18,7 @@ from torch import Tensor
 from laplace_debiased.curvature.guards import batch_length, select_rows
 from laplace_debiased.curvature.lowrank.network import FunctionalNetwork, differentiable_kernels
 from laplace_debiased.curvature.lowrank.transforms import Parameters, sample_rows
+from laplace_debiased.curvature.passes import check_repeatable
 from laplace_debiased.data.inputs import tensor_shapes
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
@@ -116,13 +117,14 @@ class RowPass:
             yield tile, self.tile_rows(inputs, columns, tile)
 
     def check_samples_are_independent(self, inputs: Any) -> None:
-        """Check on two samples that the outputs of one do not depend on the other.
+        """Check on two samples that the outputs of one depend neither on the other nor on chance.
 
         Raises:
             ValueError: if they do; per-sample curvature is then undefined.
         """
         pair = select_rows(inputs, slice(0, min(2, batch_length(inputs))))
         alone = self.outputs(select_rows(pair, slice(0, 1)))
+        check_repeatable(alone, self.outputs(select_rows(pair, slice(0, 1))))
         try:
             together = self.outputs(pair)
         except ModelCallError:  # a network that takes one sample at a time mixes none
