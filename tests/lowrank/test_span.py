@@ -67,6 +67,19 @@ def test_dependent_rows_give_no_directions_of_rounding_noise():
     assert len(found.eigenvalues) == 3
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_more_directions_than_parameters_are_joined_into_what_they_span(seed):
+    """Rounding noise of a Gram matrix beside which the last parameter's curvature is small."""
+    g = generator(seed)
+    rows = torch.randn(12, 4, dtype=torch.float64, generator=g) * torch.logspace(0, -5, 4)
+    found = span_eigenpairs(gram_matrix(rows), torch.ones(12, dtype=torch.float64), cutoff=1e-18)
+    assert len(found.eigenvalues) > 4
+    pairs = orthonormal_pairs(rows, found)
+    assert relative_error(along(pairs.basis, pairs.eigenvalues), rows.T @ rows) < 1e-9
+    identity = torch.eye(pairs.rank, dtype=torch.float64)
+    assert float((pairs.basis.T @ pairs.basis - identity).abs().max()) < 1e-9
+
+
 def test_rank_keeps_the_largest():
     rows = torch.randn(6, 9, dtype=torch.float64, generator=generator(2))
     gram, ones = gram_matrix(rows), torch.ones(6, dtype=torch.float64)

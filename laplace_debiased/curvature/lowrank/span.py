@@ -18,6 +18,9 @@ from laplace_debiased.errors import NumericalError
 _BLOCK_ENTRIES = 2**22
 """Entries of a float64 copy of some columns of the rows (32 MiB)."""
 
+_DEPENDENT = 1e-6
+"""Overlap eigenvalues below this share of the largest are of directions that depend on others."""
+
 _ORTHONORMAL = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -135,6 +138,9 @@ def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
     Directions of small eigenvalue come out of cancelling rows, so that the Gram matrix L Lᵀ of what
     was formed may be off the identity. Then U L^-ᵀ is orthonormal, and Lᵀ diag(λ) L is what the
     matrix U diag(λ) Uᵀ is in that basis; its eigenvectors are orthonormal however small the λ.
+    Where directions depend on one another (more of them than parameters, which rounding noise
+    above the cutoff can give) an eigenvalue root takes the place of L and leaves out what is not
+    there.
 
     Args:
         rows: Z [q, P].
@@ -145,11 +151,23 @@ def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
     identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
     if float((overlap - identity).abs().max()) <= _ORTHONORMAL[basis.dtype]:
         return Eigenpairs(basis, directions.eigenvalues)
-    lower = torch.linalg.cholesky(overlap)
-    core = lower.T @ (directions.eigenvalues[:, None] * lower)
+    root, inverse = _root_and_inverse(overlap)
+    core = root.T @ (directions.eigenvalues[:, None] * root)
     values, rotation = torch.linalg.eigh((core + core.T) / 2)
-    rotation = torch.linalg.solve_triangular(lower.T, rotation.flip(1), upper=True)
+    rotation = inverse.T @ rotation.flip(1)
     return Eigenpairs(combined_rows(basis.T, rotation), values.flip(0).clamp_min(0.0))
+
+
+def _root_and_inverse(overlap: Tensor) -> tuple[Tensor, Tensor]:
+    """R [k, r] with R Rᵀ the overlap, and its left inverse [r, k]; r = k unless it is singular."""
+    lower, failed = torch.linalg.cholesky_ex(overlap)
+    if not int(failed):
+        identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
+        return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
+    values, vectors = torch.linalg.eigh(overlap)
+    kept = values > _DEPENDENT * values[-1]
+    scale = values[kept].sqrt()
+    return vectors[:, kept] * scale, (vectors[:, kept] / scale).T
 
 
 def matrix_average(parts: Sequence[JoinedPart], rank: int | None = None) -> Eigenpairs:
