@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
@@ -156,8 +157,10 @@ def with_noise(
 def _checked_ignore_index(value: object, likelihood: str, backend: object) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"ignore_index must be an integer or None; got {value!r}.")
+    try:
+        index = operator.index(cast(SupportsIndex, None if isinstance(value, bool) else value))
+    except TypeError:
+        raise TypeError(f"ignore_index must be an integer or None; got {value!r}.") from None
     if likelihood != LikelihoodName.CLASSIFICATION:
         raise ValueError(
             f"ignore_index marks class labels that do not count; it is for "
@@ -165,7 +168,7 @@ def _checked_ignore_index(value: object, likelihood: str, backend: object) -> in
         )
     if backend is not None:
         raise ValueError("ignore_index needs our own pass: drop backend.")
-    return value
+    return index
 
 
 def _default_sampling(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from laplace.baselaplace import LowRankLaplace, ParametricLaplace
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.lowrank import parameter_coverage
+from laplace_debiased.options import checked_integer
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.lowrank_base import LowRankPosterior
 
@@ -106,12 +108,6 @@ def low_rank_settings(
             "choose the Fisher type with fisher=)."
         )
     settings = settings_from(model, likelihood, None, backend_kwargs, False, options, low_rank=True)
-    _check_rank(settings.rank)
-    return settings
-
-
-def _check_rank(rank: object) -> None:
-    if rank is None:
-        return
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive integer or None; got {rank!r}.")
+    if settings.rank is None:
+        return settings
+    return replace(settings, rank=checked_integer("rank", settings.rank))

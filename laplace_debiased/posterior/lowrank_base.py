@@ -134,7 +134,7 @@ class LowRankPosterior(FittedPosterior):
             plan = make_plan(request, options, previous, scorer(row_pass, self._loss_model))
             row_pass.check_samples_are_independent(first_inputs_of_plan(plan))
             estimator = LowRankEstimator(
-                row_pass, self._loss_model, options, self._settings.rank, seed, progress_bar
+                row_pass, self._loss_model, options, self._settings.rank, request.seed, progress_bar
             )
             fitted = fit_low_rank(plan, estimator, request, coverage.covered, previous)
             self._take_over(fitted, coverage, watch)

@@ -105,3 +105,12 @@ def test_preserved_generators_are_seeded_alike_by_numpys_integers() -> None:
             return float(torch.rand(())), float(np.random.rand())
 
     assert drawn(np.int64(4)) == drawn(4)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), -3, 2**63])
+def test_any_seed_starts_a_low_rank_fit_by_lanczos(seed: int) -> None:
+    p = problem("mlp", n=40)
+    options = {"rank": np.int64(2), "byte_budget": 2000, "ignore_index": np.int64(-1)}
+    la = DebiasedLaplace(p.model, hessian_structure="lowrank", **options)
+    la.fit(p.loader(), n_samples=None, seed=seed)
+    assert la.rank == 2

@@ -138,7 +138,8 @@ def arpack_eigenpairs(
         return product(vector.ravel())
 
     operator = LinearOperator((size, size), matvec=counted, dtype=np.float64)
-    start = np.random.default_rng(seed).standard_normal(size)
+    # Numpy takes no negative seed; torch takes one for its remainder.
+    start = np.random.default_rng(seed % 2**64).standard_normal(size)
     values, vectors = eigsh(operator, k=k, which="LA", v0=start, tol=_TOLERANCE[dtype])
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
