@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -107,18 +107,22 @@ class FittedPosterior(TunablePosterior):
         folds = settings.options.folds if request.magnitude_loader is None else 2
         return replace(settings.options, scheme=scheme, folds=folds)
 
-    def _begin(self, request: FitRequest) -> tuple[CurvatureOptions, Any, ModelWatch]:
+    @contextmanager
+    def _begin(self, request: FitRequest) -> Iterator[tuple[CurvatureOptions, Any, ModelWatch]]:
         """Options with the scheme resolved, the fit to add to if any, and a watch over the model.
+
+        To be entered around a fit, and before anything that looks at the weights' device.
 
         Raises:
             ValueError: if the arguments contradict each other.
             NumericalError: for weights that are not finite.
             ModelChangedError: if the fit to add to was made at other weights.
         """
-        options = self._resolved_options(request)
-        check_weights(self._covered_model)
-        previous = None if request.override else self._fitted
-        return options, previous, self._watch_over(adding=previous is not None)
+        with self._at_present_weights():
+            options = self._resolved_options(request)
+            check_weights(self._covered_model)
+            previous = None if request.override else self._fitted
+            yield options, previous, self._watch_over(adding=previous is not None)
 
     def _take_over(self, fitted: Any, coverage: Coverage, watch: ModelWatch) -> None:
         """Adopt a finished fit, and the σ of its residuals where the posterior was asked to."""

@@ -146,13 +146,12 @@ class KronPosterior(FittedPosterior):
         )
         # What a fit keeps must not be inference tensors, even where the caller is in that mode.
         with (
-            self._at_present_weights(),
+            self._begin(request) as (options, previous, watch),
             preserved_rng(seed),
             torch.inference_mode(False),
             torch.no_grad(),
             exact_arithmetic(self._device),
         ):
-            options, previous, watch = self._begin(request)
             curvature_pass = self._make_pass(self._candidates(request))
             kept = opened_checkpoint(self, checkpoint, checkpoint_interval, request, options, watch)
             score = scorer(curvature_pass, self._loss_model)

@@ -118,12 +118,11 @@ class LowRankPosterior(FittedPosterior):
             self.dict_key_y,
         )
         with (
-            self._at_present_weights(),
+            self._begin(request) as (options, previous, watch),
             preserved_rng(seed),
             torch.inference_mode(False),
             exact_arithmetic(self._device),
         ):
-            options, previous, watch = self._begin(request)
             coverage = self._candidates(request)
             self._check_against(coverage)
             row_pass = self._make_pass(coverage)
