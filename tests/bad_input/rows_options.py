@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
-from torch import Tensor, nn
+from torch import nn
 
 from laplace_debiased.factory import DebiasedLaplace
+from tests.bad_input.models import Noisy, Tempered, Words
 from tests.bad_input.rows import Row
 from tests.bad_input.world import World, Wrapped
 
@@ -49,17 +50,6 @@ class _Detached(nn.Module):
 
 def _wrapped(after: Any) -> Any:
     return lambda w: w.posterior(Wrapped(w.model, after)).fit(w.loader())
-
-
-class _Tempered(nn.Module):
-    """Logits over a temperature: what a calibrated wrapper returns."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x) / 0.25
 
 
 ROWS = [
@@ -375,11 +365,23 @@ ROWS = [
     Row(
         AREA,
         "a last layer whose outputs are scaled, capped or normalised after it",
-        lambda w: w.posterior(_Tempered(w.linear()), subset_of_weights="last_layer").fit(
-            w.loader()
-        ),
+        lambda w: w.posterior(Tempered(w.linear()), subset_of_weights="last_layer").fit(w.loader()),
         "ValueError",
         ("last layer", "head.0"),
+    ),
+    Row(
+        AREA,
+        "an `Embedding` with `max_norm`, which overwrites its weight",
+        lambda w: w.posterior(Words()).fit(w.loader(w.x.abs().long().clamp(max=4))),
+        "CoverageError",
+        ("max_norm", "words"),
+    ),
+    Row(
+        AREA,
+        "a model that is stochastic in evaluation mode",
+        lambda w: w.posterior(Noisy(w.linear())).fit(w.loader()),
+        "ValueError",
+        ("evaluation",),
     ),
     Row(
         AREA,
