@@ -108,6 +108,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_locks)
 
 
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode inside; each module's own mode restored on the way out.
@@ -118,9 +121,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if a forward pass would overwrite weights, before there is one.
     """
-    _refuse_rewritten_weights(model)
     with model_lock(model), eager_execution():
         modes = [(module, module.training) for module in model.modules()]
+        if any(_rewrites_weights(module) for module, _ in modes):
+            _refuse_rewritten_weights(model)
         try:
             for module, _ in modes:
                 module.training = False
@@ -130,9 +134,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+def _rewrites_weights(module: nn.Module) -> bool:
+    return isinstance(module, _EMBEDDINGS) and module.max_norm is not None
+
+
 def _refuse_rewritten_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        if _rewrites_weights(module):
             raise ValueError(
                 f"layer {name!r} is an {type(module).__name__} with max_norm={module.max_norm}: "
                 "its forward pass overwrites its own weight, so that no pass could leave the model "

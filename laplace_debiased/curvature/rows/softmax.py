@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ from laplace_debiased.curvature.rows.base import (
     Basis,
     BlockRows,
     FactorRule,
-    RankOneRows,
-    RotatedRows,
 )
 from laplace_debiased.curvature.rows.matrix import MatrixRows
 from laplace_debiased.curvature.rows.vectors import BiasRows
@@ -100,8 +98,29 @@ def _written_out(q: Tensor) -> Tensor:
     return root.mT.unsqueeze(2)
 
 
+class _SoftmaxRows:
+    """What rows do alike that stand for all columns of a root by q [m, 1, 1, C]."""
+
+    columns: Tensor
+
+    def joined(self, others: Sequence[BlockRows]) -> NoReturn:
+        raise TypeError("a last layer is called once; softmax rows of several calls do not add up.")
+
+    def column_factor(self, rule: FactorRule) -> Tensor:
+        return softmax_covariance(self.columns[:, 0, 0])
+
+    def rotated(self, basis: Basis) -> Any:
+        return self._expanded().rotated(basis)
+
+    def gradients(self) -> Tensor:
+        return self._expanded().gradients()
+
+    def _expanded(self) -> MatrixRows | BiasRows:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class SoftmaxMatrixRows(MatrixRows):
+class SoftmaxMatrixRows(_SoftmaxRows, MatrixRows):
     """Rows of the layer's weight.
 
     Attributes:
@@ -109,56 +128,28 @@ class SoftmaxMatrixRows(MatrixRows):
         columns: q [m, 1, 1, C].
     """
 
-    def joined(self, others: Sequence[BlockRows]) -> NoReturn:
-        _refuse_to_join()
-
-    def column_factor(self, rule: FactorRule) -> Tensor:
-        return softmax_covariance(self.columns[:, 0, 0])
-
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)
         rotated = (self.read[:, 0] @ inputs).square()
         curvature = softmax_curvature(self.columns[:, 0, 0], outputs)
         return (curvature * coefficients.double().unsqueeze(-1)).to(rotated).T @ rotated
 
-    def rotated(self, basis: Basis) -> RotatedRows | RankOneRows:
-        return self._expanded().rotated(basis)
-
-    def gradients(self) -> Tensor:
-        return self._expanded().gradients()
-
     def _expanded(self) -> MatrixRows:
         return MatrixRows(self.inputs, _written_out(self.columns[:, 0, 0]))
 
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxBiasRows(BiasRows):
+class SoftmaxBiasRows(_SoftmaxRows, BiasRows):
     """Rows of the layer's bias.
 
     Attributes:
         columns: q [m, 1, 1, C].
     """
 
-    def joined(self, others: Sequence[BlockRows]) -> NoReturn:
-        _refuse_to_join()
-
-    def column_factor(self, rule: FactorRule) -> Tensor:
-        return softmax_covariance(self.columns[:, 0, 0])
-
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         assert basis.output_basis is not None
         curvature = softmax_curvature(self.columns[:, 0, 0], basis.output_basis)
         return (coefficients.double() @ curvature).to(self.columns)
 
-    def rotated(self, basis: Basis) -> RotatedRows:
-        return self._expanded().rotated(basis)
-
-    def gradients(self) -> Tensor:
-        return self._expanded().gradients()
-
     def _expanded(self) -> BiasRows:
         return BiasRows(_written_out(self.columns[:, 0, 0]))
-
-
-def _refuse_to_join() -> NoReturn:
-    raise TypeError("a last layer is called once; softmax rows of several calls do not add up.")
