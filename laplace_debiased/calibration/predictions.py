@@ -143,11 +143,16 @@ def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> 
 def rows_of(values: Values, binary: bool, name: str) -> FloatArray:
     """Checked probabilities as rows [n, C]: of each sample, position or binary label."""
     if binary:
-        one = checks.label_probabilities(values, name).reshape(-1)
-        return np.stack([1.0 - one, one], axis=1)
+        return _two_classes(checks.label_probabilities(values, name))
     if values.ndim == 3:  # Sequences [n, T, C].
         values = values.reshape(-1, values.shape[-1])
     return checks.probabilities(values, name)
+
+
+def _two_classes(probs: FloatArray) -> FloatArray:
+    """Probabilities [n, K] of labels as rows [n · K, 2] of those of 0 and 1."""
+    one = probs.reshape(-1)
+    return np.stack([1.0 - one, one], axis=1)
 
 
 def _classify(la: Any, ask: Call, loader: Targets, options: Options) -> ClassPredictions:
@@ -183,9 +188,9 @@ def _rows(
     """Predictions as rows; positions of sequences and labels that do not count are left out."""
     floor = checks.smallest_probability(probs)
     if _name(likelihood) == "bernoulli":
-        shape = checks.label_probabilities(probs).shape
-        labels = checks.binary_labels(targets, shape).reshape(-1)
-        return ClassPredictions(rows_of(probs, True, "probs"), labels, floor, shape[1], True)
+        checked = checks.label_probabilities(probs)
+        labels = checks.binary_labels(targets, checked.shape).reshape(-1)
+        return ClassPredictions(_two_classes(checked), labels, floor, checked.shape[1], True)
     probs, targets = positions_as_samples(probs, targets)
     rows, targets = without_ignored(rows_of(probs, False, "probs"), targets, ignore_index)
     return ClassPredictions(rows, checks.class_labels(targets, *rows.shape), floor)
