@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class ArgumentTypeError(TypeError, ValueError):
+    """An argument of the wrong kind: a string for a number, 2.5 for a count."""
+
+
 class NotFittedError(ValueError, AttributeError):
     """The posterior has no curvature yet: call ``fit`` first."""
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from laplace_debiased.errors import StoredFileError
+from laplace_debiased.files import PathLike
 from laplace_debiased.options import HessianStructure, SubsetOfWeights, parse_choice
-from laplace_debiased.persistence.files import PathLike
 from laplace_debiased.posterior import (
     DebiasedKronLaplace,
     DebiasedKronLLLaplace,

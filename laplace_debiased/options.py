@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from enum import Enum
-from typing import SupportsIndex, TypeVar, cast
+from typing import TypeVar
+
+from laplace_debiased.checks import checked_integer
 
 DEFAULT_BYTE_BUDGET = 256 * 2**20
 """Working memory of one chunk of a pass, in bytes (beside the model and the results)."""
@@ -180,20 +181,3 @@ class CurvatureOptions:
         if self.scheme is Scheme.TWO_BATCH:
             return (self.direction_fraction, 1.0 - self.direction_fraction)
         return None
-
-
-def checked_integer(name: str, value: object, minimum: int = 1) -> int:
-    """``value`` as an int; numpy's integers will do.
-
-    Raises:
-        ValueError: if it is no integer (a bool is none), or below ``minimum``.
-    """
-    try:
-        number = None if isinstance(value, bool) else operator.index(cast(SupportsIndex, value))
-    except TypeError:
-        number = None
-    if number is None or number < minimum:
-        named = {0: "a non-negative integer", 1: "a positive integer"}
-        wanted = named.get(minimum, f"an integer of at least {minimum}")
-        raise ValueError(f"{name} must be {wanted}; got {value!r}.")
-    return number

@@ -15,7 +15,6 @@ ROOMS = [
     "debiasing",
     "operators",
     "predictive",
-    "persistence",
     "posterior",
 ]
 FIT = {

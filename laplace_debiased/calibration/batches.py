@@ -14,7 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from laplace_debiased.data import inputs
+from laplace_debiased.network import inputs
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.data.rng import preserved_rng
+from laplace_debiased.network.rng import preserved_rng
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from laplace_debiased.calibration.batches import (
     without_ignored,
 )
 from laplace_debiased.calibration.state import untouched
-from laplace_debiased.data.inputs import invoke
+from laplace_debiased.network.inputs import invoke
 
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
 

@@ -105,6 +105,16 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
     return owners
 
 
+def parameter_coverage(model: nn.Module) -> Coverage:
+    """Cover every parameter that requires gradients, whatever its layer; tied ones once."""
+    named = dict(model.named_parameters())
+    return Coverage(
+        tuple(name for name, p in named.items() if p.requires_grad),
+        MappingProxyType({name: FROZEN for name, p in named.items() if not p.requires_grad}),
+        MappingProxyType({name: p.numel() for name, p in named.items()}),
+    )
+
+
 def layer_coverage(
     model: nn.Module, *, host_layers: bool = False
 ) -> tuple[Coverage, tuple[Layer, ...]]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.guards import full_precision
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import map_calls
 from laplace_debiased.curvature.rows import FactorRule, LayerRows, same_column_factor
 from laplace_debiased.curvature.tape import Calls
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.network.precision import full_precision
 from laplace_debiased.options import WeightSharing
 
 

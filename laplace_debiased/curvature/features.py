@@ -11,22 +11,20 @@ import torch
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import (
-    batch_length,
-    evaluation_mode,
-    full_precision,
-    to_device,
-)
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.linear_head import check_linear_head
-from laplace_debiased.curvature.passes import (
-    Chunk,
-    ColumnChunk,
-    Columns,
-    check_outputs,
-)
+from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns
 from laplace_debiased.curvature.rows import LayerRows
-from laplace_debiased.data.inputs import calling_by_signature, explained_failure, plain_tensors
+from laplace_debiased.network.inputs import (
+    batch_length,
+    calling_by_signature,
+    explained_failure,
+    plain_tensors,
+    to_device,
+)
+from laplace_debiased.network.modes import evaluation_mode
+from laplace_debiased.network.outputs import check_outputs
+from laplace_debiased.network.precision import full_precision
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 

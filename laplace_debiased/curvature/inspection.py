@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import UNUSED
-from laplace_debiased.curvature.guards import (
-    batch_length,
-    full_precision,
-    select_rows,
-    to_device,
-)
 from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.passes import check_outputs, check_repeatable, map_calls
+from laplace_debiased.curvature.passes import map_calls
 from laplace_debiased.curvature.tape import Calls, LayerTape, record
 from laplace_debiased.errors import ModelCallError, NumericalError
+from laplace_debiased.network.inputs import batch_length, select_rows, to_device
+from laplace_debiased.network.outputs import check_outputs, check_repeatable
+from laplace_debiased.network.precision import full_precision
 
 MISMATCH = (
     "its gradient is not the sum over positions that its layer type implies: the layer's first "

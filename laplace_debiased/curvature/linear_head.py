@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from laplace_debiased.curvature.guards import full_precision
+from laplace_debiased.network.precision import full_precision
 
 _RELATIVE_TOLERANCE = {
     torch.float64: 1e-6,

@@ -11,18 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import (
-    batch_length,
-    full_precision,
-    math_attention,
-    select_rows,
-    to_device,
-)
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.rows import LayerRows
 from laplace_debiased.curvature.tape import Calls, LayerTape, record
-from laplace_debiased.data.inputs import tensor_shapes
-from laplace_debiased.errors import NumericalError
+from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes, to_device
+from laplace_debiased.network.modes import math_attention
+from laplace_debiased.network.outputs import check_outputs
+from laplace_debiased.network.precision import full_precision
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 Columns = Callable[[Tensor, slice], Tensor]
@@ -32,10 +27,6 @@ Columns = Callable[[Tensor, slice], Tensor]
 _STREAMING = 2
 """A pass that streams its columns takes this part of the byte budget: on a ResNet-20 chunks of
 twice the size save 4 % of its time and cost 60 % more memory."""
-
-
-_REPEATABLE = 1e-3
-"""Relative. Sums in another order, as on a GPU, differ by round-off, up to 1e-5 in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,59 +254,6 @@ def _stacked(columns: list[Calls]) -> Calls:
         tuple(full_precision(torch.stack(parts, dim=1)) for parts in zip(*call, strict=True))
         for call in zip(*columns, strict=True)
     )
-
-
-def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> None:
-    """Check that outputs are finite, one row per sample.
-
-    Args:
-        outputs: network outputs.
-        length: samples that went in.
-        positions: whether a sample may have outputs at several positions.
-
-    Raises:
-        ValueError: if they are not [m, C], nor [m, T, C] where that is allowed.
-        NumericalError: if one is NaN or infinite.
-    """
-    if outputs.ndim not in ((2, 3) if positions else (2,)) or outputs.shape[0] != length:
-        sequences = f" or (batch, positions, outputs) = ({length}, T, C)" if positions else ""
-        raise ValueError(
-            f"the model must return outputs of shape (batch, outputs) = ({length}, C){sequences}; "
-            f"got {tuple(outputs.shape)}."
-        )
-    if not outputs.is_floating_point():
-        raise ValueError(
-            f"the model must return real outputs (logits, or a mean); got {outputs.dtype}. Do not "
-            "take the argmax inside the model."
-        )
-    finite = torch.isfinite(outputs.detach())
-    if not bool(finite.all()):
-        bad = int((~finite.flatten(1).all(-1)).nonzero()[0])
-        raise NumericalError(
-            f"the model's outputs are NaN or infinite (first at sample {bad} of the batch). Check "
-            "the weights and the inputs for NaN."
-        )
-
-
-def check_repeatable(outputs: Tensor, again: Tensor) -> None:
-    """Check that two forward passes over the same samples agree, but for the order of sums.
-
-    Args:
-        outputs: network outputs of the one.
-        again: those of the other, of the same shape.
-
-    Raises:
-        ValueError: if they do not.
-    """
-    outputs, again = outputs.detach(), again.detach()
-    tolerance = max(_REPEATABLE, torch.finfo(outputs.dtype).eps ** 0.5)
-    difference = (outputs - again).abs().max()
-    if bool(difference > tolerance * (1 + outputs.abs().max())):
-        raise ValueError(
-            f"the outputs of the same samples differ by {float(difference):.2g} between two "
-            "forward passes in evaluation mode: the model is stochastic, and has no curvature at "
-            "its weights. Apply noise and dropout only where self.training is true."
-        )
 
 
 def bytes_per_sample(tape: LayerTape, layers: tuple[Layer, ...], n_columns: int | None) -> int:

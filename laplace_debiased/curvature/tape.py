@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from laplace_debiased.curvature.guards import batch_length, evaluation_mode, requiring_grad
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.rules.attention import ProjectionsApart, attention_layers
-from laplace_debiased.data.inputs import invoke, plain_tensors
+from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors
+from laplace_debiased.network.modes import evaluation_mode, requiring_grad
 
 Calls = tuple[tuple[Tensor, ...], ...]
 """Per call of a layer its tensors: one, or one per projection of an attention layer."""

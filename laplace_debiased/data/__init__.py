@@ -13,7 +13,6 @@ from laplace_debiased.data.coefficients import (
 from laplace_debiased.data.loaders import loader_length, split_batch
 from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws, PoolScores
 from laplace_debiased.data.pool import plan_from_pool, score_pool
-from laplace_debiased.data.rng import preserved_rng
 from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "plan_from_loader",
     "plan_from_pool",
     "plan_from_two_loaders",
-    "preserved_rng",
     "ratio_factor",
     "sampling_probabilities",
     "score_pool",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.data.checks import checked_count, checked_fractions, checked_seed
+from laplace_debiased.checks import as_integer, checked_fractions, checked_integer
 from laplace_debiased.data.folds import fold_sizes, interleaved_folds, random_folds
 from laplace_debiased.data.loaders import (
     base_indices,
@@ -19,8 +19,8 @@ from laplace_debiased.data.loaders import (
     sampler_indices,
 )
 from laplace_debiased.data.plan import CurvaturePlan, Draws, Source, plan_of
-from laplace_debiased.data.rng import derived_seed
 from laplace_debiased.data.sources import IndexedSource, StreamSource, record_stream
+from laplace_debiased.network.rng import derived_seed
 
 __all__ = [
     "batch_sizes",
@@ -81,9 +81,9 @@ def plan_from_loader(
         UserWarning: A stream gives more samples than the training set has.
     """
     check_loader(loader, "loader")
-    n_folds, seed = checked_count(folds, "folds"), checked_seed(seed)
+    n_folds, seed = checked_integer("folds", folds), as_integer("seed", seed)
     shares = checked_fractions(n_folds, fractions)
-    size = None if batch_size is None else checked_count(batch_size, "batch_size")
+    size = None if batch_size is None else checked_integer("batch_size", batch_size)
     if n_samples is None:
         if exclude:
             raise ValueError("exclude needs a budget: pass n_samples.")
@@ -151,7 +151,7 @@ def plan_from_two_loaders(
     """
     check_loader(loader, "loader")
     check_loader(magnitude_loader, "magnitude_loader")
-    seed = checked_seed(seed)
+    seed = as_integer("seed", seed)
     shared = getattr(loader, "dataset", None)
     if n_data is None and (
         shared is None or shared is not getattr(magnitude_loader, "dataset", None)
@@ -205,7 +205,7 @@ def checked_budget(
         TypeError: A number is no int.
         ValueError: Not folds <= m <= N.
     """
-    budget = checked_count(n_samples, "n_samples")
+    budget = checked_integer("n_samples", n_samples)
     n = loader_length(loader, n_data)
     if budget > n:
         raise ValueError(

@@ -17,9 +17,9 @@ from torch.utils.data import (
     Subset,
 )
 
-from laplace_debiased.data.checks import checked_count
-from laplace_debiased.data.inputs import batch_length
-from laplace_debiased.data.rng import preserved_rng
+from laplace_debiased.checks import checked_integer
+from laplace_debiased.network.inputs import batch_length
+from laplace_debiased.network.rng import preserved_rng
 
 __all__ = [
     "base_indices",
@@ -107,7 +107,7 @@ def loader_length(loader: Any, n_data: int | None = None) -> int:
         ValueError: ``n_data`` is not positive, or neither it nor a length is there.
     """
     if n_data is not None:
-        return checked_count(n_data, "n_data")
+        return checked_integer("n_data", n_data)
     dataset = getattr(loader, "dataset", None)
     try:
         length = len(dataset)  # type: ignore[arg-type]

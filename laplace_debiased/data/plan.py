@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from laplace_debiased.data.inputs import select_rows
+from laplace_debiased.network.inputs import select_rows
 
 __all__ = ["Batch", "CurvaturePlan", "Draws", "PoolScores", "Source"]
 

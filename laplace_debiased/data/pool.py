@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_debiased.checks import as_integer, checked_fractions, checked_integer
 from laplace_debiased.data.build import (
     batch_sizes,
     budget_pool,
@@ -15,13 +16,12 @@ from laplace_debiased.data.build import (
     seeded_generator,
     uniform_source,
 )
-from laplace_debiased.data.checks import checked_count, checked_fractions, checked_seed
 from laplace_debiased.data.folds import fold_sizes
 from laplace_debiased.data.loaders import check_loader
 from laplace_debiased.data.plan import CurvaturePlan, Draws, PoolScores, plan_of
-from laplace_debiased.data.rng import derived_seed
 from laplace_debiased.data.sources import IndexedSource
 from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
+from laplace_debiased.network.rng import derived_seed
 
 __all__ = ["Score", "plan_from_pool", "score_pool"]
 
@@ -120,7 +120,7 @@ def plan_from_pool(
         ValueError: The budget exceeds the pool, or the pool or its scores are bad.
     """
     check_loader(loader, "loader")
-    n_folds, seed = checked_count(folds, "folds"), checked_seed(seed)
+    n_folds, seed = checked_integer("folds", folds), as_integer("seed", seed)
     shares = checked_fractions(n_folds, fractions)
     budget, n = checked_budget(loader, n_samples, n_data, n_folds)
     pool = _capped(budget_pool(loader, budget, exclude), pool_size, budget, seed)
@@ -152,7 +152,7 @@ def plan_from_pool(
 def _capped(pool: Tensor, pool_size: int | None, budget: int, seed: int) -> Tensor:
     if pool_size is None:
         return pool
-    size = checked_count(pool_size, "pool_size")
+    size = checked_integer("pool_size", pool_size)
     if size < budget:
         raise ValueError(f"pool_size={size} is smaller than n_samples={budget}: raise it.")
     order = torch.randperm(len(pool), generator=seeded_generator(seed, "pool"))

@@ -18,7 +18,7 @@ from laplace_debiased.data.loaders import (
     split_batch,
 )
 from laplace_debiased.data.plan import Batch, Draws
-from laplace_debiased.data.rng import guarded_iter
+from laplace_debiased.network.rng import guarded_iter
 
 __all__ = ["IndexedSource", "StreamRecord", "StreamSource", "record_stream"]
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from laplace_debiased.data import preserved_rng
 from laplace_debiased.demo.comparison import compare
 from laplace_debiased.demo.data import N_TRAIN, load_splits
 from laplace_debiased.demo.figures import plot_reliability, plot_spectrum
@@ -26,6 +25,7 @@ from laplace_debiased.demo.network import train_network
 from laplace_debiased.demo.report import as_dict, notes, tables
 from laplace_debiased.demo.results import Comparison
 from laplace_debiased.demo.spectra import Spectrum, measure_spectrum
+from laplace_debiased.network.rng import preserved_rng
 
 __all__ = ["DemoOptions", "Measurements", "measure", "run_demo"]
 

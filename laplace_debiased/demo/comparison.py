@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.calibration import Evaluation, evaluate, fit_temperature
-from laplace_debiased.data.rng import derived_seed
 from laplace_debiased.demo.data import DigitSplits, Split, drawn_indices
 from laplace_debiased.demo.posteriors import HostPosterior, Jacobians, OurPosterior, Posterior
 from laplace_debiased.demo.results import Comparison, References, Row, Scores
+from laplace_debiased.network.rng import derived_seed
 
 
 def compare(

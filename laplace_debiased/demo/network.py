@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from laplace_debiased.data import preserved_rng
 from laplace_debiased.demo.data import N_CLASSES, Split
+from laplace_debiased.network.rng import preserved_rng
 
 LEARNING_RATE = 1e-2
 BATCH_SIZE = 64

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.data.rng import derived_seed
 from laplace_debiased.demo.data import DigitSplits, Split, drawn_indices
 from laplace_debiased.factory import DebiasedLaplace
+from laplace_debiased.network.rng import derived_seed
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,12 +27,9 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from tqdm import tqdm
 
-from laplace_debiased.curvature.guards import batch_length, select_rows
+from laplace_debiased.checks import checked_integer, generator_seed
 from laplace_debiased.curvature.lowrank import combined_rows, gram_matrix
 from laplace_debiased.curvature.lowrank.products import arpack_eigenpairs
-from laplace_debiased.curvature.lowrank.transforms import Parameters
-from laplace_debiased.data.checks import generator_seed
-from laplace_debiased.data.inputs import calling_by_signature
 from laplace_debiased.diagnostics.measure import (
     Matrix,
     root_rows,
@@ -40,7 +37,9 @@ from laplace_debiased.diagnostics.measure import (
 )
 from laplace_debiased.diagnostics.network import Network, attributed, undisturbed
 from laplace_debiased.likelihoods import LossModel
-from laplace_debiased.options import checked_integer, parse_choice
+from laplace_debiased.network.inputs import batch_length, calling_by_signature, select_rows
+from laplace_debiased.network.transforms import Parameters
+from laplace_debiased.options import parse_choice
 
 _GRAM_MAX_BYTES = 2 * 2**30
 _GRAM_MAX_ROWS = 1024

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import (
     BackwardPass,
     Coverage,
@@ -31,7 +32,7 @@ from laplace_debiased.diagnostics.network import undisturbed
 from laplace_debiased.diagnostics.profile import DirectionalProfile, profile_from_directions
 from laplace_debiased.diagnostics.summary import BiasSummary
 from laplace_debiased.likelihoods import loss_model
-from laplace_debiased.options import DEFAULT_BYTE_BUDGET, checked_integer
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,16 +23,16 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from tqdm import tqdm
 
-from laplace_debiased.curvature.guards import select_rows
-from laplace_debiased.curvature.lowrank.transforms import (
+from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
+from laplace_debiased.diagnostics.network import Network
+from laplace_debiased.network.inputs import select_rows
+from laplace_debiased.network.transforms import (
     Parameters,
     directional_outputs,
     sample_axes,
     sample_rows,
     with_batch_axis,
 )
-from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
-from laplace_debiased.diagnostics.network import Network
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 _FORWARD_CHUNK_SAMPLES = 2048

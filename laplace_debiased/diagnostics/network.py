@@ -10,22 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import batch_length, call_with, full_precision, to_device
-from laplace_debiased.curvature.lowrank import differentiable_kernels
-from laplace_debiased.curvature.lowrank.transforms import (
-    Parameters,
-    plain_inputs,
-    split_directions,
-)
-from laplace_debiased.data.inputs import (
+from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.likelihoods import LossModel, loss_model
+from laplace_debiased.network.calls import call_with
+from laplace_debiased.network.inputs import (
     AttributeDict,
+    batch_length,
     call_arguments,
     explained_failure,
     logits_of,
+    to_device,
 )
-from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.data.rng import preserved_rng
-from laplace_debiased.likelihoods import LossModel, loss_model
+from laplace_debiased.network.modes import differentiable_kernels
+from laplace_debiased.network.precision import full_precision
+from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.transforms import Parameters, plain_inputs, split_directions
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import batch_length, call_with, to_device
-from laplace_debiased.data.inputs import call_arguments, logits_of
 from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.data.rng import preserved_rng
+from laplace_debiased.network.calls import call_with
+from laplace_debiased.network.inputs import batch_length, call_arguments, logits_of, to_device
+from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.optim.isolation import as_fixed_function
 from laplace_debiased.optim.matvec import Matvec
 from laplace_debiased.optim.operators import (

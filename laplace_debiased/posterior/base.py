@@ -12,9 +12,8 @@ import torch
 from laplace.utils.enums import LinkApprox, PredType
 from torch import Tensor, nn
 
+from laplace_debiased.checks import checked_integer, positive_value
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.curvature.guards import HALF_DTYPES, exact_arithmetic
-from laplace_debiased.data.checks import checked_count
 from laplace_debiased.errors import NotFittedError
 from laplace_debiased.likelihoods import (
     InverseLink,
@@ -25,19 +24,14 @@ from laplace_debiased.likelihoods import (
     residual_noise,
     softmax,
 )
+from laplace_debiased.network.precision import HALF_DTYPES, exact_arithmetic
+from laplace_debiased.network.samples import network_samples
 from laplace_debiased.options import parse_choice
-from laplace_debiased.posterior.checks import positive_value
 from laplace_debiased.posterior.configure import Settings
-from laplace_debiased.posterior.predict import (
-    class_probabilities,
-    needs_covariance,
-    network_samples,
-)
 from laplace_debiased.posterior.stored import StoredPosterior
-from laplace_debiased.posterior.tuning import (
-    TuningResult,
-)
 from laplace_debiased.predictive import OutputCovariance
+from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
+from laplace_debiased.tuning.grid import TuningResult
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 """What a model takes: a tensor, several, or a mapping that holds tensors."""
@@ -282,7 +276,7 @@ class DebiasedPosterior(StoredPosterior):
         named = [
             (name, p.detach()) for name, p in zip(self.coverage.covered, self.params, strict=True)
         ]
-        weights = self.sample(checked_count(n_samples, "n_samples"), generator)
+        weights = self.sample(checked_integer("n_samples", n_samples), generator)
         outputs = network_samples(
             self.model, named, weights, X, differentiable=self.enable_backprop, **model_kwargs
         )

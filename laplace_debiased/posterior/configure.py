@@ -11,6 +11,8 @@ from typing import Any, SupportsIndex, cast
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
+from laplace_debiased.checks import checked_flag
+from laplace_debiased.estimation.backends import backend_fisher
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.options import (
     CurvatureOptions,
@@ -21,7 +23,6 @@ from laplace_debiased.options import (
     WeightSharing,
     parse_choice,
 )
-from laplace_debiased.posterior.backends import backend_fisher
 
 RESIDUAL = "residual"
 """What ``sigma_noise`` is called where every fit estimates it."""
@@ -98,8 +99,8 @@ def settings_from(
         raise ValueError("likelihood='bernoulli' needs our own pass: drop backend.")
     given = dict(options)
     ignore_index = _checked_ignore_index(given.pop("ignore_index", None), name, backend)
-    allowed = _checked_flag("allow_probabilities", given.pop("allow_probabilities", False))
-    strict = _checked_flag("strict", given.pop("strict", False))
+    allowed = checked_flag("allow_probabilities", given.pop("allow_probabilities", False))
+    strict = checked_flag("strict", given.pop("strict", False))
     rank = given.pop("rank", None)
     if rank is not None and not low_rank:
         raise ValueError("rank is for hessian_structure='lowrank' only.")
@@ -127,12 +128,6 @@ def settings_from(
         ignore_index,
         allow_probabilities=allowed,
     )
-
-
-def _checked_flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False; got {value!r}.")
-    return value
 
 
 def with_noise(

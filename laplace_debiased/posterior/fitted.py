@@ -12,13 +12,14 @@ import torch
 from laplace.baselaplace import ParametricLaplace
 from torch import Tensor
 
+from laplace_debiased.checks import positive_value
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.estimation.fitting import FitRequest, resolve_scheme
 from laplace_debiased.likelihoods import LikelihoodName
+from laplace_debiased.network.outputs import check_weights
+from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.options import CurvatureOptions
-from laplace_debiased.persistence import ModelWatch
-from laplace_debiased.posterior.checks import check_weights, positive_value
 from laplace_debiased.posterior.configure import Settings
-from laplace_debiased.posterior.fitting import FitRequest, resolve_scheme
 from laplace_debiased.posterior.tunable import TunablePosterior
 
 

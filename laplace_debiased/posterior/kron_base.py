@@ -7,6 +7,7 @@ from laplace.utils.matrix import Kron
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from laplace_debiased.checks import as_integer
 from laplace_debiased.curvature import (
     BackwardPass,
     Coverage,
@@ -15,32 +16,18 @@ from laplace_debiased.curvature import (
     layer_problems,
     layers_of,
 )
-from laplace_debiased.curvature.guards import exact_arithmetic, model_lock, requiring_grad
-from laplace_debiased.data import CurvaturePlan, preserved_rng
-from laplace_debiased.data.checks import checked_seed
+from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.debiasing import scheme_plan
-from laplace_debiased.diagnostics.bias import BiasReport, bias_report
-from laplace_debiased.operators import EigenBlock, EigenKron
-from laplace_debiased.options import CurvatureOptions, Magnitudes
-from laplace_debiased.persistence import FitCheckpoint, ModelWatch
-from laplace_debiased.persistence.checkpoint import DEFAULT_INTERVAL
-from laplace_debiased.persistence.files import PathLike
-from laplace_debiased.posterior.backends import (
+from laplace_debiased.debiasing.bias import BiasReport, bias_report
+from laplace_debiased.estimation.backends import (
     BackendFactors,
     block_shape,
     check_backend,
     isolated_copy,
 )
-from laplace_debiased.posterior.base import Inputs
-from laplace_debiased.posterior.budget import RECOMMENDED_SAMPLES, kron_budget
-from laplace_debiased.posterior.checks import (
-    check_prior_length,
-    check_prior_mean,
-)
-from laplace_debiased.posterior.configure import Settings
-from laplace_debiased.posterior.estimation import KronEstimate, KronEstimator
-from laplace_debiased.posterior.fitted import FittedPosterior
-from laplace_debiased.posterior.fitting import (
+from laplace_debiased.estimation.budget import RECOMMENDED_SAMPLES, kron_budget
+from laplace_debiased.estimation.checkpoint import DEFAULT_INTERVAL, FitCheckpoint
+from laplace_debiased.estimation.fitting import (
     FirstWalk,
     FitRequest,
     FittedKron,
@@ -48,9 +35,22 @@ from laplace_debiased.posterior.fitting import (
     make_plan,
     scorer,
 )
-from laplace_debiased.posterior.resuming import opened_checkpoint
+from laplace_debiased.estimation.kron_estimator import KronEstimate, KronEstimator
+from laplace_debiased.estimation.resuming import opened_checkpoint
+from laplace_debiased.estimation.walking import first_inputs_of_plan
+from laplace_debiased.files import PathLike
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.modes import requiring_grad
+from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.watch import ModelWatch
+from laplace_debiased.operators import EigenBlock, EigenKron
+from laplace_debiased.options import CurvatureOptions, Magnitudes
+from laplace_debiased.posterior.base import Inputs
+from laplace_debiased.posterior.configure import Settings
+from laplace_debiased.posterior.fitted import FittedPosterior
+from laplace_debiased.posterior.priors import check_prior_length, check_prior_mean
 from laplace_debiased.posterior.state import kron_from_state, kron_to_state
-from laplace_debiased.posterior.walking import first_inputs_of_plan
 from laplace_debiased.predictive import (
     NamedBlocks,
     OutputCovariance,
@@ -139,7 +139,7 @@ class KronPosterior(FittedPosterior):
             magnitude_loader,
             budget,
             n_data,
-            checked_seed(seed),
+            as_integer("seed", seed),
             override,
             progress_bar,
             self.dict_key_y,

@@ -16,22 +16,24 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature import Coverage, CurvaturePass, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
-from laplace_debiased.curvature.guards import evaluation_mode, model_lock, select_rows, to_device
 from laplace_debiased.data import CurvaturePlan
-from laplace_debiased.data.inputs import calling_by_signature
+from laplace_debiased.estimation.backends import check_backend
+from laplace_debiased.estimation.budget import RECOMMENDED_LAST_LAYER_SAMPLES
+from laplace_debiased.estimation.checkpoint import FitCheckpoint
+from laplace_debiased.estimation.fitting import FirstWalk, FitRequest, FittedKron
+from laplace_debiased.estimation.kron_estimator import KronEstimator
+from laplace_debiased.estimation.softmax_head import in_closed_form
+from laplace_debiased.estimation.walking import first_inputs_of_loader, first_inputs_of_plan
+from laplace_debiased.network.inputs import calling_by_signature, select_rows, to_device
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.modes import evaluation_mode
+from laplace_debiased.network.outputs import check_last_layer_name
 from laplace_debiased.options import CurvatureOptions
-from laplace_debiased.persistence import FitCheckpoint
-from laplace_debiased.posterior.backends import check_backend
 from laplace_debiased.posterior.base import DebiasedPosterior, Inputs
-from laplace_debiased.posterior.budget import RECOMMENDED_LAST_LAYER_SAMPLES
-from laplace_debiased.posterior.checks import check_last_layer_name, check_prior_length
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
-from laplace_debiased.posterior.estimation import KronEstimator
-from laplace_debiased.posterior.fitting import FirstWalk, FitRequest, FittedKron
 from laplace_debiased.posterior.kron_base import KronPosterior
 from laplace_debiased.posterior.original import Original
-from laplace_debiased.posterior.softmax_head import in_closed_form
-from laplace_debiased.posterior.walking import first_inputs_of_loader, first_inputs_of_plan
+from laplace_debiased.posterior.priors import check_prior_length
 from laplace_debiased.predictive import OutputCovariance, last_layer_moments, last_layer_sweep
 
 

@@ -9,8 +9,8 @@ import torch
 from laplace.baselaplace import LowRankLaplace, ParametricLaplace
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.lowrank import parameter_coverage
-from laplace_debiased.options import checked_integer
+from laplace_debiased.checks import checked_integer
+from laplace_debiased.curvature.coverage import parameter_coverage
 from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
 from laplace_debiased.posterior.lowrank_base import LowRankPosterior
 

@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from laplace_debiased.checks import as_integer
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.curvature.guards import exact_arithmetic
-from laplace_debiased.curvature.lowrank import FunctionalNetwork, RowPass, parameter_coverage
-from laplace_debiased.data import preserved_rng
-from laplace_debiased.data.checks import checked_seed
-from laplace_debiased.diagnostics.bias import BiasReport, bias_report
+from laplace_debiased.curvature.coverage import parameter_coverage
+from laplace_debiased.curvature.lowrank import RowPass
+from laplace_debiased.debiasing.bias import BiasReport, bias_report
+from laplace_debiased.estimation.fitting import FitRequest, make_plan, scorer
+from laplace_debiased.estimation.lowrank_budget import automatic_budget, checked_budget
+from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator
+from laplace_debiased.estimation.lowrank_fitting import FittedLowRank, fit_low_rank
+from laplace_debiased.estimation.walking import first_inputs_of_plan
+from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.operators import LowRank
-from laplace_debiased.persistence import ModelWatch
 from laplace_debiased.posterior.base import Inputs
-from laplace_debiased.posterior.checks import check_prior_mean
 from laplace_debiased.posterior.configure import Settings
 from laplace_debiased.posterior.fitted import FittedPosterior
-from laplace_debiased.posterior.fitting import FitRequest, make_plan, scorer
-from laplace_debiased.posterior.lowrank_budget import automatic_budget, checked_budget
-from laplace_debiased.posterior.lowrank_estimation import LowRankEstimator
-from laplace_debiased.posterior.lowrank_fitting import FittedLowRank, fit_low_rank
 from laplace_debiased.posterior.lowrank_state import low_rank_from_state, low_rank_to_state
-from laplace_debiased.posterior.walking import first_inputs_of_plan
+from laplace_debiased.posterior.priors import check_prior_mean
 from laplace_debiased.predictive import OutputCovariance
 from laplace_debiased.predictive.lowrank import (
     WhitenedFrame,
@@ -112,7 +114,7 @@ class LowRankPosterior(FittedPosterior):
             magnitude_loader,
             budget,
             n_data,
-            checked_seed(seed),
+            as_integer("seed", seed),
             override,
             progress_bar,
             self.dict_key_y,

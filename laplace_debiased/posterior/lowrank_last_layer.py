@@ -14,10 +14,11 @@ from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
 
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.curvature.lowrank import FeatureRowPass, FunctionalNetwork, RowPass
-from laplace_debiased.posterior.checks import check_last_layer_name
+from laplace_debiased.curvature.lowrank import FeatureRowPass, RowPass
+from laplace_debiased.estimation.fitting import FitRequest
+from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.outputs import check_last_layer_name
 from laplace_debiased.posterior.configure import with_noise
-from laplace_debiased.posterior.fitting import FitRequest
 from laplace_debiased.posterior.last_layer import LastLayerPosterior
 from laplace_debiased.posterior.lowrank import low_rank_settings
 from laplace_debiased.posterior.lowrank_base import LowRankPosterior

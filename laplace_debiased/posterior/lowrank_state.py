@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from laplace_debiased.curvature.lowrank import Eigenpairs
-from laplace_debiased.posterior.lowrank_estimation import LowRankEstimate
+from laplace_debiased.estimation.lowrank_estimator import LowRankEstimate
 from laplace_debiased.posterior.state import (
     adopt_state,
     check_common_state,

@@ -8,10 +8,10 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import model_lock
 from laplace_debiased.errors import ModelChangedError
-from laplace_debiased.persistence import ModelFingerprint, ModelWatch, fingerprint
-from laplace_debiased.persistence.identity import named_tensors
+from laplace_debiased.network.identity import ModelFingerprint, fingerprint, named_tensors
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.watch import ModelWatch
 
 
 class Original:

@@ -12,10 +12,10 @@ import torch
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import model_lock, requiring_grad
 from laplace_debiased.errors import StoredFileError
-from laplace_debiased.persistence import read_record, write_record
-from laplace_debiased.persistence.files import PathLike
+from laplace_debiased.files import PathLike, read_record, write_record
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.modes import requiring_grad
 from laplace_debiased.posterior.configure import RESIDUAL
 
 if TYPE_CHECKING:

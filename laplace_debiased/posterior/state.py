@@ -12,11 +12,12 @@ from torch import Tensor
 
 from laplace_debiased.curvature import BlockFactors, KroneckerFactors
 from laplace_debiased.curvature.factors import BlockBasis
+from laplace_debiased.estimation.fitting import Fitted
+from laplace_debiased.estimation.kron_estimator import KronEstimate
+from laplace_debiased.network.identity import ModelFingerprint, fingerprint
+from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.options import Scheme, parse_choice
-from laplace_debiased.persistence import ModelFingerprint, ModelWatch, fingerprint
-from laplace_debiased.posterior.estimation import KronEstimate
-from laplace_debiased.posterior.fitting import Fitted
-from laplace_debiased.posterior.tuning import TuningResult
+from laplace_debiased.tuning.grid import TuningResult
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.kron_base import KronPosterior

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from laplace_debiased.curvature.guards import model_lock
 from laplace_debiased.errors import ModelChangedError, StoredFileError
-from laplace_debiased.persistence import ModelWatch, fingerprint
-from laplace_debiased.persistence.files import PathLike
+from laplace_debiased.files import PathLike
+from laplace_debiased.network.identity import fingerprint
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.posterior import saving
 
 if TYPE_CHECKING:

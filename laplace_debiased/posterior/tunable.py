@@ -11,13 +11,13 @@ from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMeth
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_debiased.curvature.guards import exact_arithmetic
-from laplace_debiased.data import preserved_rng
 from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import parse_choice
 from laplace_debiased.posterior.base import DebiasedPosterior
-from laplace_debiased.posterior.marglik import maximise_marginal_likelihood
-from laplace_debiased.posterior.tuning import GridSearch, PriorGrid
+from laplace_debiased.tuning.grid import GridSearch, PriorGrid
+from laplace_debiased.tuning.marglik import maximise_marginal_likelihood
 
 
 class TunablePosterior(DebiasedPosterior):

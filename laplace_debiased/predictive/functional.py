@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.guards import batch_length
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import (
     Chunk,
@@ -28,6 +27,7 @@ from laplace_debiased.curvature.passes import (
     identity_columns,
 )
 from laplace_debiased.curvature.rows import LayerRows, RankOneRows, RotatedRows
+from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.operators import EigenBlock, EigenKron
 
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.guards import batch_length
 from laplace_debiased.curvature.lowrank import Eigenpairs, RowPass, Tile
 from laplace_debiased.curvature.passes import identity_columns
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.predictive.functional import OutputCovariance
 
 

@@ -195,9 +195,9 @@ ROWS = [
     option('sampling="all"', "ValueError", "sampling", "'curvature'", sampling="all"),
     option('fisher="true"', "ValueError", "fisher", "'empirical'", fisher="true"),
     option("folds=1", "ValueError", "folds", folds=1),
-    option("folds=True", "ValueError", "folds", folds=True),
+    option("folds=True", "ArgumentTypeError", "folds", folds=True),
     option("mc_samples=0", "ValueError", "mc_samples", mc_samples=0),
-    option("mc_samples=1.5", "ValueError", "mc_samples", mc_samples=1.5),
+    option("mc_samples=1.5", "ArgumentTypeError", "mc_samples", mc_samples=1.5),
     option("direction_fraction=1.0", "ValueError", "direction_fraction", direction_fraction=1.0),
     option(
         "direction_fraction=nan",
@@ -207,7 +207,7 @@ ROWS = [
     ),
     option("byte_budget=0", "ValueError", "byte_budget", byte_budget=0),
     option("pool_size=-1", "ValueError", "pool_size", pool_size=-1),
-    option('strict="yes"', "ValueError", "strict", strict="yes"),
+    option('strict="yes"', "ArgumentTypeError", "strict", strict="yes"),
     option(
         'magnitudes="kfac", sampling="curvature"',
         "ValueError",
@@ -321,9 +321,13 @@ ROWS = [
         for value in ("-1", "0", "nan", "inf")
     ),
     option(
-        'prior_precision="strong"', "TypeError", "prior_precision", "str", prior_precision="strong"
+        'prior_precision="strong"',
+        "ArgumentTypeError",
+        "prior_precision",
+        "str",
+        prior_precision="strong",
     ),
-    option('temperature="hot"', "TypeError", "temperature", "str", temperature="hot"),
+    option('temperature="hot"', "ArgumentTypeError", "temperature", "str", temperature="hot"),
     option(
         "prior_precision of the wrong length",
         "ValueError",

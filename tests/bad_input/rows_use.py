@@ -134,7 +134,7 @@ ROWS = [
     option('pred_type="nn", n_samples=-1', "ValueError", "n_samples", pred_type="nn", n_samples=-1),
     option(
         'pred_type="nn", n_samples=True',
-        "TypeError",
+        "ArgumentTypeError",
         "n_samples",
         "bool",
         pred_type="nn",
@@ -197,7 +197,7 @@ ROWS = [
         likelihood="regression",
     ),
     tune("`grid_size=0`", "ValueError", "grid_size", grid_size=0),
-    tune("`grid_size=True`", "ValueError", "grid_size", grid_size=True),
+    tune("`grid_size=True`", "ArgumentTypeError", "grid_size", grid_size=True),
     tune(
         "`log_prior_prec_min` above `log_prior_prec_max`",
         "ValueError",

@@ -9,7 +9,7 @@ from torch import nn
 
 import laplace_debiased
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.posterior.tuning import TuningResult
+from laplace_debiased.tuning.grid import TuningResult
 from tests.likelihoods.problems import NAMES, case
 from tests.untouched import untouched
 from tests.zoo import Problem, problem

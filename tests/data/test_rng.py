@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from laplace_debiased.data.rng import RngState, derived_seed, guarded_iter, preserved_rng
+from laplace_debiased.network.rng import RngState, derived_seed, guarded_iter, preserved_rng
 
 
 def draw() -> tuple[float, float, float]:

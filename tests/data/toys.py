@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from laplace_debiased.data import Batch, CurvaturePlan
-from laplace_debiased.data.rng import RngState
+from laplace_debiased.network.rng import RngState
 
 
 class Numbers(Dataset):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from laplace_debiased.diagnostics.bias import bias_report
+from laplace_debiased.debiasing.bias import bias_report
 
 
 def tables(*values):

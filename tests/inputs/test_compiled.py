@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import eager_execution
 from laplace_debiased.factory import DebiasedLaplace
+from laplace_debiased.network.modes import eager_execution
 from tests.tolerances import assert_same
 from tests.untouched import untouched
 from tests.zoo import problem

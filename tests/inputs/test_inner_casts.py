@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import exact_arithmetic
 from laplace_debiased.factory import DebiasedLaplace
+from laplace_debiased.network.precision import exact_arithmetic
 from tests.tolerances import relative_error
 from tests.untouched import untouched
 from tests.zoo import Problem, problem

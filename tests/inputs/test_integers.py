@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from laplace_debiased import DebiasedLaplace, directional_profile
-from laplace_debiased.data import preserved_rng
-from laplace_debiased.data.checks import generator_seed
+from laplace_debiased.checks import checked_integer, generator_seed
 from laplace_debiased.diagnostics import kfac_profile
-from laplace_debiased.options import CurvatureOptions, checked_integer
+from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.options import CurvatureOptions
 from tests.zoo import problem
 
 P = problem("mlp")

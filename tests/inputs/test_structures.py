@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from laplace_debiased.data.inputs import (
+from laplace_debiased.factory import DebiasedLaplace
+from laplace_debiased.network.inputs import (
     batch_length,
     call_arguments,
     select_rows,
     tensor_shapes,
     to_device,
 )
-from laplace_debiased.factory import DebiasedLaplace
 from tests.inputs import models
 from tests.tolerances import assert_same
 from tests.untouched import untouched

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from laplace_debiased.curvature.coverage import parameter_coverage
 from laplace_debiased.curvature.lowrank import (
     DirectionPass,
-    FunctionalNetwork,
     Route,
     RowPass,
     lanczos_eigenpairs,
-    parameter_coverage,
     projection_costs,
 )
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import loss_model
+from laplace_debiased.network.functional import FunctionalNetwork
 from tests.lowrank.problems import (
     ARCHITECTURES,
     Case,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature.passes import BackwardPass
 from laplace_debiased.errors import StoredFileError
-from laplace_debiased.persistence import checkpoint as room
+from laplace_debiased.estimation import checkpoint as room
 from tests.persistence.cases import INPUTS, LABELS, STRUCTURES, assert_equal, loader, network
 
 

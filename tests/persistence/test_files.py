@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from laplace_debiased import files
 from laplace_debiased.errors import StoredFileError
-from laplace_debiased.persistence import files, read_record, remove_file, write_record
+from laplace_debiased.files import read_record, remove_file, write_record
 
 KIND = "test record"
 

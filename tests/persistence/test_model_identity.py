@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.errors import ModelChangedError
-from laplace_debiased.persistence import ModelFingerprint, ModelWatch, fingerprint
+from laplace_debiased.network.identity import ModelFingerprint, fingerprint
+from laplace_debiased.network.watch import ModelWatch
 from tests.persistence.cases import INPUTS, LABELS, STRUCTURES, fitted, loader, network
 from tests.untouched import untouched
 
@@ -297,7 +298,7 @@ def test_check_reads_no_weights_and_touches_nothing(monkeypatch: pytest.MonkeyPa
         watch.check(model)
     calls = []
     monkeypatch.setattr(
-        "laplace_debiased.persistence.watch.fingerprint",
+        "laplace_debiased.network.watch.fingerprint",
         lambda m: calls.append(m) or fingerprint(m),
     )
     for _ in range(3):
@@ -367,5 +368,5 @@ def test_fitting_again_makes_the_present_weights_the_model() -> None:
 def test_large_models_hash_as_small_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     expected = fingerprint(model)
-    monkeypatch.setattr("laplace_debiased.persistence.identity._PARALLEL_BYTES", 0)
+    monkeypatch.setattr("laplace_debiased.network.identity._PARALLEL_BYTES", 0)
     assert fingerprint(model) == expected

@@ -13,7 +13,7 @@ from torch.utils.data import (
 )
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.posterior.budget import RECOMMENDED_SAMPLES, kron_budget
+from laplace_debiased.estimation.budget import RECOMMENDED_SAMPLES, kron_budget
 
 
 def dataset(n: int) -> TensorDataset:

@@ -17,8 +17,8 @@ from laplace_debiased.curvature.rows.softmax import (
     softmax_covariance,
     softmax_curvature,
 )
+from laplace_debiased.estimation.softmax_head import SoftmaxHeadEstimator
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
-from laplace_debiased.posterior.softmax_head import SoftmaxHeadEstimator
 
 C = 5
 

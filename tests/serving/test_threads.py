@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.curvature.guards import evaluation_mode, math_attention, model_lock
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.modes import evaluation_mode, math_attention
 from tests.persistence.cases import INPUTS, STRUCTURES, fitted, loader, network
 from tests.untouched import untouched
 

@@ -4,6 +4,7 @@ Only the generalized Gauss-Newton matrix (or the Fisher matrices that share its 
 decomposed. The Hessian has negative eigenvalues, and a precision with them is no posterior.
 """
 
+from laplace_debiased.curvature.coverage import parameter_coverage
 from laplace_debiased.curvature.lowrank.directions import (
     Costs,
     DirectionPass,
@@ -11,11 +12,6 @@ from laplace_debiased.curvature.lowrank.directions import (
     projection_costs,
 )
 from laplace_debiased.curvature.lowrank.feature_rows import FeatureRowPass
-from laplace_debiased.curvature.lowrank.network import (
-    FunctionalNetwork,
-    differentiable_kernels,
-    parameter_coverage,
-)
 from laplace_debiased.curvature.lowrank.products import lanczos_eigenpairs
 from laplace_debiased.curvature.lowrank.rows import RowPass, Tile
 from laplace_debiased.curvature.lowrank.span import (
@@ -30,6 +26,8 @@ from laplace_debiased.curvature.lowrank.span import (
     relative_cutoff,
     span_eigenpairs,
 )
+from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.modes import differentiable_kernels
 
 __all__ = [
     "Costs",

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from laplace_debiased.curvature.guards import batch_length, select_rows
-from laplace_debiased.curvature.lowrank.network import differentiable_kernels
 from laplace_debiased.curvature.lowrank.rows import RowPass
-from laplace_debiased.curvature.lowrank.transforms import Parameters, directional_outputs
+from laplace_debiased.network.inputs import batch_length, select_rows
+from laplace_debiased.network.modes import differentiable_kernels
+from laplace_debiased.network.transforms import Parameters, directional_outputs
 
 
 class Route(Enum):

@@ -17,10 +17,12 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from laplace_debiased.curvature.guards import batch_length, full_precision
-from laplace_debiased.curvature.lowrank.network import FunctionalNetwork, differentiable_kernels
 from laplace_debiased.curvature.lowrank.span import Eigenpairs
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.inputs import batch_length
+from laplace_debiased.network.modes import differentiable_kernels
+from laplace_debiased.network.precision import full_precision
 
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative, of eigenvalues. A float32 product is off by 1e-7: below it ARPACK iterates on noise."""

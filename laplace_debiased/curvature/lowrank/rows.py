@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.guards import batch_length, select_rows
-from laplace_debiased.curvature.lowrank.network import FunctionalNetwork, differentiable_kernels
-from laplace_debiased.curvature.lowrank.transforms import Parameters, sample_rows
-from laplace_debiased.curvature.passes import check_repeatable
-from laplace_debiased.data.inputs import tensor_shapes
 from laplace_debiased.errors import ModelCallError
+from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes
+from laplace_debiased.network.modes import differentiable_kernels
+from laplace_debiased.network.outputs import check_repeatable
+from laplace_debiased.network.transforms import Parameters, sample_rows
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 _LIVE_GRADIENTS = 4

@@ -16,17 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from laplace_debiased.curvature.guards import evaluation_mode
+from laplace_debiased.checks import checked_integer, generator_seed
 from laplace_debiased.data import split_batch
-from laplace_debiased.data.checks import checked_count, generator_seed
-from laplace_debiased.data.inputs import invoke, to_device
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import LikelihoodName
-from laplace_debiased.options import checked_integer
-from laplace_debiased.posterior.marglik import temporary_prior
-from laplace_debiased.posterior.predict import class_probabilities, needs_covariance
-from laplace_debiased.posterior.scores import Prediction, Scorer, scorer_factory
+from laplace_debiased.network.inputs import invoke, to_device
+from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.predictive.interpolation import CovarianceCurve
+from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
+from laplace_debiased.tuning.marglik import temporary_prior
+from laplace_debiased.tuning.scores import Prediction, Scorer, scorer_factory
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.base import DebiasedPosterior
@@ -175,7 +174,7 @@ class GridSearch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", generator_seed(self.seed))
-        object.__setattr__(self, "n_samples", checked_count(self.n_samples, "n_samples"))
+        object.__setattr__(self, "n_samples", checked_integer("n_samples", self.n_samples))
         sigma = float(torch.as_tensor(self.posterior.sigma_noise).detach())
         factory = scorer_factory(self.loss, self.posterior.likelihood, noise_variance=sigma * sigma)
         object.__setattr__(self, "_fresh_scorer", factory)

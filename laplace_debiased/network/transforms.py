@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from laplace_debiased.curvature.guards import HALF_DTYPES, batch_length
+from laplace_debiased.network.inputs import batch_length
+from laplace_debiased.network.precision import HALF_DTYPES
 
 Parameters = dict[str, Tensor]
 

@@ -15,14 +15,14 @@ from laplace_debiased.data import (
     Draws,
     draw_coefficients,
     magnitude_coefficients,
-    preserved_rng,
     split_batch,
 )
-from laplace_debiased.data.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.debiasing import Measurement
+from laplace_debiased.estimation.requirements import rows_sum_to_one
 from laplace_debiased.likelihoods import LossModel
-from laplace_debiased.posterior.checks import rows_sum_to_one
+from laplace_debiased.network.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
+from laplace_debiased.network.rng import preserved_rng
 
 
 @dataclass

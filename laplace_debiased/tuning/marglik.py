@@ -10,9 +10,9 @@ from laplace.utils.enums import PriorStructure
 from torch import Tensor
 from tqdm import tqdm
 
+from laplace_debiased.checks import checked_integer, positive_value
 from laplace_debiased.errors import NumericalError
-from laplace_debiased.options import checked_integer, parse_choice
-from laplace_debiased.posterior.checks import positive_value
+from laplace_debiased.options import parse_choice
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.base import DebiasedPosterior

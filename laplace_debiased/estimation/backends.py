@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, layers_of
-from laplace_debiased.curvature.guards import to_device
-from laplace_debiased.data import Batch, CurvaturePlan, preserved_rng
+from laplace_debiased.data import Batch, CurvaturePlan
+from laplace_debiased.estimation.kron_estimator import FoldStatistics
 from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.network.inputs import to_device
+from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import Fisher
-from laplace_debiased.posterior.estimation import FoldStatistics
 
 _SEED_STEP = 1_000_003
 """Spreads the seeds of successive batches, so that no two share their label draws."""

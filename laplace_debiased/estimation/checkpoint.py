@@ -19,13 +19,8 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.data import Batch, CurvaturePlan
-from laplace_debiased.persistence.files import (
-    PathLike,
-    read_record,
-    remove_file,
-    resolved_path,
-    write_record,
-)
+from laplace_debiased.files import PathLike, read_record, remove_file, resolved_path, write_record
+from laplace_debiased.network.identity import tensor_bytes
 
 KIND = "laplace_debiased fit checkpoint"
 FORMAT_VERSION = 1
@@ -240,23 +235,9 @@ def plan_digest(plan: CurvaturePlan) -> str:
     return digest.hexdigest()
 
 
-def digest_of(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of some tensors' bits, hexadecimal."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
-
-
 def _checksum(value: Any, start: int) -> int:
     if isinstance(value, Tensor):
-        return zlib.crc32(_bytes(value), start)
+        return zlib.crc32(tensor_bytes(value), start)
     if hasattr(value, "items"):
         for key, entry in value.items():
             start = _checksum(entry, zlib.crc32(str(key).encode(), start))

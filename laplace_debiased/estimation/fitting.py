@@ -17,17 +17,17 @@ from laplace_debiased.data import (
     plan_from_two_loaders,
 )
 from laplace_debiased.data.build import budget_pool, checked_budget
-from laplace_debiased.data.rng import derived_seed
 from laplace_debiased.debiasing import join_by_rank
-from laplace_debiased.likelihoods import LossModel
-from laplace_debiased.options import CurvatureOptions, Sampling, Scheme
-from laplace_debiased.posterior.estimation import (
+from laplace_debiased.estimation.kron_estimator import (
     FoldStatistics,
     KronEstimate,
     KronEstimator,
     joined_estimate,
     posterior_basis,
 )
+from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.network.rng import derived_seed
+from laplace_debiased.options import CurvatureOptions, Sampling, Scheme
 
 MAX_POOL_SIZE = 8_192
 """Cap on the pool of curvature sampling: one forward pass over it is part of the fit."""

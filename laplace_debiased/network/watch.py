@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.guards import model_lock
 from laplace_debiased.errors import ModelChangedError
-from laplace_debiased.persistence.identity import ModelFingerprint, fingerprint, named_tensors
+from laplace_debiased.network.identity import ModelFingerprint, fingerprint, named_tensors
+from laplace_debiased.network.locks import model_lock
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VERSION = attrgetter("_version")

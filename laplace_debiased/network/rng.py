@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from laplace_debiased.data.checks import generator_seed
+from laplace_debiased.checks import generator_seed
 
 __all__ = ["RngState", "derived_seed", "guarded_iter", "preserved_rng"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -153,3 +153,18 @@ def tensor_digest(tensor: Tensor) -> str:
             flat = flat + 0.0  # a step of length zero turns −0 into 0
         raw = flat.view(torch.uint8) if flat.numel() else flat.new_zeros(0, dtype=torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def digest_of(tensors: Sequence[Tensor]) -> str:
+    """SHA-256 of some tensors' bits, hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The bits of a tensor's entries in row-major order, as a buffer."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_debiased.curvature.guards import select_rows
 from laplace_debiased.curvature.lowrank import (
     DirectionPass,
     Eigenpairs,
@@ -35,11 +34,12 @@ from laplace_debiased.data import (
     ratio_factor,
 )
 from laplace_debiased.debiasing import Measurement, scheme_plan
+from laplace_debiased.estimation.lowrank_budget import fits_gram, max_gram_samples
+from laplace_debiased.estimation.requirements import require_labels, require_logits, rows_sum_to_one
+from laplace_debiased.estimation.walking import coefficients_of, effective_samples
 from laplace_debiased.likelihoods import LossModel, curvature_columns
+from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes
-from laplace_debiased.posterior.checks import require_labels, require_logits, rows_sum_to_one
-from laplace_debiased.posterior.lowrank_budget import fits_gram, max_gram_samples
-from laplace_debiased.posterior.walking import coefficients_of, effective_samples
 
 
 @dataclass(frozen=True, eq=False)

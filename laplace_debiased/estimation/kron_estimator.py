@@ -35,11 +35,9 @@ from laplace_debiased.debiasing import (
     own_magnitudes,
     scheme_plan,
 )
-from laplace_debiased.likelihoods import LossModel, curvature_columns
-from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes, Scheme
-from laplace_debiased.persistence import FitCheckpoint, WalkProgress, digest_of
-from laplace_debiased.posterior.checks import require_labels, require_logits
-from laplace_debiased.posterior.walking import (
+from laplace_debiased.estimation.checkpoint import FitCheckpoint, WalkProgress
+from laplace_debiased.estimation.requirements import require_labels, require_logits
+from laplace_debiased.estimation.walking import (
     Tally,
     by_fold,
     coefficients_of,
@@ -49,6 +47,9 @@ from laplace_debiased.posterior.walking import (
     rows_of,
     scaled_columns,
 )
+from laplace_debiased.likelihoods import LossModel, curvature_columns
+from laplace_debiased.network.identity import digest_of
+from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes, Scheme
 
 AnyChunk = TypeVar("AnyChunk", Chunk, ColumnChunk)
 

@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from laplace_debiased.curvature.lowrank import JoinedPart, matrix_average
 from laplace_debiased.data import CurvaturePlan
-from laplace_debiased.posterior.fitting import FitRequest, Fitted, drawn_indices
-from laplace_debiased.posterior.lowrank_estimation import LowRankEstimate, LowRankEstimator
+from laplace_debiased.estimation.fitting import FitRequest, Fitted, drawn_indices
+from laplace_debiased.estimation.lowrank_estimator import LowRankEstimate, LowRankEstimator
 
 FittedLowRank: TypeAlias = Fitted[LowRankEstimate]
 

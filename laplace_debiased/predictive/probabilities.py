@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from laplace.utils.enums import LinkApprox
-from torch import Tensor, nn
+from torch import Tensor
 
-from laplace_debiased.curvature.guards import call_with, evaluation_mode, to_device
-from laplace_debiased.data.inputs import call_arguments, explained_failure, logits_of
 from laplace_debiased.likelihoods import (
     InverseLink,
     laplace_bridge,
@@ -65,41 +60,3 @@ def class_probabilities(
         case LinkApprox.BRIDGE_NORM:
             return laplace_bridge(mean, covariance, normalise=True)
     raise ValueError(f"unknown link approximation {link!r}.")
-
-
-def network_samples(
-    model: nn.Module,
-    parameters: list[tuple[str, Tensor]],
-    weight_samples: Tensor,
-    inputs: Any,
-    *,
-    differentiable: bool,
-    **model_kwargs: Any,
-) -> Iterator[Tensor]:
-    """Outputs of the network at each weight sample; its own weights are never written.
-
-    Args:
-        model: the network.
-        parameters: name and current value of every covered parameter, in order.
-        weight_samples: [S, P] samples of these, flattened and concatenated.
-        inputs: one batch of model inputs.
-        differentiable: keep the graph with respect to ``inputs``.
-        model_kwargs: further arguments of the model.
-    """
-    device = parameters[0][1].device
-    inputs = to_device(inputs, device)
-    sizes = [value.numel() for _, value in parameters]
-    for sample in weight_samples:
-        values = {
-            name: part.reshape(value.shape).to(value.dtype)
-            for (name, value), part in zip(parameters, sample.split(sizes), strict=True)
-        }
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(differentiable),
-            evaluation_mode(model),
-            explained_failure(inputs),
-        ):
-            args, named = call_arguments(model, inputs)
-            outputs = logits_of(call_with(model, values, args, {**named, **model_kwargs}))
-        yield outputs

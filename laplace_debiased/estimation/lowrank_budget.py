@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature.lowrank import RowPass
 from laplace_debiased.data import loader_length
+from laplace_debiased.estimation.walking import first_inputs_of_loader
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import CurvatureOptions, Fisher
-from laplace_debiased.posterior.walking import first_inputs_of_loader
 
 ROW_BUDGETS = 4
 """The rows of the Gram route may take so many times the byte budget of a pass. They are as large as

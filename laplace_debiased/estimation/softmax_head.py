@@ -12,9 +12,9 @@ from laplace_debiased.curvature import FeaturePass
 from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.curvature.softmax_head import SoftmaxHeadRule
 from laplace_debiased.data import Batch
+from laplace_debiased.estimation.kron_estimator import KronEstimator
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
 from laplace_debiased.options import Fisher
-from laplace_debiased.posterior.estimation import KronEstimator
 
 AnyWalk = TypeVar("AnyWalk")
 

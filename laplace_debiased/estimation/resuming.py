@@ -6,10 +6,12 @@ from dataclasses import asdict
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from laplace_debiased.estimation.checkpoint import FitCheckpoint
+from laplace_debiased.estimation.fitting import FitRequest, FittedKron
+from laplace_debiased.files import PathLike
+from laplace_debiased.network.identity import digest_of
+from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.options import CurvatureOptions
-from laplace_debiased.persistence import FitCheckpoint, ModelWatch, digest_of
-from laplace_debiased.persistence.files import PathLike
-from laplace_debiased.posterior.fitting import FitRequest, FittedKron
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.kron_base import KronPosterior

@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.coverage import FROZEN, Coverage
-from laplace_debiased.curvature.guards import (
-    HALF_DTYPES,
-    batch_length,
-    call_with,
-    evaluation_mode,
-    exact_arithmetic,
-    full_precision,
-    math_attention,
-    model_lock,
-    to_device,
-)
-from laplace_debiased.curvature.lowrank.transforms import (
-    Parameters,
-    plain_inputs,
-    split_directions,
-)
-from laplace_debiased.curvature.passes import check_outputs
-from laplace_debiased.data.inputs import (
+from laplace_debiased.network.calls import call_with
+from laplace_debiased.network.inputs import (
     AttributeDict,
+    batch_length,
     call_arguments,
     explained_failure,
     logits_of,
+    to_device,
 )
-
-
-@contextmanager
-def differentiable_kernels(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and kernels that forward mode and vmap support; all restored after.
-
-    The fused attention kernels and the encoder's fast path know neither, and automatic casts would
-    change the precision of a measurement.
-    """
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    with (
-        evaluation_mode(model),
-        torch.inference_mode(False),
-        exact_arithmetic(torch.device(device)),
-        math_attention(),
-    ):
-        yield
-
-
-def parameter_coverage(model: nn.Module) -> Coverage:
-    """Cover every parameter that requires gradients, whatever its layer; tied ones once."""
-    named = dict(model.named_parameters())
-    return Coverage(
-        tuple(name for name, p in named.items() if p.requires_grad),
-        MappingProxyType({name: FROZEN for name, p in named.items() if not p.requires_grad}),
-        MappingProxyType({name: p.numel() for name, p in named.items()}),
-    )
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.modes import differentiable_kernels
+from laplace_debiased.network.outputs import check_outputs
+from laplace_debiased.network.precision import HALF_DTYPES, full_precision
+from laplace_debiased.network.transforms import Parameters, plain_inputs, split_directions
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,123 @@
+"""Checks of numbers, seeds and flags, with messages that say what to do.
+
+One place and one class of exception per kind of mistake: a value of the wrong kind (``2.5`` or
+``"2"`` for a count) raises :class:`ArgumentTypeError`, which is a TypeError and a ValueError; a
+value of the right kind out of range raises ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.errors import ArgumentTypeError
+
+
+def as_integer(name: str, value: Any) -> int:
+    """``value`` as an int; numpy's integers will do, a bool will not.
+
+    Raises:
+        ArgumentTypeError: if it is no integer.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"{name} must be an int, got {value!r} ({type(value).__name__})."
+        ) from None
+
+
+def checked_integer(name: str, value: Any, minimum: int = 1) -> int:
+    """``value`` as an int of at least ``minimum``.
+
+    Raises:
+        ArgumentTypeError: if it is no integer.
+        ValueError: if it is below ``minimum``.
+    """
+    named = {0: "a non-negative integer", 1: "a positive integer"}
+    wanted = named.get(minimum, f"an integer of at least {minimum}")
+    try:
+        number = as_integer(name, value)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{error} Pass {wanted}.") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}: pass {wanted}.")
+    return number
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """``value`` if it is True or False.
+
+    Raises:
+        ArgumentTypeError: if it is anything else.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be True or False; got {value!r}.")
+    return value
+
+
+def generator_seed(seed: Any) -> int:
+    """``seed`` as an int in the range that torch's generators take.
+
+    Raises:
+        ArgumentTypeError: if it is no integer.
+        ValueError: if it lies outside -2**63..2**64 - 1.
+    """
+    number = as_integer("seed", seed)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must lie in -2**63..2**64 - 1, got {number}.")
+    return number
+
+
+def checked_fractions(folds: int, fractions: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The share of each fold, or None for equal parts.
+
+    Raises:
+        ValueError: if there is not one positive fraction per fold, or they do not sum to one.
+    """
+    if fractions is None:
+        return None
+    shares = tuple(float(share) for share in fractions)
+    if len(shares) != folds:
+        raise ValueError(f"fractions needs one entry per fold ({folds}), got {len(shares)}.")
+    if not all(math.isfinite(share) and share > 0 for share in shares):
+        raise ValueError(f"fractions must be positive, got {shares}.")
+    if not math.isclose(sum(shares), 1.0, rel_tol=1e-9):
+        raise ValueError(f"fractions must sum to 1, got {shares} (sum {sum(shares)}).")
+    return shares
+
+
+def positive_value(name: str, value: Any) -> float | Tensor:
+    """``value`` if it is a positive, finite real number or a tensor of such; arrays as tensors.
+
+    Raises:
+        ArgumentTypeError: if it is no real number or real tensor (a string or a bool is none).
+        ValueError: if an entry is not positive and finite.
+    """
+    number: float | Tensor
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        number = value if isinstance(value, Tensor) else float(value)
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(
+            f"{name} must be a positive number or tensor; got {type(value).__name__}."
+        ) from None
+    exact = None if isinstance(number, Tensor) else torch.float64
+    entries = torch.as_tensor(number, dtype=exact).detach()
+    if entries.is_complex() or not bool((torch.isfinite(entries) & (entries > 0)).all()):
+        raise ValueError(f"{name} must be positive and finite; got {shortened(entries)}.")
+    return number
+
+
+def shortened(values: Tensor) -> str:
+    """A tensor's entries, or the first of many, for messages."""
+    flat = values.flatten()
+    return str(flat.tolist()) if flat.numel() <= 4 else f"{flat[:4].tolist()}… ({flat.numel()})"

@@ -1,0 +1,1 @@
+"""Calling a user's model, and leaving it as it was."""

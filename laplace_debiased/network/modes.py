@@ -1,0 +1,157 @@
+"""Leave the user's model as it was: evaluation mode inside, everything restored outside."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.precision import exact_arithmetic
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside; each module's own mode restored on the way out.
+
+    Compiled modules run as they were written: compiled code calls no hooks that it was not compiled
+    with, and would be compiled anew for every set of weights.
+
+    Raises:
+        ValueError: if a forward pass would overwrite weights, before there is one.
+    """
+    with model_lock(model), eager_execution():
+        modes = [(module, module.training) for module in model.modules()]
+        if any(_rewrites_weights(module) for module, _ in modes):
+            _refuse_rewritten_weights(model)
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _rewrites_weights(module: nn.Module) -> bool:
+    return isinstance(module, _EMBEDDINGS) and module.max_norm is not None
+
+
+def _refuse_rewritten_weights(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if _rewrites_weights(module):
+            raise ValueError(
+                f"layer {name!r} is an {type(module).__name__} with max_norm={module.max_norm}: "
+                "its forward pass overwrites its own weight, so that no pass could leave the model "
+                "as it was. Renormalise the weight once, with "
+                f"weight.data.renorm_({module.norm_type}, 0, {module.max_norm}), and set the "
+                "layer's max_norm=None; its outputs stay the same."
+            )
+
+
+class _Switch:
+    """A choice of the whole process, not of a thread, that holds while anyone is inside.
+
+    The first to enter sets it and the last to leave restores it, whoever that is.
+
+    Args:
+        choose: sets it, with what restores the process's own choice pushed on the stack.
+    """
+
+    def __init__(self, choose: Callable[[ExitStack], None]) -> None:
+        self._choose = choose
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._restore = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                with ExitStack() as stack:
+                    self._choose(stack)
+                    self._restore = stack.pop_all()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._restore.close()
+
+
+def _run_eagerly(stack: ExitStack) -> None:
+    # Called from within a compiled function, torch allows no such choice.
+    with suppress(RuntimeError):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+_EAGER = _Switch(_run_eagerly)
+
+
+@contextmanager
+def eager_execution() -> Iterator[None]:
+    """Compiled code runs as it was written while anyone is inside."""
+    # Whoever compiles has imported the compiler; doing it here would cost the others seconds.
+    with _EAGER() if "torch._dynamo" in sys.modules else nullcontext():
+        yield
+
+
+def _choose_math_attention(stack: ExitStack) -> None:
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack.callback(
+        torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+    )
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
+_ATTENTION = _Switch(_choose_math_attention)
+
+
+@contextmanager
+def math_attention() -> Iterator[None]:
+    """Plain attention kernels, which forward mode and vmap support, while anyone is inside."""
+    with _ATTENTION():
+        yield
+
+
+@contextmanager
+def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Parameters that require gradients inside; those that did not are frozen again outside.
+
+    A posterior outlives the training: many freeze the whole network once that is over, and a
+    forward pass would then leave no graph to pull back through.
+    """
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and kernels that forward mode and vmap support; all restored after.
+
+    The fused attention kernels and the encoder's fast path know neither, and automatic casts would
+    change the precision of a measurement.
+    """
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(False),
+        exact_arithmetic(torch.device(device)),
+        math_attention(),
+    ):
+        yield

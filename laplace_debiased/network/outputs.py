@@ -1,0 +1,104 @@
+"""What a network must return, and what its weights must be, for it to have a curvature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from laplace_debiased.errors import NumericalError
+
+_REPEATABLE = 1e-3
+"""Relative. Sums in another order, as on a GPU, differ by round-off, up to 1e-5 in float32."""
+
+
+def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> None:
+    """Check that outputs are finite, one row per sample.
+
+    Args:
+        outputs: network outputs.
+        length: samples that went in.
+        positions: whether a sample may have outputs at several positions.
+
+    Raises:
+        ValueError: if they are not [m, C], nor [m, T, C] where that is allowed.
+        NumericalError: if one is NaN or infinite.
+    """
+    if outputs.ndim not in ((2, 3) if positions else (2,)) or outputs.shape[0] != length:
+        sequences = f" or (batch, positions, outputs) = ({length}, T, C)" if positions else ""
+        raise ValueError(
+            f"the model must return outputs of shape (batch, outputs) = ({length}, C){sequences}; "
+            f"got {tuple(outputs.shape)}."
+        )
+    if not outputs.is_floating_point():
+        raise ValueError(
+            f"the model must return real outputs (logits, or a mean); got {outputs.dtype}. Do not "
+            "take the argmax inside the model."
+        )
+    finite = torch.isfinite(outputs.detach())
+    if not bool(finite.all()):
+        bad = int((~finite.flatten(1).all(-1)).nonzero()[0])
+        raise NumericalError(
+            f"the model's outputs are NaN or infinite (first at sample {bad} of the batch). Check "
+            "the weights and the inputs for NaN."
+        )
+
+
+def check_repeatable(outputs: Tensor, again: Tensor) -> None:
+    """Check that two forward passes over the same samples agree, but for the order of sums.
+
+    Args:
+        outputs: network outputs of the one.
+        again: those of the other, of the same shape.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    outputs, again = outputs.detach(), again.detach()
+    tolerance = max(_REPEATABLE, torch.finfo(outputs.dtype).eps ** 0.5)
+    difference = (outputs - again).abs().max()
+    if bool(difference > tolerance * (1 + outputs.abs().max())):
+        raise ValueError(
+            f"the outputs of the same samples differ by {float(difference):.2g} between two "
+            "forward passes in evaluation mode: the model is stochastic, and has no curvature at "
+            "its weights. Apply noise and dropout only where self.training is true."
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Check that every weight is there, finite, and can be differentiated through.
+
+    Raises:
+        ValueError: naming the first parameter that holds no data or is an inference tensor.
+        NumericalError: naming the first parameter that is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device and holds no data; load the model's "
+                "weights first."
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was made under torch.inference_mode(), where no derivative "
+                "can be taken; build or load the model outside of it."
+            )
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise NumericalError(
+                f"parameter {name!r} holds NaN or infinite values; load or train the model again."
+            )
+
+
+def check_last_layer_name(model: nn.Module, name: str | None) -> None:
+    """Check that a name is that of a linear layer.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if name is None:
+        return
+    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if name not in linear:
+        shown = ", ".join(map(repr, linear[-5:])) or "none"
+        raise ValueError(
+            f"last_layer_name={name!r} is no linear layer of the model; its last ones are {shown}."
+        )

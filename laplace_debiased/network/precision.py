@@ -1,0 +1,31 @@
+"""In which precision curvature is formed: float32 or better, without automatic casts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No automatic casts inside: sums of squares are formed in the precision of their terms.
+
+    A model that casts on its own does so without the cache of cast weights: inside another
+    ``autocast`` it is not emptied after a forward pass, would grow with every transformed call,
+    and would not notice a weight that has changed.
+    """
+    with torch.autocast(device.type, enabled=False, cache_enabled=False):
+        yield
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is of half precision, else as it is.
+
+    Sums of squares overflow in float16 and lose their digits in bfloat16.
+    """
+    return tensor.float() if tensor.dtype in HALF_DTYPES else tensor
