@@ -45,10 +45,11 @@ def checked_integer(name: str, value: Any, minimum: int = 1) -> int:
     wanted = named.get(minimum, f"an integer of at least {minimum}")
     try:
         number = as_integer(name, value)
-    except ArgumentTypeError as error:
-        raise ArgumentTypeError(f"{error} Pass {wanted}.") from None
+    except ArgumentTypeError:
+        kind = type(value).__name__
+        raise ArgumentTypeError(f"{name} must be {wanted}; got {value!r} ({kind}).") from None
     if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}: pass {wanted}.")
+        raise ValueError(f"{name} must be {wanted}; got {number}, which is not at least {minimum}.")
     return number
 
 

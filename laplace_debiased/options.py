@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeVar
 
@@ -33,9 +33,6 @@ class Magnitudes(str, Enum):
 
     GGN = "ggn"
     """The quadratic form of the generalized Gauss-Newton matrix itself (George et al. 2018)."""
-
-    RAYLEIGH_RITZ = "rayleigh_ritz"
-    """Low rank only: the whole matrix Uᵀ G U in place of its diagonal."""
 
 
 class Sampling(str, Enum):
@@ -110,7 +107,7 @@ class CurvatureOptions:
     Args:
         scheme: which data give directions and which magnitudes.
         magnitudes: how curvature along a direction is measured.
-        sampling: how a budget is drawn.
+        sampling: how a budget is drawn; see ``posterior/arguments.py`` for its default.
         fisher: which second moment stands for the loss Hessian.
         mc_samples: label draws per sample for ``Fisher.MC``.
         weight_sharing: how positions that share a weight enter its Kronecker factors.
@@ -118,8 +115,6 @@ class CurvatureOptions:
         direction_fraction: share of a budget that gives the directions in ``Scheme.TWO_BATCH``.
         pool_size: size of the pool from which curvature sampling draws; None for all of the data
             up to a cap.
-        ratio_step: whether curvature sampling rescales held-out magnitudes by the ratio of the
-            pool's mean loss-Hessian trace to that of the draws: consistent, no longer unbiased.
         byte_budget: working memory of one chunk, in bytes.
 
     Raises:
@@ -128,14 +123,13 @@ class CurvatureOptions:
 
     scheme: Scheme = Scheme.CROSS_FIT
     magnitudes: Magnitudes = Magnitudes.GGN
-    sampling: Sampling = Sampling.UNIFORM
+    sampling: Sampling = field(kw_only=True)
     fisher: Fisher = Fisher.TYPE2
     mc_samples: int = 1
     weight_sharing: WeightSharing = WeightSharing.EXPAND
     folds: int = 2
     direction_fraction: float = 0.5
     pool_size: int | None = None
-    ratio_step: bool = False
     byte_budget: int = DEFAULT_BYTE_BUDGET
 
     def __post_init__(self) -> None:
@@ -154,14 +148,6 @@ class CurvatureOptions:
                 "sampling='curvature' needs magnitudes='ggn': a product of two weighted factors is "
                 "not an unbiased estimate of the curvature. Use magnitudes='ggn', or "
                 "sampling='uniform'."
-            )
-
-        if self.ratio_step and (
-            self.sampling is not Sampling.CURVATURE or self.scheme is Scheme.SINGLE
-        ):
-            raise ValueError(
-                "ratio_step=True rescales magnitudes of held-out draws by curvature: use it with "
-                "sampling='curvature' and scheme='two_batch' or 'cross_fit'."
             )
 
     @property

@@ -184,7 +184,7 @@ def test_laplace_torch_gets_the_samples_that_ours_draws(
         {"sampling": "uniform"},
     ):
         posterior = OurPosterior.fit(model, splits.train, 16, 5, **options)
-        assert posterior.la._fitted.drawn == set(chosen.tolist())
+        assert posterior.la.fitted.drawn == set(chosen.tolist())
 
 
 def test_rescaling_equals_a_fit_on_repeated_data(

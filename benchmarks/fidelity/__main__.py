@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SubsetRandomSampler
 from tqdm import tqdm
 
-from benchmarks.fidelity.measure import log_predictive, measure
+from benchmarks.fidelity.measure import log_predictive, measure, swept
 from benchmarks.fidelity.methods import (
     DEFAULTS,
     FISHERS,
@@ -99,7 +99,7 @@ def _fitter(
         else:
             directions, magnitudes = overlapping(problem.train, samples // 2, method.overlap, seed)
             la.fit(directions, magnitude_loader=magnitudes, seed=seed)
-        return lambda: log_predictive(*la._sweep(problem.test_inputs, priors, diagonal=True))
+        return lambda: log_predictive(*swept(la, problem.test_inputs, priors))
 
     return fit
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from laplace_debiased.likelihoods import probit
 def log_predictive(mean: Tensor, variances: Tensor) -> Tensor:
     """Log probit predictive [G, n, C] from outputs [n, C] and variances [G, n, C]."""
     return probit(mean.double(), variances.double()).log()
+
+
+def swept(la: Any, inputs: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs [n, C] and variances [G, n, C] of a posterior under a grid of priors."""
+    found = la.predictor.sweep(inputs, la._H_factor, priors, diagonal=True)
+    return found.outputs, found.covariances
 
 
 def kl_to(reference: Tensor, candidate: Tensor) -> Tensor:

@@ -52,13 +52,6 @@ KRON = (
     _kron("single, ggn, curvature", "single", "ggn", sampling="curvature"),
     _kron("two_batch, ggn, curvature", "two_batch", "ggn", sampling="curvature"),
     _kron("cross_fit, ggn, curvature", "cross_fit", "ggn", sampling="curvature"),
-    _kron(
-        "cross_fit, ggn, curvature, ratio",
-        "cross_fit",
-        "ggn",
-        sampling="curvature",
-        ratio_step=True,
-    ),
 )
 
 FULL_DATA = (
@@ -73,7 +66,6 @@ LOW_RANK = (
     _low_rank("low rank, cross_fit", "cross_fit"),
     _low_rank("low rank, single, curvature", "single", sampling="curvature"),
     _low_rank("low rank, cross_fit, curvature", "cross_fit", sampling="curvature"),
-    _low_rank("low rank, cross_fit, Rayleigh–Ritz", "cross_fit", magnitudes="rayleigh_ritz"),
 )
 
 DEFAULTS = (Method("ours, no options at all", automatic=True),)

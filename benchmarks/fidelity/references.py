@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.fidelity.measure import log_predictive
+from benchmarks.fidelity.measure import log_predictive, swept
 from benchmarks.fidelity.problems import Problem
 from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
@@ -31,7 +31,7 @@ def kronecker_reference(problem: Problem, priors: Tensor, cache: Path | None = N
         la.fit(problem.train, n_samples=None, progress_bar=True)
         if cache is not None:
             torch.save(la.state_dict(), cache)
-    return log_predictive(*la._sweep(problem.test_inputs, priors, diagonal=True))
+    return log_predictive(*swept(la, problem.test_inputs, priors))
 
 
 def dense_reference(problem: Problem, priors: Tensor, cache: Path | None = None) -> Tensor:

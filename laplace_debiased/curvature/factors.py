@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ class FactorAccumulator:
         self._rule = FactorRule(summed_bias, sharing)
         self._of_columns: dict[str, Tensor] = {}
         self._of_inputs: dict[str, Tensor] = {}
-        self._transposed: dict[str, bool] = {}  # plain values: a checkpoint keeps them
+        self._transposed: dict[str, bool] = {}
 
     def add_inputs(self, layer: Layer, inputs: Calls, counts: Tensor | None = None) -> None:
         """Add a layer's inputs to the input factor of its weight; its calls count alike.
@@ -166,6 +167,20 @@ class FactorAccumulator:
             if factor is None or not same_column_factor(rows, self._rule):
                 factor = rows.bias.column_factor(self._rule)
             _add_to(self._of_columns, layer.parameter_of("bias"), factor)
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far: tensors and plain values, to be given to :meth:`restore`."""
+        return {
+            "columns": dict(self._of_columns),
+            "inputs": dict(self._of_inputs),
+            "transposed": dict(self._transposed),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self._of_columns = dict(state["columns"])
+        self._of_inputs = dict(state["inputs"])
+        self._transposed = dict(state["transposed"])
 
     def means(self, n_samples: float) -> KroneckerFactors:
         """Per-sample means over ``n_samples`` draws.
@@ -230,6 +245,14 @@ class MagnitudeAccumulator:
         for part, block in rows.blocks():
             name = layer.parameter_of(part)
             _add_to(self._tables, name, block.curvature(self._basis[name], coefficients))
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far, to be given to :meth:`restore`."""
+        return {"tables": dict(self._tables)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self._tables = dict(state["tables"])
 
     def tables(self) -> tuple[Tensor, ...]:
         """One eigenvalue table per block, in the order of the basis."""

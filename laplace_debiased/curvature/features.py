@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from laplace.utils.feature_extractor import FeatureExtractor
+from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.linear_head import check_linear_head
 from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns
 from laplace_debiased.curvature.rows import LayerRows
-from laplace_debiased.network.inputs import (
-    batch_length,
-    calling_by_signature,
-    explained_failure,
-    plain_tensors,
-    to_device,
-)
+from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
+from laplace_debiased.network.last_layer import reduced, watching
 from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import full_precision
@@ -35,13 +29,15 @@ class FeaturePass:
     The outputs are W φ + b, so nothing has to be pulled back (design: last-layer closed form).
 
     Args:
-        model: laplace-torch's feature extractor around the network.
+        model: the user's network; left untouched.
         layer: its last layer.
+        reduction: how features of more than two dimensions are reduced, or None.
         byte_budget: working memory of one chunk, in bytes.
     """
 
-    model: FeatureExtractor
+    model: nn.Module
     layer: Layer
+    reduction: FeatureReduction | None = None
     byte_budget: int = DEFAULT_BYTE_BUDGET
 
     @property
@@ -61,20 +57,19 @@ class FeaturePass:
             ValueError: if the outputs are not W φ + b.
         """
         inputs = to_device(inputs, self.device)
-        dtypes: list[torch.dtype] = []
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
-            with (
-                evaluation_mode(self.model),
-                calling_by_signature(self.model.model),
-                explained_failure(inputs),
-                self._noting_dtype(dtypes),
-            ):
-                outputs, features = self.model.forward_with_features(inputs)
+            with evaluation_mode(self.model), watching(self.layer.module) as seen:
+                outputs = invoke(self.model, inputs)
+        if not isinstance(outputs, Tensor) or seen.features is None:
+            raise ValueError(
+                f"the network does not return the outputs of its last layer {self.layer.name!r}."
+            )
         check_outputs(outputs, batch_length(inputs))
         head = self.layer.module
         assert isinstance(head, nn.Linear)
-        dtypes += [outputs.dtype, features.dtype, head.weight.dtype]
+        features = reduced(seen.features, self.reduction)
+        dtypes = [*seen.dtypes, outputs.dtype, features.dtype, head.weight.dtype]
         outputs, features = full_precision(outputs), full_precision(features)
         features = features.reshape(len(outputs), -1)
         width = head.in_features
@@ -86,19 +81,6 @@ class FeaturePass:
             )
         check_linear_head(self.layer.name, head, outputs, features, dtypes)
         return outputs, features
-
-    @contextmanager
-    def _noting_dtype(self, dtypes: list[torch.dtype]) -> Iterator[None]:
-        """Note in what dtype the layer answers: casts inside the model show nowhere else."""
-
-        def note(_module: Any, _inputs: Any, output: Tensor) -> None:
-            dtypes.append(output.dtype)
-
-        handle = self.layer.module.register_forward_hook(note)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def outputs(self, inputs: Any) -> Tensor:
         """Network outputs [m, C] without a graph."""

@@ -3,16 +3,17 @@
 from laplace_debiased.data.build import (
     batches_overlap,
     plan_from_loader,
+    plan_from_supply,
     plan_from_two_loaders,
 )
 from laplace_debiased.data.coefficients import (
     draw_coefficients,
     magnitude_coefficients,
-    ratio_factor,
 )
 from laplace_debiased.data.loaders import loader_length, split_batch
 from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws, PoolScores
-from laplace_debiased.data.pool import plan_from_pool, score_pool
+from laplace_debiased.data.pool import plan_by_curvature, plan_from_pool, score_pool
+from laplace_debiased.data.supply import Supply
 from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
 
 __all__ = [
@@ -20,15 +21,17 @@ __all__ = [
     "CurvaturePlan",
     "Draws",
     "PoolScores",
+    "Supply",
     "batches_overlap",
     "draw_coefficients",
     "draw_weighted_folds",
     "loader_length",
     "magnitude_coefficients",
+    "plan_by_curvature",
     "plan_from_loader",
     "plan_from_pool",
+    "plan_from_supply",
     "plan_from_two_loaders",
-    "ratio_factor",
     "sampling_probabilities",
     "score_pool",
     "split_batch",

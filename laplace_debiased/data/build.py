@@ -16,16 +16,16 @@ from laplace_debiased.data.loaders import (
     check_loader,
     index_batches,
     loader_length,
-    sampler_indices,
 )
 from laplace_debiased.data.plan import CurvaturePlan, Draws, Source, plan_of
 from laplace_debiased.data.sources import IndexedSource, StreamSource, record_stream
+from laplace_debiased.data.supply import Supply
 from laplace_debiased.network.rng import derived_seed
 
 __all__ = [
     "batch_sizes",
-    "budget_pool",
     "plan_from_loader",
+    "plan_from_supply",
     "plan_from_two_loaders",
     "seeded_generator",
     "uniform_source",
@@ -80,44 +80,77 @@ def plan_from_loader(
     Warns:
         UserWarning: A stream gives more samples than the training set has.
     """
-    check_loader(loader, "loader")
-    n_folds, seed = checked_integer("folds", folds), as_integer("seed", seed)
+    supply = Supply.of(loader, n_samples=n_samples, n_data=n_data, n_folds=_n_folds(folds))
+    return plan_from_supply(
+        supply.without(exclude),
+        folds=folds,
+        fractions=fractions,
+        seed=seed,
+        batch_size=batch_size,
+        dict_key_y=dict_key_y,
+    )
+
+
+def plan_from_supply(
+    supply: Supply,
+    *,
+    folds: int,
+    fractions: tuple[float, ...] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    dict_key_y: str = "labels",
+) -> CurvaturePlan:
+    """:func:`plan_from_loader` for a loader that was looked up."""
+    n_folds, seed = _n_folds(folds), as_integer("seed", seed)
     shares = checked_fractions(n_folds, fractions)
     size = None if batch_size is None else checked_integer("batch_size", batch_size)
-    if n_samples is None:
-        if exclude:
-            raise ValueError("exclude needs a budget: pass n_samples.")
-        n = loader_length(loader, n_data)
-        source: Source = _whole_source(loader, _split_into(n_folds, shares), seed, size, dict_key_y)
-        walked = len(source.draws)
-        if isinstance(source, StreamSource) and walked > n:
-            warnings.warn(
-                f"one walk through the loader gives {walked} samples, more than the training set "
-                f"has (N={n}): a copy of a sample may measure the directions that it chose. With "
-                "an IterableDataset and several workers, let every worker yield a share of its "
-                "own (torch.utils.data.get_worker_info); otherwise correct n_data.",
-                UserWarning,
-                stacklevel=2,
-            )
-        return plan_of(
-            (source,), n_data=n, n_folds=n_folds, population=max(walked, n), pool_size=walked
-        )
-    budget, n = checked_budget(loader, n_samples, n_data, n_folds)
-    pool = budget_pool(loader, budget, exclude)
+    if supply.budget is None:
+        return _whole_plan(supply, _split_into(n_folds, shares), n_folds, seed, size, dict_key_y)
+    assert supply.pool is not None
     source = uniform_source(
-        loader,
-        pool,
-        fold_sizes(budget, n_folds, shares),
+        supply.loader,
+        supply.pool,
+        fold_sizes(supply.budget, n_folds, shares),
         seed=seed,
         batch_size=size,
         dict_key_y=dict_key_y,
     )
     return plan_of(
         (source,),
-        n_data=n,
+        n_data=supply.n_data,
         n_folds=n_folds,
-        population=max(len(pool), n - len(exclude)),
-        pool_size=len(pool),
+        population=supply.population,
+        pool_size=len(supply.pool),
+    )
+
+
+def _n_folds(folds: int) -> int:
+    return checked_integer("folds", folds)
+
+
+def _whole_plan(
+    supply: Supply,
+    split: _Split,
+    n_folds: int,
+    seed: int,
+    batch_size: int | None,
+    dict_key_y: str,
+) -> CurvaturePlan:
+    """Everything that one walk yields."""
+    n = supply.n_data
+    source = _whole_source(supply.loader, split, seed, batch_size, dict_key_y)
+    walked = len(source.draws)
+    if isinstance(source, StreamSource) and walked > n:
+        warnings.warn(
+            f"one walk through the loader gives {walked} samples, more than the training set "
+            f"has (N={n}): a copy of a sample may measure the directions that it chose. With "
+            "an IterableDataset and several workers, let every worker yield a share of its "
+            "own (torch.utils.data.get_worker_info); otherwise correct n_data.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return plan_of(
+        (source,), n_data=n, n_folds=n_folds, population=max(walked, n), pool_size=walked
     )
 
 
@@ -194,45 +227,6 @@ def batches_overlap(loader: Any, draws: Draws, other_loader: Any, other: Draws) 
         dataset is not None and dataset is getattr(other_loader, "dataset", None)
     )
     return min(len(draws), len(other)) if same else 0
-
-
-def checked_budget(
-    loader: Any, n_samples: Any, n_data: int | None, n_folds: int
-) -> tuple[int, int]:
-    """Return the budget m and the size N of the training set.
-
-    Raises:
-        TypeError: A number is no int.
-        ValueError: Not folds <= m <= N.
-    """
-    budget = checked_integer("n_samples", n_samples)
-    n = loader_length(loader, n_data)
-    if budget > n:
-        raise ValueError(
-            f"n_samples={budget} exceeds the size of the training set ({n}): lower it, or pass "
-            "n_samples=None for everything."
-        )
-    if budget < n_folds:
-        raise ValueError(f"n_samples={budget} is too few for {n_folds} folds of at least one.")
-    return budget, n
-
-
-def budget_pool(loader: Any, budget: int, exclude: frozenset[int] = frozenset()) -> Tensor:
-    """Dataset indices [M] that a budget is drawn from: the sampler's, without ``exclude``.
-
-    Raises:
-        ValueError: The indices are unknown, or fewer than the budget.
-    """
-    pool = sampler_indices(loader)
-    if exclude:
-        pool = pool[~torch.isin(pool, torch.tensor(sorted(exclude)))]
-    if budget > len(pool):
-        left_out = f" after {len(exclude)} excluded ones" if exclude else ""
-        raise ValueError(
-            f"n_samples={budget} exceeds the {len(pool)} samples that the loader's sampler can "
-            f"give{left_out}: lower n_samples."
-        )
-    return pool
 
 
 def uniform_source(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws
 
-__all__ = ["draw_coefficients", "magnitude_coefficients", "ratio_factor"]
+__all__ = ["draw_coefficients", "magnitude_coefficients"]
 
 
 def draw_coefficients(
@@ -94,36 +94,6 @@ def _own_and_unseen(plan: CurvaturePlan, basis: frozenset[int]) -> tuple[float, 
         shares = (1 - seen / plan.population) / (1 - seen / plan.pool_size)
         unseen *= shares
     return 1 / plan.population, unseen
-
-
-def ratio_factor(plan: CurvaturePlan, basis_folds: Collection[int]) -> float:
-    """Factor (mean of h over the pool) / (Σ_n c_n h_n) for λ along directions of ``basis_folds``.
-
-    The ratio estimate λ · factor is consistent, not unbiased; it helps where x_n is about
-    proportional to h_n.
-
-    Args:
-        plan: A plan with scores (``plan_from_pool``).
-        basis_folds: Folds that made the directions.
-
-    Returns:
-        The factor; 1 where every h is zero.
-
-    Raises:
-        ValueError: The plan has no scores, or as in ``magnitude_coefficients``.
-    """
-    if plan.pool is None:
-        raise ValueError("The ratio step needs the scores of a pool: build with plan_from_pool.")
-    drawn = 0.0
-    order = torch.argsort(plan.pool.indices)
-    for source in plan.sources:
-        c = magnitude_coefficients(plan, source.draws, basis_folds)
-        if source.draws.indices is None:
-            raise ValueError("The ratio step needs draws with indices, got a stream.")
-        at = torch.searchsorted(plan.pool.indices[order], source.draws.indices)
-        drawn += float(c @ plan.pool.h[order[at]])
-    mean = float(plan.pool.h.mean())
-    return mean / drawn if drawn > 0 else 1.0
 
 
 def _in(batch: Batch | Draws, folds: Collection[int]) -> Tensor:

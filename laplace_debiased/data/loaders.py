@@ -23,6 +23,7 @@ from laplace_debiased.network.rng import preserved_rng
 
 __all__ = [
     "base_indices",
+    "can_draw",
     "check_loader",
     "index_batches",
     "inner_loader",
@@ -173,36 +174,52 @@ def _as_indices(keys: Iterable[Any], dataset: Any) -> list[int]:
     return [i + len(dataset) if i < 0 else i for i in indices]
 
 
+def can_draw(loader: Any) -> bool:
+    """Whether the loader tells which samples of its dataset it stands for."""
+    return _undrawable(loader) is None
+
+
+def _undrawable(loader: Any) -> str | None:
+    """Why samples cannot be drawn from what is behind a loader; None if they can."""
+    if not _is_indexable(loader):
+        return (
+            f"n_samples cannot be drawn from a {type(loader).__name__} that is not a plain "
+            "DataLoader over a map-style dataset: pass such a loader, or n_samples=None and only "
+            "as many batches as you want to spend."
+        )
+    sampler = _sampler(loader)
+    iterates = type(sampler).__iter__
+    replaces = getattr(sampler, "replacement", False)
+    whole = iterates is RandomSampler.__iter__ and not replaces
+    if hasattr(sampler, "indices") or iterates is SequentialSampler.__iter__ or whole:
+        return None
+    return (
+        f"n_samples cannot be drawn through a {type(sampler).__name__}"
+        f"{' with replacement' if replaces else ''}: which samples it stands for is unknown. "
+        "Pass a loader over Subset(dataset, indices), or n_samples=None to walk this one whole."
+    )
+
+
+def _sampler(loader: Any) -> Any:
+    # A loader built with batch_sampler= has a .sampler that it never uses.
+    batch_sampler = loader.batch_sampler
+    return batch_sampler.sampler if type(batch_sampler) is BatchSampler else batch_sampler
+
+
 def sampler_indices(loader: Any) -> Tensor:
     """Distinct dataset indices [M] that the loader's sampler draws from, in ascending order.
 
     Raises:
         ValueError: The loader is not indexable or its sampler does not tell its indices.
     """
-    if not _is_indexable(loader):
-        raise ValueError(
-            f"n_samples cannot be drawn from a {type(loader).__name__} that is not a plain "
-            "DataLoader over a map-style dataset: pass such a loader, or n_samples=None and only "
-            "as many batches as you want to spend."
-        )
-    batch_sampler = loader.batch_sampler
-    # A loader built with batch_sampler= has a .sampler that it never uses.
-    sampler: Any = batch_sampler.sampler if type(batch_sampler) is BatchSampler else batch_sampler
-    iterates = type(sampler).__iter__
-    replaces = getattr(sampler, "replacement", False)
+    reason = _undrawable(loader)
+    if reason is not None:
+        raise ValueError(reason)
+    sampler = _sampler(loader)
     if hasattr(sampler, "indices"):
-        indices = torch.tensor(_as_indices(sampler.indices, loader.dataset), dtype=torch.int64)
-    elif iterates is SequentialSampler.__iter__ or (
-        iterates is RandomSampler.__iter__ and not replaces
-    ):
-        indices = torch.arange(len(sampler.data_source))
-    else:
-        raise ValueError(
-            f"n_samples cannot be drawn through a {type(sampler).__name__}"
-            f"{' with replacement' if replaces else ''}: which samples it stands for is unknown. "
-            "Pass a loader over Subset(dataset, indices), or n_samples=None to walk this one whole."
-        )
-    return torch.unique(indices)
+        listed = torch.tensor(_as_indices(sampler.indices, loader.dataset), dtype=torch.int64)
+        return torch.unique(listed)
+    return torch.arange(len(sampler.data_source))
 
 
 def inner_loader(loader: DataLoader, batches: list[list[int]] | None = None) -> DataLoader:

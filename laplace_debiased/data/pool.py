@@ -11,19 +11,17 @@ from torch import Tensor
 from laplace_debiased.checks import as_integer, checked_fractions, checked_integer
 from laplace_debiased.data.build import (
     batch_sizes,
-    budget_pool,
-    checked_budget,
     seeded_generator,
     uniform_source,
 )
 from laplace_debiased.data.folds import fold_sizes
-from laplace_debiased.data.loaders import check_loader
 from laplace_debiased.data.plan import CurvaturePlan, Draws, PoolScores, plan_of
 from laplace_debiased.data.sources import IndexedSource
+from laplace_debiased.data.supply import Supply
 from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
 from laplace_debiased.network.rng import derived_seed
 
-__all__ = ["Score", "plan_from_pool", "score_pool"]
+__all__ = ["Score", "plan_by_curvature", "plan_from_pool", "score_pool"]
 
 Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 """(inputs, targets [m, ...]) -> (h [m], loss [m]), one value per sample."""
@@ -119,15 +117,47 @@ def plan_from_pool(
         TypeError: A number is no int, or the loader yields neither pairs nor mappings.
         ValueError: The budget exceeds the pool, or the pool or its scores are bad.
     """
-    check_loader(loader, "loader")
+    n_folds = checked_integer("folds", folds)
+    supply = Supply.of(
+        loader, n_samples=checked_integer("n_samples", n_samples), n_data=n_data, n_folds=n_folds
+    )
+    return plan_by_curvature(
+        supply.without(exclude),
+        score,
+        folds=n_folds,
+        fractions=fractions,
+        seed=seed,
+        symmetric=symmetric,
+        epsilon=epsilon,
+        pool_size=pool_size,
+        batch_size=batch_size,
+        dict_key_y=dict_key_y,
+    )
+
+
+def plan_by_curvature(
+    supply: Supply,
+    score: Score,
+    *,
+    folds: int,
+    fractions: tuple[float, ...] | None = None,
+    seed: int = 0,
+    symmetric: bool,
+    epsilon: float = 0.1,
+    pool_size: int | None = None,
+    batch_size: int | None = None,
+    dict_key_y: str = "labels",
+) -> CurvaturePlan:
+    """:func:`plan_from_pool` for a loader that was looked up, with a budget."""
     n_folds, seed = checked_integer("folds", folds), as_integer("seed", seed)
     shares = checked_fractions(n_folds, fractions)
-    budget, n = checked_budget(loader, n_samples, n_data, n_folds)
-    pool = _capped(budget_pool(loader, budget, exclude), pool_size, budget, seed)
+    assert supply.pool is not None
+    assert supply.budget is not None
+    loader, pool = supply.loader, _capped(supply.pool, pool_size, supply.budget, seed)
     scores = score_pool(
         loader, pool, score, seed=seed, batch_size=batch_size, dict_key_y=dict_key_y
     )
-    sizes = fold_sizes(budget, n_folds, shares)
+    sizes = fold_sizes(supply.budget, n_folds, shares)
     if _is_constant(sampling_probabilities(scores.h, epsilon)):
         source = uniform_source(
             loader, pool, sizes, seed=seed, batch_size=batch_size, dict_key_y=dict_key_y
@@ -140,9 +170,9 @@ def plan_from_pool(
         held_out = None if symmetric else frozenset({n_folds - 1})
     return plan_of(
         (source,),
-        n_data=n,
+        n_data=supply.n_data,
         n_folds=n_folds,
-        population=max(len(pool), n - len(exclude)),
+        population=max(len(pool), supply.n_data - supply.n_excluded),
         pool_size=len(pool),
         pool=scores,
         held_out_folds=held_out,

@@ -6,11 +6,14 @@ from laplace_debiased.debiasing.bases import (
     kfac_magnitudes,
     own_magnitudes,
 )
+from laplace_debiased.debiasing.bias import BiasReport, bias_report
 from laplace_debiased.debiasing.schemes import Measurement, SchemePlan, scheme_plan
 
 __all__ = [
+    "BiasReport",
     "Measurement",
     "SchemePlan",
+    "bias_report",
     "eigenbasis",
     "join_by_rank",
     "kfac_magnitudes",

@@ -8,7 +8,7 @@ block before they are used.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,16 @@ import torch
 from laplace.curvature.backpack import BackPackInterface
 from laplace.curvature.curvature import CurvatureInterface, EFInterface
 from laplace.curvature.curvlinops import CurvlinopsGGN
+from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, layers_of
-from laplace_debiased.data import Batch, CurvaturePlan
+from laplace_debiased.data import Batch
+from laplace_debiased.estimation.arguments import Arguments, Backend
 from laplace_debiased.estimation.kron_estimator import FoldStatistics
-from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.estimation.structure import Task
+from laplace_debiased.estimation.target import Target
 from laplace_debiased.network.inputs import to_device
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import Fisher
@@ -74,53 +77,41 @@ class BackendFactors:
     """First walk over a plan through a laplace-torch backend.
 
     Args:
-        backend: the backend class.
-        backend_kwargs: its keyword arguments.
-        kron_kwargs: arguments of every call of its ``kron``.
-        copy_model: gives a copy of the model that the backend may do with as it likes.
-        names: the covered parameters, in order.
-        shapes: sides of each parameter's Kronecker factors.
-        likelihood: "classification" or "regression".
-        loss: the loss model.
-        dict_keys: keys of inputs and labels in mapping batches.
-        seed: seed of label draws.
-        progress_bar: show progress over batches.
+        backend: the backend with its arguments.
+        task: what the fit works on.
+        arguments: what the posterior was asked for.
     """
 
-    backend: type[CurvatureInterface]
-    backend_kwargs: Mapping[str, Any]
-    kron_kwargs: Mapping[str, Any]
-    copy_model: Callable[[], nn.Module]
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    likelihood: str
-    loss: LossModel
-    dict_keys: tuple[str, str]
-    seed: int = 0
-    progress_bar: bool = False
+    backend: Backend
+    task: Task
+    arguments: Arguments
 
-    def fold_statistics(self, plan: CurvaturePlan) -> FoldStatistics:
+    def fold_statistics(self) -> FoldStatistics:
         """Factors of every fold as means over its samples, and the loss.
 
         Raises:
             RuntimeError: if the backend returns blocks that do not fit the covered parameters.
         """
-        model = self.copy_model()
-        key_x, key_y = self.dict_keys
-        engine = self.backend(
-            model, self.likelihood, dict_key_x=key_x, dict_key_y=key_y, **self.backend_kwargs
+        plan, request = self.task.plan, self.task.request
+        model = isolated_network(self.task.target, self.task.coverage)
+        engine = self.backend.kind(
+            model,
+            self.arguments.likelihood,
+            dict_key_x=self.arguments.dict_key_x,
+            dict_key_y=self.arguments.dict_key_y,
+            **self._engine_kwargs(),
         )
         sums: list[list[KroneckerFactors]] = [[] for _ in plan.fold_sizes]
         loss, n_outputs, n_calls = 0.0, 0, 0
         for batch in tqdm(
             plan.batches(),
             total=len(plan),
-            disable=not self.progress_bar,
+            disable=not request.progress_bar,
             desc="[Kronecker factors]",
         ):
             for fold in batch.folds.unique().tolist():
                 part = batch.select((batch.folds == fold).nonzero().squeeze(-1))
-                with preserved_rng(self.seed + _SEED_STEP * n_calls), torch.enable_grad():
+                with preserved_rng(request.seed + _SEED_STEP * n_calls), torch.enable_grad():
                     part_loss, factors, n_outputs = self._call(engine, model, part, n_calls)
                 n_calls += 1
                 sums[fold].append(factors)
@@ -131,6 +122,10 @@ class BackendFactors:
             n_outputs,
         )
 
+    def _engine_kwargs(self) -> dict[str, Any]:
+        last_layer = {} if self.task.target.last_layer is None else {"last_layer": True}
+        return {**self.backend.kwargs, **last_layer}
+
     def _call(
         self, engine: CurvatureInterface, model: nn.Module, part: Batch, n_calls: int
     ) -> tuple[float, KroneckerFactors, int]:
@@ -138,12 +133,12 @@ class BackendFactors:
         inputs, targets = to_device(part.inputs, device), part.targets.to(device)
         with torch.no_grad():
             outputs = model(inputs)
-        self.loss.check_targets(outputs, targets)
+        self.task.loss.check_targets(outputs, targets)
         model.output_size = outputs.shape[-1]  # read by BackPACK's interface
-        kwargs = dict(self.kron_kwargs)
+        kwargs = dict(self.backend.kron_kwargs)
         if isinstance(engine, CurvlinopsGGN) and engine.stochastic:
             # Its own default is one fixed seed: every batch would draw the same labels.
-            kwargs.setdefault("seed", self.seed + _SEED_STEP * n_calls)
+            kwargs.setdefault("seed", self.task.request.seed + _SEED_STEP * n_calls)
         model.zero_grad()
         loss, kron = engine.kron(inputs, targets, N=len(targets), **kwargs)
         scale = 2.0 if self._doubles_regression_ef(engine) else 1.0
@@ -152,17 +147,18 @@ class BackendFactors:
 
     def _doubles_regression_ef(self, engine: CurvatureInterface) -> bool:
         """Every empirical-Fisher backend is twice the true one in regression."""
-        return isinstance(engine, EFInterface) and self.likelihood == "regression"
+        return isinstance(engine, EFInterface) and self.arguments.likelihood == "regression"
 
     def _checked(self, kfacs: list[list[Tensor]], m: int, excess: float) -> KroneckerFactors:
         shapes = [tuple(len(factor) for factor in block) for block in kfacs]
-        if shapes != list(self.shapes):
+        needed = [_block_shape(p) for p in self.task.target.parameters(self.task.coverage)]
+        if shapes != needed:
             raise RuntimeError(
-                f"{self.backend.__name__} returned Kronecker blocks {shapes} where the covered "
-                f"parameters need {list(self.shapes)}; use backend=None."
+                f"{self.backend.kind.__name__} returned Kronecker blocks {shapes} where the "
+                f"parameters need {needed}; use backend=None."
             )
         blocks = []
-        for name, factors in zip(self.names, kfacs, strict=True):
+        for name, factors in zip(self.task.names, kfacs, strict=True):
             output = factors[0].detach() / (m * excess)
             blocks.append(
                 BlockFactors(name, output, factors[1].detach() if len(factors) == 2 else None)
@@ -170,17 +166,27 @@ class BackendFactors:
         return KroneckerFactors(tuple(blocks), m)
 
 
-def isolated_copy(model: nn.Module, coverage: Coverage) -> nn.Module:
-    """A copy in evaluation mode in which only the covered parameters require gradients."""
-    duplicate = copy.deepcopy(model).eval()
+def isolated_network(target: Target, coverage: Coverage) -> nn.Module:
+    """A copy that a backend may do with as it likes; only the covered parameters need gradients.
+
+    In evaluation mode; of a last layer in laplace-torch's own feature extractor.
+    """
+    duplicate = copy.deepcopy(target.model).eval()
     covered = frozenset(coverage.covered)
     for name, parameter in duplicate.named_parameters():
         parameter.requires_grad_(name in covered)
         parameter.grad = None
-    return duplicate
+    if target.last_layer is None:
+        return duplicate
+    extractor = FeatureExtractor(
+        duplicate,
+        last_layer_name=target.last_layer.name,
+        feature_reduction=target.last_layer.reduction,
+    )
+    return extractor.eval()
 
 
-def block_shape(parameter: Tensor) -> tuple[int, ...]:
+def _block_shape(parameter: Tensor) -> tuple[int, ...]:
     """Sides of the Kronecker factors of a parameter tensor's block."""
     if parameter.ndim == 1:
         return (len(parameter),)

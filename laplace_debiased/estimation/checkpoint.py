@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ DEFAULT_INTERVAL = 60.0
 """Seconds between two checkpoints."""
 
 Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+
+
+class Resumable(Protocol):
+    """Sums that a walk adds to."""
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far: tensors, plain values, and containers of such."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
 
 
 class FitCheckpoint:
@@ -101,24 +111,21 @@ class FitCheckpoint:
             self._check_same(self._record["plan"], present)
         self._record["plan"] = present
 
-    def walk(self, name: str, holders: Sequence[object], key: str = "") -> WalkProgress:
+    def walk(self, name: str, sums: Sequence[Resumable], key: str = "") -> WalkProgress:
         """One walk over the plan.
 
         Args:
             name: which walk of the fit.
-            holders: objects whose attributes add up what the walk gives. Those attributes that are
-                tensors, plain values, or containers of such are stored; they are set to the stored
-                ones here if there are any.
+            sums: what adds up what the walk gives; restored here if there is a stored state.
             key: what the sums were made along; a walk along something else starts anew.
         """
         stored = self._record["walks"].get(name)
         if stored is not None and stored["key"] != key:
             stored = None
         if stored is not None:
-            for holder, values in zip(holders, stored["sums"], strict=True):
-                for attribute, value in values.items():
-                    setattr(holder, attribute, _moved(value, self._device))
-        return WalkProgress(self, name, key, tuple(holders), stored)
+            for one, state in zip(sums, stored["sums"], strict=True):
+                one.restore(_moved(state, self._device))
+        return WalkProgress(self, name, key, tuple(sums), stored)
 
     def write(self, name: str, walk: Mapping[str, Any], *, now: bool = False) -> None:
         """Write a walk's state if the last write is long enough ago, or ``now``."""
@@ -151,10 +158,10 @@ class WalkProgress:
         checkpoint: FitCheckpoint,
         name: str,
         key: str,
-        holders: tuple[object, ...],
+        sums: tuple[Resumable, ...],
         stored: Mapping[str, Any] | None,
     ) -> None:
-        self._checkpoint, self._name, self._key, self._holders = checkpoint, name, key, holders
+        self._checkpoint, self._name, self._key, self._sums = checkpoint, name, key, sums
         self._stored = stored
         self.complete = stored is not None and bool(stored["complete"])
         self._position, self._checksum = 0, 0
@@ -208,17 +215,13 @@ class WalkProgress:
         self._checksum = _checksum(batch.targets, _checksum(batch.inputs, self._checksum))
 
     def _state(self, generator: torch.Generator, *, complete: bool = False) -> dict[str, Any]:
-        sums = [
-            {name: value for name, value in vars(holder).items() if _is_storable(value)}
-            for holder in self._holders
-        ]
         return {
             "key": self._key,
             "position": self._position,
             "checksum": self._checksum,
             "complete": complete,
             "generator": generator.get_state(),
-            "sums": sums,
+            "sums": [one.state() for one in self._sums],
         }
 
 
@@ -245,14 +248,6 @@ def _checksum(value: Any, start: int) -> int:
         for entry in value:
             start = _checksum(entry, start)
     return start
-
-
-def _is_storable(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_storable(entry) for entry in (*value.keys(), *value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_storable, value))
-    return value is None or isinstance(value, Tensor | bool | int | float | str)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

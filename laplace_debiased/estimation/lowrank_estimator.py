@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,10 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from laplace_debiased.curvature.lowrank import (
-    DirectionPass,
     Eigenpairs,
     JoinedPart,
-    Route,
     RowPass,
     SpanDirections,
     core_root,
@@ -28,42 +26,17 @@ from laplace_debiased.curvature.lowrank import (
 )
 from laplace_debiased.data import (
     Batch,
-    CurvaturePlan,
     Draws,
     draw_coefficients,
-    ratio_factor,
 )
 from laplace_debiased.debiasing import Measurement, scheme_plan
-from laplace_debiased.estimation.lowrank_budget import fits_gram, max_gram_samples
 from laplace_debiased.estimation.requirements import require_labels, require_logits, rows_sum_to_one
+from laplace_debiased.estimation.row_budget import fits_gram, max_gram_samples
+from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.walking import coefficients_of, effective_samples
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.network.inputs import select_rows
-from laplace_debiased.options import CurvatureOptions, Fisher, Magnitudes
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankEstimate:
-    """Low-rank curvature of a fit: a *per-sample mean*, before any scaling to N.
-
-    Attributes:
-        pairs: eigenpairs.
-        comparisons: per set of directions that was measured, curvature along them as their own
-            samples report it and as held-out samples measure it [k] each; empty under ``single``.
-        mean_loss: mean loss over the draws, in nats.
-        n_outputs: C.
-        n_samples: draws over which all this was estimated.
-        effective_samples: (Σ w h)² / Σ (w h)² over draws, with h the trace of a sample's loss
-            Hessian and w its importance weight: how many samples of equal curvature would give as
-            steady an estimate of the scale; of the latest fit, None where a state was loaded.
-    """
-
-    pairs: Eigenpairs
-    comparisons: tuple[tuple[Tensor, Tensor], ...]
-    mean_loss: float
-    n_outputs: int
-    n_samples: int
-    effective_samples: float | None = None
+from laplace_debiased.options import Fisher
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +86,18 @@ class Survey:
 
 
 @dataclass(frozen=True, eq=False)
-class _Measured:
-    """One set of directions with what its own and the held-out samples say."""
+class MeasuredDirections:
+    """One set of k directions with what its own and the held-out samples say, [k] each.
+
+    Attributes:
+        own: mean over the draws that gave the directions.
+        held_out: mean over the held-out draws.
+        magnitudes: the unbiased combination that the posterior takes.
+    """
 
     own: Tensor
     held_out: Tensor
-    core: Tensor
+    magnitudes: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,60 +106,40 @@ class LowRankEstimator:
 
     Args:
         row_pass: the network, and how rows are computed.
-        loss: the loss model.
-        options: the choices; ``options.scheme`` is resolved.
+        task: what the fit works on.
         rank: number of directions; None for all above the cutoff.
-        seed: seed of label draws and of Lanczos' start.
-        progress_bar: show progress.
-        route: how directional curvature is measured without stored rows; None for the cheaper way.
     """
 
     row_pass: RowPass
-    loss: LossModel
-    options: CurvatureOptions
+    task: Task
     rank: int | None
-    seed: int = 0
-    progress_bar: bool = False
-    route: Route | None = None
 
-    def estimate(self, plan: CurvaturePlan) -> LowRankEstimate:
-        """Walk a plan and join its folds.
+    def estimate(self, survey: Survey) -> tuple[Eigenpairs, list[MeasuredDirections]]:
+        """Eigenpairs of the joined folds, and what was measured on the way.
 
         Raises:
             ValueError: if the rows do not fit in memory and no ``rank`` is given.
             NumericalError: if the curvature is not finite, or vanishes.
         """
-        survey = self.survey(plan)
         n_rows = len(survey.outputs) * survey.n_columns
-        if fits_gram(n_rows, self.row_pass, self.options.byte_budget):
-            pairs, measured = self._by_gram_matrix(plan, survey)
-        else:
-            pairs, measured = self._by_products(plan, survey, n_rows)
-        steps = scheme_plan(self.options.scheme, plan.fold_sizes).measurements
-        biased = steps[0].direction_folds == steps[0].magnitude_folds
-        return LowRankEstimate(
-            pairs,
-            () if biased else tuple((part.own, part.held_out) for part in measured),
-            survey.mean_loss if plan.pool is None else float(plan.pool.losses.mean()),
-            survey.outputs.shape[-1],
-            sum(plan.fold_sizes),
-            survey.effective_samples,
-        )
+        if fits_gram(n_rows, self.row_pass, self.task.options.byte_budget):
+            return self._by_gram_matrix(survey)
+        return self._by_products(survey, n_rows)
 
-    def survey(self, plan: CurvaturePlan) -> Survey:
+    def survey(self) -> Survey:
         """The first walk: outputs, targets and draws."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.task.request.seed)
         outputs, targets, noises, parts = [], [], [], []
-        for batch in self._batches(plan, "outputs"):
+        for batch in self._batches("outputs"):
             outputs.append(self.row_pass.outputs(batch.inputs))
             targets.append(batch.targets.to(outputs[-1].device))
-            self.loss.check_targets(outputs[-1], targets[-1])
+            self.task.loss.check_targets(outputs[-1], targets[-1])
             parts.append(batch)
-            if self.options.fisher is Fisher.MC:
-                shape = (len(batch), outputs[-1].shape[-1], self.options.mc_samples)
-                noises.append(self.loss.label_noise(shape, generator))
-        require_logits(self.loss, rows_sum_to_one(torch.cat(outputs)))
-        require_labels(torch.cat([self.loss.n_labels(part) for part in targets]))
+            if self.task.options.fisher is Fisher.MC:
+                shape = (len(batch), outputs[-1].shape[-1], self.task.options.mc_samples)
+                noises.append(self.task.loss.label_noise(shape, generator))
+        require_logits(self.task.loss, rows_sum_to_one(torch.cat(outputs)))
+        require_labels(torch.cat([self.task.loss.n_labels(part) for part in targets]))
         draws = Draws(
             *(
                 torch.cat([getattr(b, name) for b in parts])
@@ -189,36 +148,39 @@ class LowRankEstimator:
         )
         noise = torch.cat(noises).to(outputs[-1].device) if noises else None
         return Survey(
-            self.loss, self.options.fisher, torch.cat(outputs), torch.cat(targets), draws, noise
+            self.task.loss,
+            self.task.options.fisher,
+            torch.cat(outputs),
+            torch.cat(targets),
+            draws,
+            noise,
         )
 
     # -- all rows in memory ----------------------------------------------------------------
 
-    def _by_gram_matrix(
-        self, plan: CurvaturePlan, survey: Survey
-    ) -> tuple[Eigenpairs, list[_Measured]]:
+    def _by_gram_matrix(self, survey: Survey) -> tuple[Eigenpairs, list[MeasuredDirections]]:
         """Everything from one Gram matrix of all rows; only the final basis is formed."""
-        rows = self._rows(plan, survey)
+        plan, rows = self.task.plan, self._rows(survey)
         gram = gram_matrix(rows)
         cutoff = relative_cutoff(rows.dtype)
         measured, factors = [], []
-        for step in scheme_plan(self.options.scheme, plan.fold_sizes).measurements:
+        for step in scheme_plan(self.task.options.scheme, plan.fold_sizes).measurements:
             own = draw_coefficients(plan, survey.draws, step.direction_folds)
             root = _per_row(own.sqrt(), survey, gram)
             found = span_eigenpairs(gram, root, rank=self.rank, cutoff=cutoff)
             projections = gram @ found.coefficients
-            part = self._measure_rows(plan, step, survey, found, projections)
+            part = self._measure_rows(step, survey, found, projections)
             measured.append(part)
-            factors.append(found.coefficients @ core_root(part.core, step.share))
+            factors.append(found.coefficients @ core_root(part.magnitudes, step.share))
         joined = span_eigenpairs(gram, torch.cat(factors, 1), rank=self.rank, cutoff=cutoff)
         return orthonormal_pairs(rows, joined), measured
 
-    def _rows(self, plan: CurvaturePlan, survey: Survey) -> Tensor:
+    def _rows(self, survey: Survey) -> Tensor:
         """All rows of a plan [M·R, P], R of them per sample."""
         network = self.row_pass.network
         shape = (len(survey.outputs), survey.n_columns, network.n_params)
         rows = torch.empty(shape, dtype=network.dtype, device=network.device)
-        for start, batch in self._positioned(plan, "rows"):
+        for start, batch in self._positioned("rows"):
             columns = survey.columns(slice(start, start + len(batch)))
             for tile, values in self.row_pass.walk(batch.inputs, columns):
                 rows[start : start + len(batch)][tile.samples, tile.columns] = values
@@ -226,61 +188,44 @@ class LowRankEstimator:
 
     def _measure_rows(
         self,
-        plan: CurvaturePlan,
         step: Measurement,
         survey: Survey,
         found: SpanDirections,
         projections: Tensor,
-    ) -> _Measured:
+    ) -> MeasuredDirections:
+        plan = self.task.plan
         held_out = draw_coefficients(plan, survey.draws, step.magnitude_folds)
-        return _Measured(
+        return MeasuredDirections(
             found.eigenvalues,
             _per_row(held_out, survey, projections) @ projections.square(),
-            self._core(
-                _per_row(self._coefficients(plan, step, survey.draws), survey, projections),
-                projections,
-            ),
+            _per_row(coefficients_of(plan, step, survey.draws), survey, projections)
+            @ projections.square(),
         )
-
-    def _core(self, coefficients: Tensor, projections: Tensor) -> Tensor:
-        """M = Σ_i c_i p_i p_iᵀ over rows i, or its diagonal."""
-        if self.options.magnitudes is Magnitudes.RAYLEIGH_RITZ:
-            return projections.T @ (coefficients[:, None] * projections)
-        return coefficients @ projections.square()
-
-    def _coefficients(self, plan: CurvaturePlan, step: Measurement, part: Batch | Draws) -> Tensor:
-        """Coefficients c [m] with λ = Σ_n c_n x_n along a measurement's directions."""
-        value = coefficients_of(plan, step, part)
-        held_out = step.direction_folds != step.magnitude_folds
-        if held_out and self.options.ratio_step and plan.pool is not None:
-            value = value * ratio_factor(plan, step.direction_folds)
-        return value
 
     # -- no rows in memory -----------------------------------------------------------------
 
     def _by_products(
-        self, plan: CurvaturePlan, survey: Survey, n_rows: int
-    ) -> tuple[Eigenpairs, list[_Measured]]:
+        self, survey: Survey, n_rows: int
+    ) -> tuple[Eigenpairs, list[MeasuredDirections]]:
         """Lanczos on GGN-vector products per set of directions, then one walk to measure them."""
         if self.rank is None:
             raise ValueError(self._too_many_rows(n_rows, survey.n_columns))
-        steps = scheme_plan(self.options.scheme, plan.fold_sizes).measurements
-        found = [self._leading(plan, survey, step, self.rank) for step in steps]
-        measured = self._measure_products(plan, survey, steps, found)
+        plan = self.task.plan
+        steps = scheme_plan(self.task.options.scheme, plan.fold_sizes).measurements
+        found = [self._leading(survey, step, self.rank) for step in steps]
+        measured = self._measure_products(survey, steps, found)
         parts = [
-            JoinedPart(pairs.basis, part.core, step.share)
+            JoinedPart(pairs.basis, part.magnitudes, step.share)
             for pairs, part, step in zip(found, measured, steps, strict=True)
         ]
         return matrix_average(parts, self.rank), measured
 
-    def _leading(
-        self, plan: CurvaturePlan, survey: Survey, step: Measurement, rank: int
-    ) -> Eigenpairs:
-        weights = draw_coefficients(plan, survey.draws, step.direction_folds)
+    def _leading(self, survey: Survey, step: Measurement, rank: int) -> Eigenpairs:
+        weights = draw_coefficients(self.task.plan, survey.draws, step.direction_folds)
         roots = weights.sqrt().to(survey.outputs)
 
         def walk() -> Iterator[tuple[Any, Tensor]]:
-            for start, batch in self._positioned(plan, None):
+            for start, batch in self._positioned(None):
                 used = weights[start : start + len(batch)].nonzero().squeeze(-1)
                 if len(used):
                     yield select_rows(batch.inputs, used), start + used
@@ -293,60 +238,57 @@ class LowRankEstimator:
             walk,
             columns_at,
             rank,
-            seed=self.seed,
-            progress_bar=self.progress_bar,
+            seed=self.task.request.seed,
+            progress_bar=self.task.request.progress_bar,
         )
 
     def _measure_products(
-        self,
-        plan: CurvaturePlan,
-        survey: Survey,
-        steps: Iterable[Measurement],
-        found: list[Eigenpairs],
-    ) -> list[_Measured]:
-        """Directional curvatures in one walk, from rows or from forward-mode derivatives."""
-        steps = list(steps)
-        passes = [DirectionPass(self.row_pass, pairs.basis, self.route) for pairs in found]
-        cores: list[Tensor | float] = [0.0 for _ in steps]
-        held_out: list[Tensor | float] = [0.0 for _ in steps]
-        for start, batch in self._positioned(plan, "directional curvature"):
+        self, survey: Survey, steps: Sequence[Measurement], found: Sequence[Eigenpairs]
+    ) -> list[MeasuredDirections]:
+        """Directional curvatures in one walk over the rows."""
+        plan = self.task.plan
+        sums: list[list[Tensor | float]] = [[0.0, 0.0] for _ in steps]
+        for start, batch in self._positioned("directional curvature"):
             columns = survey.columns(slice(start, start + len(batch)))
-            for index, step in enumerate(steps):
-                wanted = self._coefficients(plan, step, batch)
-                others = draw_coefficients(plan, batch, step.magnitude_folds)
-                for samples, values in passes[index].projections(batch.inputs, columns):
+            wanted = [
+                (coefficients_of(plan, step, batch), draw_coefficients(plan, batch, folds))
+                for step in steps
+                for folds in (step.magnitude_folds,)
+            ]
+            for tile, rows in self.row_pass.walk(batch.inputs, columns):
+                for both, pairs, total in zip(wanted, found, sums, strict=True):
+                    values = (rows @ pairs.basis).double()
                     n, r, _ = values.shape
-                    flat = values.double().flatten(0, 1)
-                    c, o = (
-                        x[samples].to(flat).repeat_interleave(r, output_size=n * r)
-                        for x in (wanted, others)
-                    )
-                    cores[index] = cores[index] + self._core(c, flat)
-                    held_out[index] = held_out[index] + o @ flat.square()
+                    squares = values.flatten(0, 1).square()
+                    for index, coefficients in enumerate(both):
+                        per_row = coefficients[tile.samples].to(squares)
+                        per_row = per_row.repeat_interleave(r, output_size=n * r)
+                        total[index] = total[index] + per_row @ squares
         return [
-            _Measured(pairs.eigenvalues, torch.as_tensor(other), torch.as_tensor(core))
-            for pairs, other, core in zip(found, held_out, cores, strict=True)
+            MeasuredDirections(pairs.eigenvalues, torch.as_tensor(held), torch.as_tensor(core))
+            for pairs, (core, held) in zip(found, sums, strict=True)
         ]
 
     def _too_many_rows(self, n_rows: int, n_columns: int) -> str:
-        fitting = max_gram_samples(n_columns, self.row_pass, self.options.byte_budget)
+        fitting = max_gram_samples(n_columns, self.row_pass, self.task.options.byte_budget)
         return (
             f"the {n_rows} curvature rows of the drawn samples do not fit byte_budget="
-            f"{self.options.byte_budget}. Pass n_samples (at most {fitting} here), a larger "
+            f"{self.task.options.byte_budget}. Pass n_samples (at most {fitting} here), a larger "
             "byte_budget, or a rank: that many leading directions are then found without rows."
         )
 
     # -- walks -----------------------------------------------------------------------------
 
-    def _positioned(self, plan: CurvaturePlan, what: str | None) -> Iterator[tuple[int, Batch]]:
+    def _positioned(self, what: str | None) -> Iterator[tuple[int, Batch]]:
         """Batches with the position of their first sample in the walk."""
         start = 0
-        for batch in self._batches(plan, what):
+        for batch in self._batches(what):
             yield start, batch
             start += len(batch)
 
-    def _batches(self, plan: CurvaturePlan, what: str | None) -> Iterable[Batch]:
-        if what is None or not self.progress_bar:
+    def _batches(self, what: str | None) -> Iterable[Batch]:
+        plan = self.task.plan
+        if what is None or not self.task.request.progress_bar:
             return plan.batches()
         return tqdm(plan.batches(), total=len(plan), desc=f"[{what}]")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from laplace_debiased.data import Batch
 from laplace_debiased.estimation.kron_estimator import KronEstimator
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
 from laplace_debiased.options import Fisher
-
-AnyWalk = TypeVar("AnyWalk")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,24 +27,22 @@ class SoftmaxHeadEstimator(KronEstimator):
     def _columns_of(self, batch: Batch, generator: torch.Generator) -> Columns:
         def columns(outputs: Tensor, rows: slice) -> Tensor:
             targets = batch.targets[rows].to(outputs.device)
-            self.loss.check_targets(outputs, targets)
+            self.task.loss.check_targets(outputs, targets)
             roots = torch.softmax(outputs, dim=-1).sqrt().unsqueeze(-1)
-            mask = self.loss.label_mask(targets)
+            mask = self.task.loss.label_mask(targets)
             return roots if mask is None else roots * mask.reshape(-1, 1, 1)
 
         return columns
 
 
-def in_closed_form(walk: AnyWalk) -> AnyWalk | SoftmaxHeadEstimator:
+def in_closed_form(estimator: KronEstimator) -> KronEstimator:
     """The same estimator in closed form where there is one: softmax, type-2 Fisher, features."""
+    engine, task = estimator.engine, estimator.task
     if not (
-        isinstance(walk, KronEstimator)
-        and isinstance(walk.curvature_pass, FeaturePass)
-        and isinstance(walk.loss, SoftmaxCrossEntropy)
-        and walk.options.fisher is Fisher.TYPE2
+        isinstance(engine, FeaturePass)
+        and isinstance(task.loss, SoftmaxCrossEntropy)
+        and task.options.fisher is Fisher.TYPE2
     ):
-        return walk
-    general = walk.curvature_pass
-    closed = replace(general, layer=replace(general.layer, rule=SoftmaxHeadRule()))
-    arguments = {field.name: getattr(walk, field.name) for field in fields(walk)}
-    return SoftmaxHeadEstimator(**arguments | {"curvature_pass": closed})
+        return estimator
+    closed = replace(engine, layer=replace(engine.layer, rule=SoftmaxHeadRule()))
+    return SoftmaxHeadEstimator(closed, task)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,14 +16,10 @@ from laplace_debiased.data import (
     Draws,
     draw_coefficients,
     magnitude_coefficients,
-    split_batch,
 )
-from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.debiasing import Measurement
 from laplace_debiased.estimation.requirements import rows_sum_to_one
 from laplace_debiased.likelihoods import LossModel
-from laplace_debiased.network.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
-from laplace_debiased.network.rng import preserved_rng
 
 
 @dataclass
@@ -43,6 +40,15 @@ class Tally:
     labels: list[Tensor] = field(default_factory=list)
     sums_to_one: list[Tensor] = field(default_factory=list)
 
+    def state(self) -> dict[str, Any]:
+        """The sums so far, to be given to :meth:`restore`."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        for name, value in state.items():
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+
     def add(self, loss: LossModel, outputs: Tensor, part: Batch) -> None:
         """Add a chunk."""
         losses = loss.losses(outputs, part.targets).double()
@@ -55,47 +61,6 @@ class Tally:
         self.n_outputs = outputs.shape[-1]
         self.labels.append(loss.n_labels(part.targets))
         self.sums_to_one.append(rows_sum_to_one(outputs))
-
-
-def first_inputs_of_loader(loader: Any, dict_key_y: str) -> Any:
-    """Model inputs of a training loader's first batch; its generators are left as they were.
-
-    Raises:
-        ValueError: if the loader is empty.
-    """
-    with preserved_rng(generators=loader_generators(loader)):
-        batch = next(iter(loader), None)
-    if batch is None:
-        raise ValueError("train_loader is empty.")
-    return split_batch(batch, dict_key_y)[0]
-
-
-def first_inputs_of_plan(plan: CurvaturePlan) -> Any:
-    """Model inputs of a plan's first batch; of its first two, where they hold one sample each.
-
-    Whether samples mix shows on two samples only.
-    """
-    batches = plan.batches()
-    try:
-        inputs = next(batches).inputs
-        following = next(batches, None) if batch_length(inputs) == 1 else None
-    finally:
-        batches.close()  # type: ignore[attr-defined]
-    if following is None or tensor_shapes(inputs) != tensor_shapes(following.inputs):
-        return inputs
-    return _joined(inputs, following.inputs)
-
-
-def _joined(inputs: Any, following: Any) -> Any:
-    """Both samples in one batch; what is not per sample stays as the first has it."""
-    others = tensors_of(following)
-
-    def joined(tensor: Tensor) -> Tensor:
-        other = next(others)
-        both_single = tensor.ndim > 0 and len(tensor) == 1 == len(other)
-        return torch.cat([tensor, other]) if both_single else tensor
-
-    return map_tensors(joined, inputs)
 
 
 def effective_samples(shares: Tensor) -> float:

@@ -86,19 +86,3 @@ def check_weights(model: nn.Module) -> None:
             raise NumericalError(
                 f"parameter {name!r} holds NaN or infinite values; load or train the model again."
             )
-
-
-def check_last_layer_name(model: nn.Module, name: str | None) -> None:
-    """Check that a name is that of a linear layer.
-
-    Raises:
-        ValueError: naming those that there are.
-    """
-    if name is None:
-        return
-    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if name not in linear:
-        shown = ", ".join(map(repr, linear[-5:])) or "none"
-        raise ValueError(
-            f"last_layer_name={name!r} is no linear layer of the model; its last ones are {shown}."
-        )

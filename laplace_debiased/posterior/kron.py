@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from laplace.baselaplace import KronLaplace
 from laplace.curvature.curvature import CurvatureInterface
+from laplace.utils.matrix import Kron
 from torch import Tensor, nn
 
-from laplace_debiased.curvature import layer_coverage
-from laplace_debiased.posterior.configure import settings_from, with_noise
-from laplace_debiased.posterior.kron_base import KronPosterior
+from laplace_debiased.curvature import Coverage
+from laplace_debiased.estimation import Arguments, Fit, KronStructure, Target, posterior_factors
+from laplace_debiased.operators import EigenKron
+from laplace_debiased.posterior.arguments import arguments_from, backend_from
+from laplace_debiased.posterior.host import DebiasedPosterior
+from laplace_debiased.posterior.priors import check_kron_prior
+from laplace_debiased.predictive import KronPredictor
 
 
-class DebiasedKronLaplace(KronPosterior, KronLaplace):
+class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
     """Kronecker posterior whose directions and magnitudes come from different data.
 
     Every covered parameter tensor has a block U diag(h·N·λ + δ) Uᵀ with a Kronecker eigenbasis
@@ -42,7 +47,7 @@ class DebiasedKronLaplace(KronPosterior, KronLaplace):
         backend_kwargs: arguments of the backend.
         asdl_fisher_kwargs: arguments of every call of an ASDL backend.
         **options: ``scheme``, ``magnitudes``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
-            ``direction_fraction``, ``pool_size``, ``ratio_step``, ``byte_budget``, ``strict``: see
+            ``direction_fraction``, ``pool_size``, ``byte_budget``, ``strict``: see
             :class:`~laplace_debiased.options.CurvatureOptions`. ``ignore_index``: class label that
             does not count, as of padding (often -100). ``allow_probabilities``: take class outputs
             that all sum to one for logits, in place of an error.
@@ -72,23 +77,46 @@ class DebiasedKronLaplace(KronPosterior, KronLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        settings = settings_from(model, likelihood, backend, backend_kwargs, damping, options)
-        settings, sigma_noise = with_noise(settings, sigma_noise)
-        coverage, _ = layer_coverage(model, host_layers=backend is not None)
-        coverage.require(strict=settings.strict)
-        super().__init__(
+        arguments = arguments_from(
             model,
-            settings.host_likelihood,
+            likelihood,
+            options,
+            sigma_noise=sigma_noise,
+            dict_keys=(dict_key_x, dict_key_y),
+            backend=backend_from(backend, backend_kwargs, asdl_fisher_kwargs),
+            damping=damping,
+        )
+        self._construct(
+            arguments,
+            Target(model),
+            sigma_noise=sigma_noise,
+            prior_precision=prior_precision,
+            prior_mean=prior_mean,
             temperature=temperature,
             enable_backprop=enable_backprop,
-            dict_key_x=dict_key_x,
-            dict_key_y=dict_key_y,
-            backend=backend,
-            backend_kwargs=backend_kwargs,
-            asdl_fisher_kwargs=asdl_fisher_kwargs,
         )
-        self._configure(settings, coverage)
-        self.sigma_noise = sigma_noise
-        self.prior_precision = prior_precision
-        self.prior_mean = prior_mean
-        self.mean = torch.as_tensor(self.prior_mean)
+
+    @staticmethod
+    def _structure_for(arguments: Arguments) -> KronStructure:
+        return KronStructure(arguments)
+
+    @staticmethod
+    def _check_prior(value: object, coverage: Coverage) -> None:
+        check_kron_prior(value, coverage)
+
+    def _host_curvature(self, fit: Fit, predictor: KronPredictor) -> dict[str, Any]:
+        return {"H": predictor.curvature, "H_facs": Kron(posterior_factors(fit))}
+
+    @property
+    def posterior_precision(self) -> EigenKron:
+        """h·N·λ + δ in its eigenbasis, per block (a sum over the training set)."""
+        return self._precision()
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Weight samples [n_samples, P] from the posterior.
+
+        Raises:
+            NotFittedError: before ``fit``; no random number is drawn then.
+        """
+        self._check_H_init()
+        return super().sample(n_samples, generator)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from laplace.baselaplace import LowRankLaplace, ParametricLaplace
+from laplace.baselaplace import LowRankLaplace
+from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
-from laplace_debiased.checks import checked_integer
-from laplace_debiased.curvature.coverage import parameter_coverage
-from laplace_debiased.posterior.configure import Settings, settings_from, with_noise
-from laplace_debiased.posterior.lowrank_base import LowRankPosterior
+from laplace_debiased.curvature import Coverage
+from laplace_debiased.estimation import Arguments, Fit, LowRankStructure, Target
+from laplace_debiased.operators import LowRank
+from laplace_debiased.posterior.arguments import arguments_from, backend_from
+from laplace_debiased.posterior.host import DebiasedPosterior
+from laplace_debiased.posterior.priors import check_low_rank_prior
+from laplace_debiased.predictive import LowRankPredictor
 
 
-class DebiasedLowRankLaplace(LowRankPosterior, LowRankLaplace):
+class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     """Low-rank posterior whose directions and magnitudes come from different data.
 
     The precision is h·N·U diag(λ) Uᵀ + D: λ [k] are *per-sample mean* curvatures along the
@@ -42,9 +45,8 @@ class DebiasedLowRankLaplace(LowRankPosterior, LowRankLaplace):
         backend: must be None; the curvature is our own.
         backend_kwargs: must be None.
         **options: ``rank`` (number of directions; None keeps all that are not rounding noise),
-            ``magnitudes`` ("ggn", or "rayleigh_ritz" for the whole matrix Uᵀ G U in place of its
-            diagonal), ``scheme``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
-            ``direction_fraction``, ``pool_size``, ``ratio_step``, ``byte_budget``, ``strict``: see
+            ``scheme``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
+            ``direction_fraction``, ``pool_size``, ``byte_budget``, ``strict``: see
             :class:`~laplace_debiased.options.CurvatureOptions`.
 
     Raises:
@@ -53,6 +55,8 @@ class DebiasedLowRankLaplace(LowRankPosterior, LowRankLaplace):
     """
 
     _key = ("all", "debiased_lowrank")
+    _takes_diagonal_prior = True
+    _operator: LowRank
 
     def __init__(
         self,
@@ -65,49 +69,98 @@ class DebiasedLowRankLaplace(LowRankPosterior, LowRankLaplace):
         enable_backprop: bool = False,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend: None = None,
+        backend: type[CurvatureInterface] | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        settings = low_rank_settings(model, likelihood, backend, backend_kwargs, options)
-        settings, sigma_noise = with_noise(settings, sigma_noise)
-        coverage = parameter_coverage(model)
-        coverage.require(strict=settings.strict)
-        # Not LowRankLaplace's own: it asks for a package that no plain install has.
-        ParametricLaplace.__init__(
-            self,
+        arguments = arguments_from(
             model,
-            settings.host_likelihood,
+            likelihood,
+            options,
+            sigma_noise=sigma_noise,
+            dict_keys=(dict_key_x, dict_key_y),
+            backend=backend_from(backend, backend_kwargs, None),
+            low_rank=True,
+        )
+        self._construct(
+            arguments,
+            Target(model),
+            sigma_noise=sigma_noise,
+            prior_precision=prior_precision,
+            prior_mean=prior_mean,
             temperature=temperature,
             enable_backprop=enable_backprop,
-            dict_key_x=dict_key_x,
-            dict_key_y=dict_key_y,
         )
-        self._configure(settings, coverage)
-        self.sigma_noise = sigma_noise
-        self.prior_precision = prior_precision
-        self.prior_mean = prior_mean
-        self.mean = torch.as_tensor(self.prior_mean)
 
+    @staticmethod
+    def _structure_for(arguments: Arguments) -> LowRankStructure:
+        return LowRankStructure(arguments)
 
-def low_rank_settings(
-    model: nn.Module,
-    likelihood: object,
-    backend: object,
-    backend_kwargs: dict[str, Any] | None,
-    options: dict[str, Any],
-) -> Settings:
-    """Check and complete a low-rank posterior's arguments.
+    @staticmethod
+    def _check_prior(value: object, coverage: Coverage) -> None:
+        check_low_rank_prior(value, coverage)
 
-    Raises:
-        ValueError, TypeError: for what is unknown, out of range or contradictory.
-    """
-    if backend is not None:
-        raise ValueError(
-            "hessian_structure='lowrank' computes its own curvature; leave backend=None (and "
-            "choose the Fisher type with fisher=)."
+    def _host_curvature(self, fit: Fit, predictor: LowRankPredictor) -> dict[str, Any]:
+        basis = predictor.pairs.basis
+        summed = (predictor.pairs.eigenvalues * fit.n_data).to(basis)
+        operator = LowRank(basis, summed, 1.0, predictor.layer_sizes)
+        return {"H": (basis, summed), "_operator": operator}
+
+    @property
+    def rank(self) -> int:
+        """Number of directions of the fitted posterior.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        return self.fitted.curvature.rank
+
+    @property
+    def posterior_precision(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """((U [P, k], h·N·λ [k]), prior diagonal [P]), as laplace-torch gives it."""
+        self._check_H_init()
+        return (self.H[0], self._H_factor * self.H[1]), self.prior_precision_diag
+
+    @property
+    def precision_operator(self) -> LowRank:
+        """The posterior precision (a sum over the training set, prior added) as an operator."""
+        self._check_H_init()
+        prior = self.prior_precision.to(self._operator.dtype)
+        return self._operator.scaled(self._H_factor).with_prior(prior)
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """Log-determinant of the posterior precision, 0-d."""
+        return self.precision_operator.logdet()
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """Log det P − log det D, 0-d; for a scalar D without the large terms that cancel."""
+        self._check_H_init()
+        if self.prior_precision.numel() == 1:
+            return torch.log1p(self._H_factor * self.H[1] / self.prior_precision).sum()
+        return super().log_det_ratio
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """(θ − mean)ᵀ P (θ − mean) for each θ in [..., P]."""
+        return self.precision_operator.square_norm(value - self.mean)
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        """Covariance [m, C, C] of linearised outputs from Jacobians [m, C, P]."""
+        return self.precision_operator.inv_square_form(Js)
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        """Joint covariance [m·C, m·C] of linearised outputs from Jacobians [m, C, P]."""
+        return self.precision_operator.inv_square_form(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Weight samples [n_samples, P] from the posterior."""
+        operator = self.precision_operator.detach()
+        noise = torch.randn(
+            n_samples,
+            self.n_params,
+            device=operator.device,
+            dtype=operator.dtype,
+            generator=generator,
         )
-    settings = settings_from(model, likelihood, None, backend_kwargs, False, options, low_rank=True)
-    if settings.rank is None:
-        return settings
-    return replace(settings, rank=checked_integer("rank", settings.rank))
+        return self.mean + operator.sqrt_solve(noise)

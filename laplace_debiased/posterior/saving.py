@@ -6,20 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from laplace_debiased.errors import StoredFileError
+from laplace_debiased.estimation import Arguments, Target
 from laplace_debiased.files import PathLike, read_record, write_record
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import requiring_grad
-from laplace_debiased.posterior.configure import RESIDUAL
-
-if TYPE_CHECKING:
-    from laplace_debiased.posterior.stored import StoredPosterior
+from laplace_debiased.posterior.arguments import RESIDUAL
 
 KIND = "laplace_debiased posterior"
 FORMAT_VERSION = 1
@@ -28,65 +26,88 @@ FORMAT_VERSION = 1
 Kind = TypeVar("Kind")
 
 
-def constructor_arguments(posterior: Any) -> dict[str, Any]:
-    """Arguments that construct a posterior's like; what a state holds is not among them."""
-    settings = posterior._settings
-    arguments = {
-        "likelihood": settings.likelihood,
-        "temperature": posterior.temperature,
-        "enable_backprop": posterior.enable_backprop,
-        "dict_key_x": posterior.dict_key_x,
-        "dict_key_y": posterior.dict_key_y,
-        "strict": settings.strict,
-        "rank": settings.rank,
-        "ignore_index": settings.ignore_index,
-        "allow_probabilities": settings.allow_probabilities,
-        "sigma_noise": RESIDUAL if settings.residual_noise else None,
-        "scheme": settings.scheme,
-        "backend": settings.backend,
-        "asdl_fisher_kwargs": dict(getattr(posterior, "_asdl_fisher_kwargs", None) or {}) or None,
+RETIRED = {"ratio_step": False, "weight_sharing": "expand"}
+"""Options that files of earlier versions hold, with the one value that means what is done now."""
+
+
+def constructor_arguments(arguments: Arguments, target: Target) -> dict[str, Any]:
+    """Arguments by name that construct a posterior's like.
+
+    Args:
+        arguments: what the posterior was asked for.
+        target: which of its model's weights.
+    """
+    backend, options = arguments.backend, arguments.options
+    given = {
+        "likelihood": arguments.likelihood,
+        "dict_key_x": arguments.dict_key_x,
+        "dict_key_y": arguments.dict_key_y,
+        "strict": arguments.strict,
+        "rank": arguments.rank,
+        "ignore_index": arguments.ignore_index,
+        "allow_probabilities": arguments.allow_probabilities,
+        "sigma_noise": RESIDUAL if arguments.residual_noise else None,
+        **{option.name: getattr(options, option.name) for option in fields(options)},
+        "scheme": arguments.scheme,
     }
-    if settings.backend is not None:
-        given = dict(posterior._backend_kwargs)
-        given.pop("last_layer", None)  # laplace-torch's own addition
-        arguments["backend_kwargs"] = given or None
-    for option in fields(settings.options):
-        arguments.setdefault(option.name, getattr(settings.options, option.name))
-    if posterior._covered_model is not posterior.model:
-        arguments["feature_reduction"] = posterior.model.feature_reduction
-        arguments["last_layer_name"] = getattr(posterior.model, "_last_layer_name", None)
+    if backend is not None:
+        given["backend"] = backend.kind
+        given["backend_kwargs"] = dict(backend.kwargs) or None
+        given["asdl_fisher_kwargs"] = dict(backend.kron_kwargs) or None
+    if target.last_layer is not None:
+        given["feature_reduction"] = target.last_layer.reduction
+        given["last_layer_name"] = target.last_layer.name
     left_out = {"pool_size"}  # None is a choice there
-    return {k: v for k, v in arguments.items() if v is not None or k in left_out}
+    return {k: v for k, v in given.items() if v is not None or k in left_out}
 
 
-def save_posterior(posterior: StoredPosterior, path: PathLike) -> None:
+def write_posterior(
+    path: PathLike, kind: str, arguments: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
     """Write a posterior to a file.
 
+    Args:
+        path: where to.
+        kind: name of its class.
+        arguments: what constructs its like.
+        state: its state.
+
     Raises:
-        NotFittedError: before ``fit``.
         TypeError: if ``path`` is no path, or an option is neither a tensor nor a plain value.
         OSError: as the file system says; an earlier file is then as it was.
     """
     payload = {
-        "posterior": type(posterior).__name__,
-        "arguments": {
-            name: _plain(name, value) for name, value in constructor_arguments(posterior).items()
-        },
-        "state": posterior.state_dict(),
+        "posterior": kind,
+        "arguments": {name: _plain(name, value) for name, value in arguments.items()},
+        "state": dict(state),
     }
     write_record(path, KIND, FORMAT_VERSION, payload)
 
 
-def read_posterior(path: PathLike, map_location: torch.device | str | None) -> dict[str, Any]:
+def read_posterior(
+    path: PathLike, map_location: torch.device | str | None, kind: str | None = None
+) -> dict[str, Any]:
     """Read the record of a posterior.
+
+    Args:
+        path: the file.
+        map_location: where its tensors are placed first.
+        kind: name of the class that it must hold, or None for any.
 
     Raises:
         TypeError, FileNotFoundError, StoredFileError: as ``read_record``.
+        StoredFileError: if it holds another class.
     """
     record = read_record(path, KIND, FORMAT_VERSION, map_location)
     missing = {"posterior", "arguments", "state"} - set(record)
     if missing:
         raise StoredFileError(f"{path} has no {sorted(missing)[0]!r}; save the posterior again.")
+    found = record["posterior"]
+    if kind not in (None, found):
+        raise StoredFileError(
+            f"{path} holds a {found}, not a {kind}; read it with {found}.load, or with "
+            "DebiasedLaplace.load, which reads any."
+        )
     return record
 
 
@@ -98,10 +119,32 @@ def restored(
     Raises:
         ValueError: if the model is not the one that the record was made with.
     """
-    arguments = dict(record["arguments"])
+    arguments = _without_retired(record["arguments"])
     if "backend" in arguments:
         arguments["backend"] = _backend_named(arguments["backend"])
     return rebuilt(kind, model, arguments, record["state"], check_weights=check_weights)
+
+
+def _without_retired(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored arguments without those options that are no more.
+
+    Raises:
+        StoredFileError: naming one that held another value than its old default.
+    """
+    kept = dict(arguments)
+    for name, default in RETIRED.items():
+        value = kept.pop(name, default)
+        if value != default:
+            raise StoredFileError(
+                f"the posterior was made with {name}={value!r}, an option that this version no "
+                "longer has: fit it anew, or read it with the version that wrote it."
+            )
+    if kept.get("magnitudes") == "rayleigh_ritz":
+        raise StoredFileError(
+            "the posterior was made with magnitudes='rayleigh_ritz', which this version no longer "
+            "has: fit it anew, or read it with the version that wrote it."
+        )
+    return kept
 
 
 def rebuilt(
@@ -120,7 +163,7 @@ def rebuilt(
     with _trainable(model, state.get("covered", ())):
         posterior = construct(model, **{**arguments, "strict": False})
         posterior.load_state_dict(state, check_weights=check_weights)
-    posterior._settings = _with_strict(posterior._settings, arguments.get("strict", False))
+    posterior._arguments = replace(posterior._arguments, strict=arguments.get("strict", False))
     return posterior
 
 
@@ -134,10 +177,6 @@ def _trainable(model: nn.Module, names: Any) -> Iterator[None]:
     named = dict(model.named_parameters())
     with model_lock(model), requiring_grad(named[name] for name in names if name in named):
         yield
-
-
-def _with_strict(settings: Any, strict: bool) -> Any:
-    return replace(settings, strict=strict)
 
 
 def _plain(name: str, value: Any) -> Any:

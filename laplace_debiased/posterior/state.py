@@ -1,90 +1,185 @@
-"""A posterior as tensors and plain values, and back."""
+"""A posterior as tensors and plain values, and back: functions of a fit and hyper-parameters."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
+from laplace.utils.enums import LinkApprox
 from torch import Tensor
 
-from laplace_debiased.curvature import BlockFactors, KroneckerFactors
-from laplace_debiased.curvature.factors import BlockBasis
-from laplace_debiased.estimation.fitting import Fitted
-from laplace_debiased.estimation.kron_estimator import KronEstimate
+from laplace_debiased.curvature import Coverage
+from laplace_debiased.estimation import Fit, Structure, Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
-from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.options import Scheme, parse_choice
-from laplace_debiased.tuning.grid import TuningResult
-
-if TYPE_CHECKING:
-    from laplace_debiased.posterior.kron_base import KronPosterior
+from laplace_debiased.tuning import TuningResult
 
 STATE_VERSION = 2
 """1: no fingerprint of the model, no tuning result, blocks as lists. 2: as below."""
 
-Block = TypeVar("Block", BlockBasis, BlockFactors)
+HYPER_PARAMETERS = (
+    "mean",
+    "loss",
+    "prior_mean",
+    "prior_precision",
+    "sigma_noise",
+    "temperature",
+    "enable_backprop",
+    "tuned_link_approx",
+    "tuning_result",
+)
+"""Attributes of a posterior that a state holds beside its fit."""
 
 
-def common_state(posterior: Any) -> dict[str, Any]:
-    """The entries that every posterior's state has, laplace-torch's among them."""
-    fitted: Fitted[Any] = posterior._fitted
+def to_state(fit: Fit, structure: Structure, owner: Mapping[str, Any]) -> dict[str, Any]:
+    """A posterior's state; laplace-torch's own entries are among them.
+
+    Args:
+        fit: the fitted curvature.
+        structure: what it is of.
+        owner: name of the posterior's class, its likelihood and its hyper-parameters.
+    """
+    plain = {name: _plain(value) for name, value in owner.items()}
+    last_layer = {} if fit.last_layer is None else {"last_layer_name": fit.last_layer}
     return {
         "version": STATE_VERSION,
-        "cls_name": type(posterior).__name__,
-        "mean": posterior.mean.detach().clone(),
-        "loss": float(posterior.loss),
-        "prior_mean": posterior.prior_mean.detach().clone(),
-        "prior_precision": posterior.prior_precision.detach().clone(),
-        "sigma_noise": posterior.sigma_noise.detach().clone(),
-        "n_data": posterior.n_data,
-        "n_outputs": posterior.n_outputs,
-        "likelihood": posterior.likelihood,
-        "temperature": posterior.temperature,
-        "enable_backprop": posterior.enable_backprop,
-        "covered": list(posterior.coverage.covered),
-        "excluded": dict(posterior.coverage.excluded),
-        "tuned_link_approx": None
-        if posterior.tuned_link_approx is None
-        else posterior.tuned_link_approx.value,
-        "tuning_result": _tuning_to_state(getattr(posterior, "tuning_result", None)),
-        "model": posterior._watch.reference.to_state(),
-        "mean_loss": fitted.estimate.mean_loss,
-        "n_samples": fitted.estimate.n_samples,
-        "effective_samples": fitted.estimate.effective_samples,
-        "scheme": fitted.scheme.value,
-        "drawn": sorted(fitted.drawn),
+        **plain,
+        "n_data": fit.n_data,
+        "n_outputs": fit.n_outputs,
+        "covered": list(fit.coverage.covered),
+        "excluded": dict(fit.coverage.excluded),
+        "model": fit.model.to_state(),
+        "mean_loss": fit.mean_loss,
+        "n_samples": fit.n_samples,
+        "effective_samples": fit.effective_samples,
+        "scheme": fit.scheme.value,
+        "drawn": sorted(fit.drawn),
+        **structure.to_state(fit),
+        **last_layer,
     }
 
 
-def check_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
-    """Check that a state fits a posterior before anything is changed; the weights come after.
+def _plain(value: Any) -> Any:
+    match value:
+        case Tensor():
+            return value.detach().clone()
+        case LinkApprox():
+            return value.value
+        case TuningResult():
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Restored:
+    """What a state holds.
+
+    Attributes:
+        fit: the fitted curvature.
+        model: fingerprint of the model as it is now.
+        hyper_parameters: by name; see :data:`HYPER_PARAMETERS`.
+    """
+
+    fit: Fit
+    model: ModelFingerprint
+    hyper_parameters: Mapping[str, Any]
+
+
+def from_state(
+    state: Mapping[str, Any],
+    structure: Structure,
+    target: Target,
+    kind: str,
+    likelihood: str,
+    *,
+    check_weights: bool = True,
+) -> Restored:
+    """Read a state for a posterior with its model; nothing is changed.
+
+    A state of version 1 does not say which model it belongs to: it is taken to be this one, with
+    a warning.
+
+    Args:
+        state: the state.
+        structure: of the posterior.
+        target: the model, and which of its weights.
+        kind: name of the posterior's class.
+        likelihood: of the posterior.
+        check_weights: whether the model's weights must be those of the fit, or only its names and
+            shapes. The model as it is now is then the one to be watched.
 
     Raises:
-        ValueError: naming the entry that does not.
+        ValueError: naming the entry that does not fit, or what the model has differently.
     """
+    _check_entries(state, kind, likelihood)
+    last_layer = _checked_last_layer(state, target)
+    _check_parameters(state, target)
+    curvature, comparisons = structure.from_state(state, target.device)
+    present = fingerprint(target.model)
+    stored = _stored_fingerprint(state, present, check_weights=check_weights)
+    names = tuple(state["covered"])
+    sizes = {name: p.numel() for name, p in target.model.named_parameters()}
+    excluded = MappingProxyType(dict(state["excluded"]))
+    fit = Fit(
+        curvature,
+        comparisons,
+        float(state["mean_loss"]),
+        int(state["n_outputs"]),
+        int(state["n_samples"]),
+        int(state["n_data"]),
+        parse_choice(Scheme, state["scheme"], "scheme"),
+        Coverage(names, excluded, MappingProxyType(sizes)),
+        frozenset(state["drawn"]),
+        stored,
+        state.get("effective_samples"),
+        last_layer,
+    )
+    return Restored(fit, present, _hyper_parameters(state, target))
+
+
+def _check_entries(state: Mapping[str, Any], kind: str, likelihood: str) -> None:
     missing = {"cls_name", "mean", "likelihood", "covered", "version"} - set(state)
     if missing:
         raise ValueError(
             f"the state has no {sorted(missing)[0]!r}; it is not a debiased posterior's."
         )
-    if state["cls_name"] != type(posterior).__name__:
+    if state["cls_name"] != kind:
         raise ValueError(
-            f"the state belongs to a {state['cls_name']}, not to a {type(posterior).__name__}; "
-            "check subset_of_weights and hessian_structure."
+            f"the state belongs to a {state['cls_name']}, not to a {kind}; check "
+            "subset_of_weights and hessian_structure."
         )
     if not isinstance(state["version"], int) or state["version"] > STATE_VERSION:
         raise ValueError(
             f"the state has version {state['version']}, newer than {STATE_VERSION}; upgrade "
             "laplace-debiased."
         )
-    if state["likelihood"] != posterior.likelihood:
+    if state["likelihood"] != likelihood:
         raise ValueError(
-            f"the state is for likelihood={state['likelihood']!r}, not {posterior.likelihood!r}."
+            f"the state is for likelihood={state['likelihood']!r}, not {likelihood!r}."
         )
-    known = dict(posterior._covered_model.named_parameters())
+
+
+def _checked_last_layer(state: Mapping[str, Any], target: Target) -> str | None:
+    if target.last_layer is None:
+        return None
+    name = state.get("last_layer_name")
+    modules = dict(target.model.named_modules())
+    if not isinstance(modules.get(str(name)), torch.nn.Linear):
+        raise ValueError(f"the model has no linear layer {name!r}, which the state covers.")
+    if target.last_layer.name not in (None, name):
+        raise ValueError(
+            f"the state is for the last layer {name!r}, this posterior for "
+            f"{target.last_layer.name!r}."
+        )
+    return str(name)
+
+
+def _check_parameters(state: Mapping[str, Any], target: Target) -> None:
+    known = dict(target.model.named_parameters())
     unknown = [name for name in state["covered"] if name not in known]
     if unknown:
         raise ValueError(f"the model has no parameter {unknown[0]!r}, which the state covers.")
@@ -95,24 +190,10 @@ def check_common_state(posterior: Any, state: Mapping[str, Any]) -> None:
         )
 
 
-def watch_from_state(
-    posterior: Any, state: Mapping[str, Any], *, check_weights: bool = True
-) -> ModelWatch:
-    """The watch over the posterior's model, which must be the one that the state was made with.
-
-    A state of version 1 does not say which model it belongs to: it is taken to be this one, with
-    a warning.
-
-    Args:
-        posterior: the posterior with its model.
-        state: the state.
-        check_weights: whether the model's weights must be those of the fit, or only its names and
-            shapes. The model as it is now is then the one to be watched.
-
-    Raises:
-        ValueError: naming what the model has differently.
-    """
-    present = fingerprint(posterior._covered_model)
+def _stored_fingerprint(
+    state: Mapping[str, Any], present: ModelFingerprint, *, check_weights: bool
+) -> ModelFingerprint:
+    """Fingerprint of the model at the fit, which must be that of the present one."""
     if "model" not in state:
         warnings.warn(
             "this state was made by an early version, which did not record its model: whether the "
@@ -120,7 +201,7 @@ def watch_from_state(
             UserWarning,
             stacklevel=5,
         )
-        return ModelWatch(present)
+        return present
     stored = ModelFingerprint.from_state(state["model"])
     changes = stored.differences(present, values=check_weights)
     if changes:
@@ -131,142 +212,20 @@ def watch_from_state(
             "first (model.load_state_dict), or pass check_weights=False if they are equal but for "
             "a cast."
         )
-    return ModelWatch(present)
+    return present
 
 
-def adopt_state(
-    posterior: Any, state: Mapping[str, Any], estimate: Any, *, check_weights: bool
-) -> None:
-    """Take over an estimate and what else a state holds; the posterior's own part is checked.
-
-    Args:
-        posterior: the posterior with its model.
-        state: the state.
-        estimate: the curvature that it holds.
-        check_weights: as in :func:`watch_from_state`.
-
-    Raises:
-        ValueError: as :func:`watch_from_state`; nothing is changed then.
-    """
-    names, scheme = tuple(state["covered"]), parse_choice(Scheme, state["scheme"], "scheme")
-    fitted = Fitted(estimate, int(state["n_data"]), scheme, names, frozenset(state["drawn"]))
-    coverage = posterior._coverage_from_names(names, state["excluded"])
-    watch = watch_from_state(posterior, state, check_weights=check_weights)
-    posterior._adopt(fitted, coverage, watch)
-    _adopt_hyper_parameters(posterior, state)
+def _hyper_parameters(state: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    tensors = ("mean", "prior_mean", "prior_precision", "sigma_noise")
+    link, tuning = state["tuned_link_approx"], state.get("tuning_result")
+    return {
+        **{name: state[name].to(target.device, target.dtype) for name in tensors},
+        **{name: state[name] for name in ("loss", "temperature", "enable_backprop")},
+        "tuned_link_approx": None if link is None else LinkApprox(link),
+        "tuning_result": None if tuning is None else _tuning_from_state(tuning),
+    }
 
 
-def _adopt_hyper_parameters(posterior: Any, state: Mapping[str, Any]) -> None:
-    from laplace.utils.enums import LinkApprox
-
-    device, dtype = posterior._device, posterior._dtype
-    posterior.mean = state["mean"].to(device, dtype)
-    posterior.loss = state["loss"]
-    posterior.prior_mean = state["prior_mean"].to(device, dtype)
-    posterior.prior_precision = state["prior_precision"].to(device, dtype)
-    posterior.sigma_noise = state["sigma_noise"].to(device, dtype)
-    posterior.temperature = state["temperature"]
-    posterior.enable_backprop = state["enable_backprop"]
-    link = state["tuned_link_approx"]
-    posterior.tuned_link_approx = None if link is None else LinkApprox(link)
-    posterior.tuning_result = _tuning_from_state(state.get("tuning_result"))
-
-
-def _tuning_to_state(result: TuningResult | None) -> dict[str, Any] | None:
-    if result is None:
-        return None
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(result).items()}
-
-
-def _tuning_from_state(state: Mapping[str, Any] | None) -> TuningResult | None:
-    if state is None:
-        return None
+def _tuning_from_state(state: Mapping[str, Any]) -> TuningResult:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
     return TuningResult(**values)
-
-
-def kron_to_state(posterior: KronPosterior) -> dict[str, Any]:
-    """State of a Kronecker posterior."""
-    assert posterior._fitted is not None
-    estimate = posterior._fitted.estimate
-    return common_state(posterior) | {
-        "H": [_block_to_state(block) for block in estimate.basis],
-        "tables": [table.detach().clone() for table in estimate.tables],
-        "folds": [_factors_to_state(fold) for fold in estimate.folds],
-        "comparisons": [[list(own), list(other)] for own, other in estimate.comparisons],
-    }
-
-
-def kron_from_state(
-    posterior: KronPosterior, state: Mapping[str, Any], *, check_weights: bool = True
-) -> None:
-    """Restore a Kronecker posterior.
-
-    Raises:
-        ValueError: if the state does not fit; nothing is changed then.
-    """
-    check_common_state(posterior, state)
-    names = tuple(state["covered"])
-    device = posterior._device
-    basis = tuple(
-        _block_from_state(BlockBasis, name, entry, device)
-        for name, entry in zip(names, state["H"], strict=True)
-    )
-    tables = tuple(table.to(device) for table in state["tables"])
-    for block, table in zip(basis, tables, strict=True):
-        if tuple(table.shape) != block.table_shape:
-            raise ValueError(f"the state's table of {block.name!r} does not fit its eigenbasis.")
-    estimate = KronEstimate(
-        basis,
-        tables,
-        tuple(_factors_from_state(names, fold, device) for fold in state["folds"]),
-        tuple(
-            (tuple(t.to(device) for t in own), tuple(t.to(device) for t in other))
-            for own, other in state["comparisons"]
-        ),
-        float(state["mean_loss"]),
-        int(state["n_outputs"]),
-        int(state["n_samples"]),
-        state.get("effective_samples"),
-    )
-    adopt_state(posterior, state, estimate, check_weights=check_weights)
-
-
-def _block_to_state(block: BlockBasis | BlockFactors) -> dict[str, Any]:
-    """Every field but the name, tensors as copies; what is None or a plain value stays."""
-    values = ((field.name, getattr(block, field.name)) for field in fields(block))
-    return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in values
-        if name != "name"
-    }
-
-
-def _block_from_state(
-    kind: type[Block],
-    name: str,
-    entry: Mapping[str, Any] | Sequence[Tensor],
-    device: torch.device,
-) -> Block:
-    if not isinstance(entry, Mapping):  # version 1: tensors in the order of the fields
-        keys = [field.name for field in fields(kind)][1:]
-        entry = dict(zip(keys, entry, strict=False))
-    values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry.items()}
-    return kind(name=name, **values)
-
-
-def _factors_to_state(factors: KroneckerFactors) -> dict[str, Any]:
-    return {
-        "n_samples": factors.n_samples,
-        "blocks": [_block_to_state(block) for block in factors.blocks],
-    }
-
-
-def _factors_from_state(
-    names: Sequence[str], state: Mapping[str, Any], device: torch.device
-) -> KroneckerFactors:
-    blocks = tuple(
-        _block_from_state(BlockFactors, name, entry, device)
-        for name, entry in zip(names, state["blocks"], strict=True)
-    )
-    return KroneckerFactors(blocks, state["n_samples"])

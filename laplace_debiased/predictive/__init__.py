@@ -1,20 +1,19 @@
-"""Covariance of the linearised network's outputs, without Jacobians."""
+"""Moments of the linearised network's outputs, without Jacobians; probabilities from them."""
 
-from laplace_debiased.predictive.functional import (
-    NamedBlocks,
-    OutputCovariance,
-    functional_moments,
-)
 from laplace_debiased.predictive.interpolation import CovarianceCurve
-from laplace_debiased.predictive.last_layer import last_layer_moments
-from laplace_debiased.predictive.sweep import last_layer_sweep, prior_sweep
+from laplace_debiased.predictive.kron import KronPredictor
+from laplace_debiased.predictive.last_layer import LastLayerKronPredictor
+from laplace_debiased.predictive.lowrank import LowRankPredictor
+from laplace_debiased.predictive.predictive import Predictive
+from laplace_debiased.predictive.predictor import OutputCovariance, Predictor, Sweep
 
 __all__ = [
     "CovarianceCurve",
-    "NamedBlocks",
+    "KronPredictor",
+    "LastLayerKronPredictor",
+    "LowRankPredictor",
     "OutputCovariance",
-    "functional_moments",
-    "last_layer_moments",
-    "last_layer_sweep",
-    "prior_sweep",
+    "Predictive",
+    "Predictor",
+    "Sweep",
 ]

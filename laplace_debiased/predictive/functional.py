@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -29,19 +28,7 @@ from laplace_debiased.curvature.passes import (
 from laplace_debiased.curvature.rows import LayerRows, RankOneRows, RotatedRows
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.operators import EigenBlock, EigenKron
-
-
-class OutputCovariance(Enum):
-    """How much of the covariance of the outputs is computed."""
-
-    DIAGONAL = "diagonal"
-    """Variances [m, C]."""
-
-    PER_SAMPLE = "per_sample"
-    """Covariances over the outputs of each sample [m, C, C]."""
-
-    JOINT = "joint"
-    """Covariance over all samples and outputs [m·C, m·C]."""
+from laplace_debiased.predictive.predictor import OutputCovariance
 
 
 @dataclass(frozen=True, eq=False)

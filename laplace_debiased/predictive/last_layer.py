@@ -7,32 +7,70 @@ With features φ of an input and a weight block of precision table τ [C, D],
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.features import FeaturePass
-from laplace_debiased.predictive.functional import NamedBlocks, OutputCovariance
+from laplace_debiased.operators import EigenKron
+from laplace_debiased.predictive.functional import NamedBlocks
+from laplace_debiased.predictive.predictor import OutputCovariance, Sweep
 
 
-def last_layer_moments(
-    feature_pass: FeaturePass,
-    blocks: NamedBlocks,
-    inputs: Any,
-    covariance: OutputCovariance,
-    *,
-    differentiable: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the outputs under a last-layer posterior.
+@dataclass(frozen=True, eq=False)
+class LastLayerKronPredictor:
+    """A Kronecker curvature of the last layer with the network that it belongs to.
 
-    Args and returns as :func:`functional_moments`.
+    Attributes:
+        engine: the pass that gives features.
+        names: covered parameters, in the order of the blocks.
+        curvature: N·λ in its eigenbasis (a sum over the training set).
     """
-    outputs, features = feature_pass.features(inputs, differentiable=differentiable)
-    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-        if not differentiable:
-            outputs, features = outputs.detach(), features.detach()
-        return outputs, covariance_of_features(feature_pass, blocks, features, covariance)
+
+    engine: FeaturePass
+    names: tuple[str, ...]
+    curvature: EigenKron
+
+    def outputs(self, inputs: Any) -> Tensor:
+        """Network outputs f [m, C], without a graph."""
+        return self.engine.outputs(inputs)
+
+    def precision(self, h: Tensor, prior: Tensor) -> EigenKron:
+        """h·N·λ + δ, per block."""
+        return self.curvature * h + prior
+
+    def moments(
+        self,
+        inputs: Any,
+        precision: EigenKron,
+        covariance: OutputCovariance,
+        *,
+        differentiable: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the outputs: see ``Predictor``."""
+        outputs, features = self.engine.features(inputs, differentiable=differentiable)
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            if not differentiable:
+                outputs, features = outputs.detach(), features.detach()
+            blocks = NamedBlocks(self.names, precision)
+            return outputs, covariance_of_features(self.engine, blocks, features, covariance)
+
+    def sweep(self, inputs: Any, h: Tensor, priors: Tensor, *, diagonal: bool) -> Sweep:
+        """Moments under a grid of priors: see ``Predictor``."""
+        kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
+        with torch.no_grad():
+            outputs, features = self.engine.features(inputs)
+            scaled = self.curvature * h
+            unit = torch.ones((), dtype=scaled.dtype, device=scaled.device)
+            covariances = [
+                covariance_of_features(
+                    self.engine, NamedBlocks(self.names, operator), features, kind
+                )
+                for operator in (*(scaled + prior for prior in priors), scaled * 0.0 + unit)
+            ]
+        return Sweep(outputs.detach(), torch.stack(covariances[:-1]), covariances[-1])
 
 
 def covariance_of_features(

@@ -27,7 +27,7 @@ from laplace_debiased.curvature.lowrank import Eigenpairs, RowPass, Tile
 from laplace_debiased.curvature.passes import identity_columns
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.inputs import batch_length
-from laplace_debiased.predictive.functional import OutputCovariance
+from laplace_debiased.predictive.predictor import OutputCovariance, Sweep
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,73 +107,85 @@ def diagonal_frame(
     )
 
 
-def low_rank_moments(
-    row_pass: RowPass,
-    frame: WhitenedFrame,
-    inputs: Any,
-    covariance: OutputCovariance,
-    *,
-    differentiable: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the linearised outputs.
+@dataclass(frozen=True, eq=False)
+class LowRankPredictor:
+    """A low-rank curvature with the network that it belongs to.
 
-    Args:
-        row_pass: the network.
-        frame: the posterior.
-        inputs: one batch of model inputs, m samples.
-        covariance: how much of it.
-        differentiable: keep the graph, for gradients with respect to ``inputs``.
-
-    Returns:
-        Outputs f [m, C], and their covariance: [m, C], [m, C, C] or [m·C, m·C].
+    Attributes:
+        engine: computes rows of the network's Jacobian.
+        pairs: eigenpairs of the per-sample mean curvature.
+        n_data: N.
+        layer_sizes: entries of every covered parameter, for a prior per layer.
     """
-    outputs = row_pass.outputs(inputs, differentiable=differentiable)
-    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-        parts = _Parts(row_pass, frame, inputs, identity_columns(outputs, slice(None)))
-        scale = (frame.curvature + frame.prior).reciprocal()
-        if covariance is OutputCovariance.DIAGONAL:
-            inside, outside = parts.variances(differentiable)
-            return outputs, inside.square() @ scale + outside / frame.prior
-        joint = covariance is OutputCovariance.JOINT
-        inside, outside = parts.covariances(differentiable, joint=joint)
-        if joint:
-            flat = inside.flatten(0, 1)
-            return outputs, (flat * scale) @ flat.T + outside / frame.prior
-        return outputs, (inside * scale) @ inside.mT + outside / frame.prior
 
+    engine: RowPass
+    pairs: Eigenpairs
+    n_data: int
+    layer_sizes: tuple[int, ...]
 
-def low_rank_sweep(
-    row_pass: RowPass,
-    frame: WhitenedFrame,
-    prior_precisions: Tensor,
-    inputs: Any,
-    *,
-    diagonal: bool,
-) -> tuple[Tensor, Tensor]:
-    """Mean and output covariance under each of G scalar prior precisions, from one pass.
+    def outputs(self, inputs: Any) -> Tensor:
+        """Network outputs f [m, C], without a graph."""
+        return self.engine.outputs(inputs)
 
-    Args:
-        row_pass: the network.
-        frame: a scalar prior's frame; its own prior is not read.
-        prior_precisions: δ [G].
-        inputs: one batch of model inputs, m samples.
-        diagonal: variances only.
+    def precision(self, h: Tensor, prior: Tensor) -> WhitenedFrame:
+        """The posterior precision in the prior's coordinates.
 
-    Returns:
-        Outputs f [m, C]; covariances [G, m, C] if ``diagonal``, else [G, m, C, C].
-    """
-    outputs = row_pass.outputs(inputs)
-    with torch.inference_mode(False), torch.no_grad():
-        parts = _Parts(row_pass, frame, inputs, identity_columns(outputs, slice(None)))
-        inside, outside = (
-            parts.variances(False) if diagonal else parts.covariances(False, joint=False)
-        )
-        swept = []
-        for prior in prior_precisions.to(outside):
-            scale = (frame.curvature + prior).reciprocal()
-            along = inside.square() @ scale if diagonal else (inside * scale) @ inside.mT
-            swept.append(along + outside / prior)
-    return outputs, torch.stack(swept)
+        Args:
+            h: 0-d or [1].
+            prior: δ [1], one entry per covered parameter tensor, or the diagonal [P].
+        """
+        scale = (h.reshape(()) * self.n_data).to(self.pairs.basis)
+        if prior.numel() == 1:
+            return scalar_frame(self.pairs, scale, prior.reshape(()).to(scale))
+        if len(prior) == len(self.layer_sizes) != len(self.pairs.basis):
+            sizes = torch.tensor(self.layer_sizes, device=prior.device)
+            prior = prior.repeat_interleave(sizes)
+        return diagonal_frame(self.pairs, scale, prior.to(self.pairs.basis))
+
+    def moments(
+        self,
+        inputs: Any,
+        precision: WhitenedFrame,
+        covariance: OutputCovariance,
+        *,
+        differentiable: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the linearised outputs: see ``Predictor``."""
+        frame = precision
+        outputs = self.engine.outputs(inputs, differentiable=differentiable)
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            parts = _Parts(self.engine, frame, inputs, identity_columns(outputs, slice(None)))
+            scale = (frame.curvature + frame.prior).reciprocal()
+            if covariance is OutputCovariance.DIAGONAL:
+                inside, outside = parts.variances(differentiable)
+                return outputs, inside.square() @ scale + outside / frame.prior
+            joint = covariance is OutputCovariance.JOINT
+            inside, outside = parts.covariances(differentiable, joint=joint)
+            if joint:
+                flat = inside.flatten(0, 1)
+                return outputs, (flat * scale) @ flat.T + outside / frame.prior
+            return outputs, (inside * scale) @ inside.mT + outside / frame.prior
+
+    def sweep(self, inputs: Any, h: Tensor, priors: Tensor, *, diagonal: bool) -> Sweep:
+        """Moments under a grid of priors: see ``Predictor``."""
+        frame = self.precision(h, torch.ones(1))
+        outputs = self.engine.outputs(inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            parts = _Parts(self.engine, frame, inputs, identity_columns(outputs, slice(None)))
+            inside, outside = (
+                parts.variances(False) if diagonal else parts.covariances(False, joint=False)
+            )
+
+            def along(scale: Tensor) -> Tensor:
+                return inside.square() @ scale if diagonal else (inside * scale) @ inside.mT
+
+            swept = [
+                along((frame.curvature + prior).reciprocal()) + outside / prior
+                for prior in priors.to(outside)
+            ]
+            return Sweep(
+                outputs, torch.stack(swept), along(torch.ones_like(frame.curvature)) + outside
+            )
 
 
 @dataclass(frozen=True, eq=False)

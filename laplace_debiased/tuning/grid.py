@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchmetrics
@@ -24,11 +23,9 @@ from laplace_debiased.network.inputs import invoke, to_device
 from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.predictive.interpolation import CovarianceCurve
 from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
-from laplace_debiased.tuning.marglik import temporary_prior
+from laplace_debiased.tuning.result import TuningResult
 from laplace_debiased.tuning.scores import Prediction, Scorer, scorer_factory
-
-if TYPE_CHECKING:
-    from laplace_debiased.posterior.base import DebiasedPosterior
+from laplace_debiased.tuning.subject import Subject
 
 _MAX_NODE_SPACING = 0.25 * math.log(10.0)
 """Refinement interpolates between nodes at most this far apart in log prior precision."""
@@ -37,14 +34,6 @@ _LABELS = (LikelihoodName.CLASSIFICATION, LikelihoodName.BERNOULLI)
 
 _MAX_STORED_BYTES = 2 * 2**30
 """Moments of the validation set are kept for the refinement up to this size."""
-
-
-_WORSE_BY = 1e-4
-"""Nats per sample by which a validation NLL has to exceed another to be called worse.
-
-The posterior's tends to the MAP model's with the prior precision; a prior at the end of the grid
-leaves differences that mean nothing.
-"""
 
 
 @dataclass(frozen=True)
@@ -94,57 +83,6 @@ class PriorGrid:
         return torch.cat([inner, points[-1:]]), torch.arange(len(points)) * pieces
 
 
-@dataclass(frozen=True)
-class TuningResult:
-    """What a grid search found.
-
-    Attributes:
-        prior_precisions: the grid [G].
-        losses: validation loss at every grid point [G]; NaN or infinite where it failed.
-        best_grid_point: the grid point of the lowest finite loss.
-        prior_precision: the refined optimum (or the best grid point, if nothing was lower).
-        loss: validation loss there.
-        map_loss: the MAP model's negative log likelihood on the same data, in nats, mean over
-            samples (in regression with the same noise σ²); None with a loss of the user's own.
-    """
-
-    prior_precisions: tuple[float, ...]
-    losses: tuple[float, ...]
-    best_grid_point: float
-    prior_precision: float
-    loss: float
-    map_loss: float | None = None
-
-    @property
-    def on_edge(self) -> bool:
-        """Whether the best grid point is an end of the grid."""
-        ends = (self.prior_precisions[0], self.prior_precisions[-1])
-        return len(self.losses) > 1 and self.best_grid_point in ends
-
-    def warn_on_edge(self) -> None:
-        """Warn if the optimum may lie beyond the grid."""
-        if self.on_edge:
-            warnings.warn(
-                f"the best prior precision {self.best_grid_point:.3g} is an end of the grid; the "
-                "optimum may lie beyond. Widen log_prior_prec_min and log_prior_prec_max.",
-                UserWarning,
-                stacklevel=3,
-            )
-
-    def warn_if_worse(self) -> None:
-        """Warn if the posterior predicts the validation data worse than the MAP model does."""
-        if self.map_loss is not None and self.loss > self.map_loss + _WORSE_BY:
-            warnings.warn(
-                f"the best prior precision {self.prior_precision:.3g} has a validation NLL of "
-                f"{self.loss:.4g}, worse than the {self.map_loss:.4g} of the MAP model on the same "
-                "data. Widen the grid towards larger priors (log_prior_prec_max), scale the "
-                "temperature (fit_temperature), or take more data for the curvature and for "
-                "validation.",
-                UserWarning,
-                stacklevel=3,
-            )
-
-
 @dataclass(frozen=True, eq=False)
 class _StoredBatch:
     """Moments of one validation batch at every node."""
@@ -162,7 +100,7 @@ class GridSearch:
     sampled networks there is one pass per point, with the same random numbers.
     """
 
-    posterior: DebiasedPosterior
+    subject: Subject
     grid: PriorGrid
     pred_type: PredType
     link: LinkApprox
@@ -175,13 +113,13 @@ class GridSearch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", generator_seed(self.seed))
         object.__setattr__(self, "n_samples", checked_integer("n_samples", self.n_samples))
-        sigma = float(torch.as_tensor(self.posterior.sigma_noise).detach())
-        factory = scorer_factory(self.loss, self.posterior.likelihood, noise_variance=sigma * sigma)
+        noise = self.subject.noise_variance
+        factory = scorer_factory(self.loss, self.subject.likelihood, noise_variance=noise)
         object.__setattr__(self, "_fresh_scorer", factory)
 
     @property
     def _regression(self) -> bool:
-        return self.posterior.likelihood == LikelihoodName.REGRESSION
+        return self.subject.likelihood == LikelihoodName.REGRESSION
 
     @property
     def _diagonal(self) -> bool:
@@ -210,12 +148,15 @@ class GridSearch:
         log_nodes, on_grid = self.grid.nodes()
         scorers, map_scorer = [self._fresh_scorer() for _ in on_grid], self._fresh_scorer()
         stored: list[_StoredBatch] | None = [] if self.refine and len(on_grid) > 1 else None
-        priors = log_nodes.exp().to(self.posterior._device, self.posterior._dtype)
+        priors = log_nodes.exp().to(self.subject.device, self.subject.dtype)
         if stored is None:
             priors, on_grid = priors[on_grid], torch.arange(len(on_grid))
         for index, (inputs, targets) in enumerate(self._batches(val_loader, progress_bar)):
-            mean, covariances = self.posterior._sweep(inputs, priors, self._diagonal)
-            self.posterior._loss_model.check_targets(mean, targets)
+            swept = self.subject.predictor.sweep(
+                inputs, self.subject.h, priors, diagonal=self._diagonal
+            )
+            mean, covariances = swept.outputs, swept.covariances
+            self.subject.loss.check_targets(mean, targets)
             mean, covariances, targets = self._scored(mean, covariances, targets)
             for scorer, node in zip(scorers, on_grid.tolist(), strict=True):
                 scorer.update(self._predict(mean, covariances[node], index), targets)
@@ -231,10 +172,10 @@ class GridSearch:
         return self._result(self.grid.points(), losses, refined, map_loss)
 
     def _batches(self, loader: DataLoader, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
-        device, empty = self.posterior._device, True
+        device, empty = self.subject.device, True
         for batch in tqdm(loader, disable=not progress_bar, desc="[Validation set]"):
             empty = False
-            inputs, targets = split_batch(batch, self.posterior.dict_key_y)
+            inputs, targets = split_batch(batch, self.subject.label_key)
             yield inputs, targets.to(device)
         if empty:
             raise ValueError("val_loader is empty.")
@@ -247,8 +188,8 @@ class GridSearch:
         Class indices come out in int64, which lookups need and a user's loss may rely on.
         """
         n_lead = targets.ndim if mean.ndim == 3 else 1
-        mask = self.posterior._loss_model.label_mask(targets)
-        if self.posterior.likelihood == LikelihoodName.CLASSIFICATION and not (
+        mask = self.subject.loss.label_mask(targets)
+        if self.subject.likelihood == LikelihoodName.CLASSIFICATION and not (
             targets.is_floating_point() or targets.is_complex()
         ):
             targets = targets.long()
@@ -263,7 +204,7 @@ class GridSearch:
         if self._regression:
             return mean, covariance
         generator = torch.Generator(mean.device).manual_seed((self.seed + batch) % 2**64)
-        inverse = self.posterior._inverse_link
+        inverse = self.subject.inverse_link
         return (
             class_probabilities(mean, covariance, self.link, self.n_samples, generator, inverse),
         )
@@ -272,17 +213,17 @@ class GridSearch:
         """What the MAP model predicts by its outputs alone: no epistemic variance."""
         if self._regression:
             return outputs, torch.zeros_like(outputs)
-        return (self.posterior._inverse_link(outputs.double()),)
+        return (self.subject.inverse_link(outputs.double()),)
 
     def _network_map_loss(self, loader: DataLoader) -> float | None:
         """The MAP model's loss, by a walk of its own: sampled networks do not pass its outputs."""
-        model, comparable = self.posterior.model, (*_LABELS, LikelihoodName.REGRESSION)
-        if self.loss is not None or self.posterior.likelihood not in comparable:
+        model, comparable = self.subject.network, (*_LABELS, LikelihoodName.REGRESSION)
+        if self.loss is not None or self.subject.likelihood not in comparable:
             return None
         scorer = self._fresh_scorer()
         with evaluation_mode(model), torch.no_grad():
             for inputs, targets in self._batches(loader, progress_bar=False):
-                outputs = invoke(model, to_device(inputs, self.posterior._device))
+                outputs = invoke(model, to_device(inputs, self.subject.device))
                 outputs, _, targets = self._scored(outputs, outputs.unsqueeze(0), targets)
                 scorer.update(self._map_prediction(outputs), targets)
         return scorer.value()
@@ -290,21 +231,14 @@ class GridSearch:
     def _sampled_loss(self, prior: float, loader: DataLoader) -> float:
         """Validation loss of sampled networks at one prior precision."""
         scorer = self._fresh_scorer()
-        generator = torch.Generator(self.posterior._device).manual_seed(self.seed)
-        with temporary_prior(self.posterior, prior):
-            for inputs, targets in self._batches(loader, progress_bar=False):
-                prediction = self.posterior(
-                    inputs,
-                    pred_type=PredType.NN,
-                    n_samples=self.n_samples,
-                    generator=generator,
-                    fitting=True,
-                )
-                if isinstance(prediction, tuple):
-                    scorer.update(prediction, targets)
-                else:
-                    probs, _, targets = self._scored(prediction, prediction.unsqueeze(0), targets)
-                    scorer.update((probs,), targets)
+        generator = torch.Generator(self.subject.device).manual_seed(self.seed)
+        for inputs, targets in self._batches(loader, progress_bar=False):
+            prediction = self.subject.sampled(prior, inputs, self.n_samples, generator)
+            if isinstance(prediction, tuple):
+                scorer.update(prediction, targets)
+            else:
+                probs, _, targets = self._scored(prediction, prediction.unsqueeze(0), targets)
+                scorer.update((probs,), targets)
         return scorer.value()
 
     def _result(

@@ -216,14 +216,6 @@ ROWS = [
         magnitudes="kfac",
         sampling="curvature",
     ),
-    option(
-        'ratio_step=True, sampling="uniform"',
-        "ValueError",
-        "ratio_step",
-        "sampling='curvature'",
-        ratio_step=True,
-        sampling="uniform",
-    ),
     option("rank=3 with a Kronecker posterior", "ValueError", "rank", "lowrank", rank=3),
     option(
         'rank=0, hessian_structure="lowrank"',
@@ -231,13 +223,6 @@ ROWS = [
         "rank",
         rank=0,
         hessian_structure="lowrank",
-    ),
-    option(
-        'magnitudes="rayleigh_ritz" with a Kronecker posterior',
-        "ValueError",
-        "rayleigh_ritz",
-        "lowrank",
-        magnitudes="rayleigh_ritz",
     ),
     option("damping=True", "ValueError", "damping", damping=True),
     option(

@@ -14,8 +14,6 @@ from laplace_debiased.data import (
     draw_weighted_folds,
     magnitude_coefficients,
     plan_from_loader,
-    plan_from_pool,
-    ratio_factor,
     sampling_probabilities,
 )
 from laplace_debiased.data.plan import plan_of
@@ -275,21 +273,6 @@ def test_weighted_folds_that_are_no_sample_of_the_rest_are_refused():
     magnitude_coefficients(ordered, ordered.sources[0].draws, {0})
     with pytest.raises(ValueError, match="symmetric=True"):
         magnitude_coefficients(ordered, ordered.sources[0].draws, {1})
-
-
-def test_ratio_makes_curvature_proportional_to_h_exact():
-    plan = plan_from_pool(
-        _loader(30), lambda x, y: (1.0 + y, 0.0 * y), folds=2, n_samples=12, symmetric=True
-    )
-    factor = ratio_factor(plan, {0})
-    assert factor != pytest.approx(1, abs=1e-3)
-    estimate = sum(
-        float(magnitude_coefficients(plan, b, {0}) @ (1.0 + b.targets.double()))
-        for b in plan.batches()
-    )
-    assert estimate * factor == pytest.approx(float(plan.pool.h.mean()), rel=1e-12)
-    with pytest.raises(ValueError, match="plan_from_pool"):
-        ratio_factor(plan_from_loader(_loader(6), folds=2), {0})
 
 
 def _loader(n, batch_size=50):

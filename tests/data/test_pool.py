@@ -105,9 +105,9 @@ def test_bad_scores_are_refused(bad, message):
     ("arguments", "error", "message"),
     [
         ({"n_samples": 41}, ValueError, "n_samples=41 exceeds"),
-        ({"n_samples": None}, TypeError, "n_samples must be an int"),
+        ({"n_samples": None}, TypeError, "n_samples must be a positive integer"),
         ({"pool_size": 3}, ValueError, "pool_size=3 is smaller than n_samples=5"),
-        ({"pool_size": 3.5}, TypeError, "pool_size must be an int"),
+        ({"pool_size": 3.5}, TypeError, "pool_size must be a positive integer"),
         ({"epsilon": 0.0}, ValueError, "epsilon"),
         ({"folds": 9}, ValueError, "too few for 9 folds"),
     ],

@@ -66,7 +66,7 @@ def top_ratios(magnitudes: str, *, same: bool, scheme: str | None = None) -> Ten
 
 
 def _own(la: DebiasedKronLaplace) -> list[Tensor]:
-    basis = la._fitted.estimate.basis
+    basis = la.fitted.curvature.basis
     return [torch.outer(b.output_eigenvalues, b.input_eigenvalues) for b in basis]
 
 

@@ -13,6 +13,7 @@ from laplace_debiased.errors import CoverageError
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
 from tests.fuzz.networks import Case
+from tests.moments import sweep as sweep_of
 from tests.tolerances import EXACT, relative_error
 
 B, OTHER = slice(0, 4), slice(4, 8)
@@ -85,7 +86,7 @@ def _prediction_problems(la: DebiasedKronLaplace, case: Case, jac: Tensor) -> li
     variance = la._glm_predictive_distribution(case.x, diagonal_output=True)[1]
     found += _different("variance", variance, each.diagonal(dim1=1, dim2=2))
     found += _different("joint", la._glm_predictive_distribution(case.x, joint=True)[1], joint)
-    sweep = la._sweep(case.x, la.prior_precision.double(), False)[1][0]
+    sweep = sweep_of(la, case.x, la.prior_precision.double(), False)[1][0]
     found += _different("sweep", sweep, each)
     found += _different("log det", la.posterior_precision.logdet(), torch.logdet(precision))
     restored = DebiasedKronLaplace(case.model, case.likelihood)

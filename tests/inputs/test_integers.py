@@ -47,7 +47,11 @@ def test_a_posterior_of_numpys_integers_is_that_of_pythons(kind: Any) -> None:
 
 def test_options_hold_plain_integers() -> None:
     options = CurvatureOptions(
-        mc_samples=np.int64(2), folds=np.int64(3), pool_size=np.int64(9), byte_budget=np.int64(8)
+        sampling="uniform",
+        mc_samples=np.int64(2),
+        folds=np.int64(3),
+        pool_size=np.int64(9),
+        byte_budget=np.int64(8),
     )
     for name in ("mc_samples", "folds", "pool_size", "byte_budget"):
         assert type(getattr(options, name)) is int
@@ -67,7 +71,7 @@ def test_what_is_no_positive_integer_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="rank must be a positive integer; got"):
         checked_integer("rank", value)
     with pytest.raises(ValueError, match="folds must be an integer of at least 2"):
-        CurvatureOptions(folds=value)
+        CurvatureOptions(folds=value, sampling="uniform")
 
 
 @pytest.mark.parametrize("seed", [2**64, 2**70, -(2**63) - 1])

@@ -12,6 +12,7 @@ from laplace_debiased.errors import NumericalError
 from laplace_debiased.factory import DebiasedLaplace
 from tests import oracles
 from tests.likelihoods.problems import IGNORED, NAMES, Case, case
+from tests.moments import moments
 from tests.tolerances import SIGMAS, assert_exact, assert_same, deviation
 
 PROBABILITIES = [name for name in NAMES if name not in ("outputs", "rewards")]
@@ -65,7 +66,7 @@ def test_both_batches_have_label_draws_of_their_own(name: str) -> None:
     loader = c.loader()
     with pytest.warns(UserWarning, match="share 13 samples"):
         la.fit(loader, magnitude_loader=loader)
-    one, other = la._fitted.estimate.folds
+    one, other = la.fitted.curvature.folds
     assert not torch.allclose(one.blocks[0].output, other.blocks[0].output, rtol=1e-3)
     assert_exact(one.blocks[0].input, other.blocks[0].input)
 
@@ -77,7 +78,7 @@ def test_batches_and_chunks_change_nothing(name: str) -> None:
     la.fit(c.loader())
     other.fit(c.loader(batch_size=4))
     assert_same(other.H.to_matrix(), la.H.to_matrix())
-    assert_same(other._moments(c.x, _kind())[1], la._moments(c.x, _kind())[1])
+    assert_same(moments(other, c.x, _kind())[1], moments(la, c.x, _kind())[1])
 
 
 def _kind() -> object:
@@ -337,7 +338,7 @@ def test_weighted_draws_of_sequences_weigh_their_columns_and_magnitudes_alike() 
     c = case("sequence")
     la = c.posterior(scheme="single", sampling="curvature")
     la.fit(c.loader(batch_size=3), n_samples=6)
-    factor = la._fitted.estimate.folds[0].blocks[-1]
+    factor = la.fitted.curvature.folds[0].blocks[-1]
     assert factor.name == "head.bias"
     table = la.H.blocks[-1].eigenvalues
     assert float(factor.output.trace()) * 13 == pytest.approx(float(table.sum()), rel=1e-10)

@@ -103,7 +103,7 @@ def test_state_survives_a_safe_load(subset):
     assert str(loaded.bias_report()) == str(la.bias_report())
     assert torch.equal(loaded.log_marginal_likelihood(), la.log_marginal_likelihood())
     loaded.fit(c.loader(), n_samples=2, override=False)  # what was drawn is known
-    assert loaded._fitted.drawn == frozenset(range(8))
+    assert loaded.fitted.drawn == frozenset(range(8))
     state = la.state_dict() | {"H": [torch.zeros(2, 1), torch.zeros(1)]}
     with pytest.raises(ValueError, match="basis"):
         low_rank(c, subset).load_state_dict(state)
@@ -192,11 +192,11 @@ def test_an_automatic_budget_takes_what_fits():
     c = case("mlp", n=40)
     la = low_rank(c)
     la.fit(c.loader())
-    assert la._fitted.estimate.n_samples == 40
+    assert la.fitted.n_samples == 40
     n_params, n_columns = 43, 2
     small = low_rank(c, byte_budget=20 * n_columns * n_params * 8 // 4)
     small.fit(c.loader())
-    assert small._fitted.estimate.n_samples == 20
+    assert small.fitted.n_samples == 20
     assert small.n_data == 40
     with pytest.raises(ValueError, match="n_samples \\(at most 20"):
         small.fit(c.loader(), n_samples=None)

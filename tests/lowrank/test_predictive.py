@@ -9,6 +9,7 @@ from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.posterior import DebiasedLowRankLaplace
 from laplace_debiased.predictive import OutputCovariance
 from tests.lowrank.problems import ARCHITECTURES, Case, case, jacobian
+from tests.moments import moments, sweep
 from tests.tolerances import relative_error
 
 PRIORS = ["scalar", "layers", "diagonal"]
@@ -41,11 +42,10 @@ def test_every_covariance_is_that_of_the_dense_posterior(kind, structure, byte_b
     c = case(kind, "regression", n=6)
     la = fitted(c, sigma_noise=0.5, temperature=2.0)
     set_prior(la, structure)
-    la._pass = la._make_pass(la.coverage)
-    object.__setattr__(la._pass, "byte_budget", byte_budget)
+    object.__setattr__(la.predictor.engine, "byte_budget", byte_budget)
     outputs, joint = dense(la, c)
     per_sample = torch.einsum("ncnd->ncd", joint)
-    mean, variance = la._moments(c.x, OutputCovariance.DIAGONAL)
+    mean, variance = moments(la, c.x, OutputCovariance.DIAGONAL)
     assert relative_error(mean, outputs) < 1e-12
     assert relative_error(variance, per_sample.diagonal(dim1=1, dim2=2)) < 1e-9
     assert relative_error(la(c.x)[1], per_sample) < 1e-9
@@ -69,11 +69,11 @@ def test_a_sweep_gives_what_each_prior_gives_alone(diagonal):
     c = case("cnn with BatchNorm")
     la = fitted(c, temperature=0.5)
     priors = torch.logspace(-4, 4, 5, dtype=torch.float64)
-    outputs, swept = la._sweep(c.x, priors, diagonal)
+    outputs, swept = sweep(la, c.x, priors, diagonal)
     kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
     for prior, covariance in zip(priors, swept, strict=True):
         la.prior_precision = prior
-        mean, expected = la._moments(c.x, kind)
+        mean, expected = moments(la, c.x, kind)
         assert relative_error(covariance, expected) < 1e-12
         assert relative_error(outputs, mean) < 1e-12
 
@@ -92,7 +92,7 @@ def test_float32_variances_survive_a_tiny_prior_precision(structure):
         assert la.rank == la.n_params
         set_prior(la, structure)
         la.prior_precision = la.prior_precision * 1e-6
-        variances.append(la._moments(c.x, OutputCovariance.DIAGONAL)[1])
+        variances.append(moments(la, c.x, OutputCovariance.DIAGONAL)[1])
     assert relative_error(variances[1], variances[0]) < 1e-3
     assert bool((variances[1] > 0).all())
 
@@ -104,7 +104,7 @@ def test_predictions_are_differentiable_in_the_inputs():
     )
     x = c.x[:2].clone().requires_grad_()
     for kind in OutputCovariance:
-        assert torch.autograd.gradcheck(lambda inputs, k=kind: la._moments(inputs, k), (x,))
+        assert torch.autograd.gradcheck(lambda inputs, k=kind: moments(la, inputs, k), (x,))
 
 
 def test_variance_falls_to_the_priors_outside_of_the_data():
@@ -114,4 +114,4 @@ def test_variance_falls_to_the_priors_outside_of_the_data():
     rows = jacobian(c.model, c.parameters, c.x)[1]
     inside = (rows @ la.H[0]).squeeze(-1)
     expected = (rows.square().sum(-1) - inside.square()) / 0.5 + inside.square() / (0.5 + la.H[1])
-    assert relative_error(la._moments(c.x, OutputCovariance.DIAGONAL)[1], expected) < 1e-10
+    assert relative_error(moments(la, c.x, OutputCovariance.DIAGONAL)[1], expected) < 1e-10

@@ -67,9 +67,9 @@ FITS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "everything": ("kron", {}, {"n_samples": None}),
     "a budget drawn by curvature": ("kron", {}, {"n_samples": 18}),
     "three folds, label draws": ("kron", {"folds": 3, "fisher": "mc"}, {"n_samples": None}),
-    "two batches, ratio step": (
+    "two batches": (
         "kron",
-        {"scheme": "two_batch", "ratio_step": True},
+        {"scheme": "two_batch"},
         {"n_samples": 18},
     ),
     "factors alone": ("kron", {"magnitudes": "kfac"}, {"n_samples": None}),
@@ -170,7 +170,7 @@ def test_adding_to_a_fit_and_a_magnitude_loader_go_on_too(tmp_path: Path) -> Non
         (lambda: (posterior(), loader(), {"seed": 1}), "seed was 0, now it is 1"),
         (lambda: (posterior(), loader(), {"n_samples": 12}), "n_samples was 20"),
         (lambda: (posterior(folds=3), loader(), {}), "folds was 2"),
-        (lambda: (posterior("kron_last_layer"), loader(), {}), "class was"),
+        (lambda: (posterior("kron_last_layer"), loader(), {}), "last layer was"),
         (lambda: (posterior(), loader(batch_size=6), {}), "data and draws was"),
         (lambda: (posterior(), loader(), {"n_data": 99}), "n_data was None"),
     ],
@@ -228,7 +228,7 @@ def test_magnitudes_along_another_basis_start_anew(tmp_path: Path, monkeypatch: 
     assert walk["position"] == 2
     walk["key"] = "another"
     for sums in walk["sums"]:
-        sums["_tables"] = {name: 2 * table for name, table in sums["_tables"].items()}
+        sums["tables"] = {name: 2 * table for name, table in sums["tables"].items()}
     torch.save(record, path)
     assert_equal(fit(posterior(), path, n_samples=None), expected)
 

@@ -68,6 +68,6 @@ def test_a_low_rank_posterior_does_not_shrink_as_budgets_add_up(p: Problem) -> N
 
 def test_a_second_budget_with_the_same_seed_draws_anew(p: Problem) -> None:
     once, twice = (added(p, 3, budgets) for budgets in ((M,), (M, M)))
-    assert once._fitted.drawn < twice._fitted.drawn
-    assert len(twice._fitted.drawn) > 1.2 * len(once._fitted.drawn)
+    assert once.fitted.drawn < twice.fitted.drawn
+    assert len(twice.fitted.drawn) > 1.2 * len(once.fitted.drawn)
     assert abs(trace(once) - trace(twice)) > 1e-6 * trace(once)

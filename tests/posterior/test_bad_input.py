@@ -144,13 +144,7 @@ BAD_OPTIONS: dict[str, tuple[dict, type[Exception], str]] = {
         ValueError,
         "needs magnitudes='ggn'",
     ),
-    "ratio without weights": (
-        {"ratio_step": True, "sampling": "uniform"},
-        ValueError,
-        "sampling='curvature'",
-    ),
     "rank": ({"rank": 3}, ValueError, "lowrank"),
-    "Rayleigh-Ritz": ({"magnitudes": "rayleigh_ritz"}, ValueError, "lowrank"),
     "damping": ({"damping": True}, ValueError, "damping"),
     "strict": ({"strict": "yes"}, ValueError, "strict"),
     "sigma in classification": ({"sigma_noise": 2.0}, ValueError, "regression"),

@@ -13,7 +13,9 @@ from torch.utils.data import (
 )
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.estimation.budget import RECOMMENDED_SAMPLES, kron_budget
+from laplace_debiased.estimation import FitRequest
+from laplace_debiased.estimation.kron import RECOMMENDED_SAMPLES, KronStructure
+from laplace_debiased.estimation.plan import supply_for
 
 
 def dataset(n: int) -> TensorDataset:
@@ -27,7 +29,9 @@ class Stream(IterableDataset):
 
 
 def auto(loader: object, *, elsewhere: bool = False) -> int | None:
-    return kron_budget("auto", loader, elsewhere=elsewhere)
+    la = DebiasedLaplace(torch.nn.Linear(3, 2))
+    request = FitRequest(loader, override=not elsewhere)
+    return KronStructure(la.arguments).recommended_samples(None, request, None)
 
 
 def test_auto_is_a_budget_where_the_data_are_more_than_that():
@@ -51,14 +55,28 @@ def test_auto_leaves_the_choice_to_loaders_that_make_it():
     assert auto(DataLoader(dataset(1000)), elsewhere=True) is None
 
 
-@pytest.mark.parametrize("value", [7, None, 1.5])
-def test_other_values_are_passed_on(value):
-    assert kron_budget(value, DataLoader(dataset(1000)), elsewhere=False) is value
+def test_auto_does_not_hide_a_fault_behind_a_sampler():
+    class Broken:
+        @property
+        def indices(self):
+            raise RuntimeError("the file of indices is gone")
+
+        def __iter__(self):
+            return iter(range(10))
+
+    with pytest.raises(RuntimeError, match="the file of indices is gone"):
+        auto(DataLoader(dataset(1000), sampler=Broken()))
+
+
+@pytest.mark.parametrize("value", [7, None])
+def test_other_values_are_the_budget(value):
+    request = FitRequest(DataLoader(dataset(1000)), n_samples=value)
+    assert supply_for(request, 1, lambda: 3).budget == value
 
 
 def test_other_strings_are_refused():
     with pytest.raises(ValueError, match="'auto'"):
-        kron_budget("all", DataLoader(dataset(10)), elsewhere=False)
+        FitRequest(DataLoader(dataset(10)), n_samples="all")
 
 
 def test_a_fit_without_options_takes_the_budget_and_keeps_the_size_of_the_data():
@@ -66,6 +84,6 @@ def test_a_fit_without_options_takes_the_budget_and_keeps_the_size_of_the_data()
     loader = DataLoader(dataset(700), batch_size=50)
     la.fit(loader)
     assert la.n_data == 700
-    assert la._fitted.estimate.n_samples == RECOMMENDED_SAMPLES
+    assert la.fitted.n_samples == RECOMMENDED_SAMPLES
     la.fit(loader, override=False)  # a whole data set more, as in laplace-torch
     assert la.n_data == 1400

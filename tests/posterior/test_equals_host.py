@@ -142,7 +142,7 @@ def test_batches_share_no_label_draws_and_seeds_decide_them(options: dict) -> No
         return la
 
     la = fit(0)
-    one, two = la._fitted.estimate.folds
+    one, two = la.fitted.curvature.folds
     for block, other in zip(one.blocks, two.blocks, strict=True):
         assert not torch.allclose(block.output, other.output, rtol=1e-3)
     assert torch.equal(fit(0).H.to_matrix(), la.H.to_matrix())

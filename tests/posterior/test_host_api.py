@@ -172,7 +172,7 @@ def test_adding_draws_keeps_n_and_never_repeats_one(scheme: str, magnitudes: str
     la.fit(p.loader(), n_samples=20)
     la.fit(p.loader(), n_samples=20, override=False, seed=5)
     assert la.n_data == 40
-    assert la._fitted.drawn == frozenset(range(40))
+    assert la.fitted.drawn == frozenset(range(40))
     full = posterior(p, "single", "ggn")
     assert la.loss == pytest.approx(full.loss, rel=1e-10)
     with pytest.raises(ValueError, match="exceeds the 0 samples"):

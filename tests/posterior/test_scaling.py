@@ -134,11 +134,11 @@ def test_two_loaders_need_n_unless_they_share_a_dataset(p: Problem) -> None:
 @pytest.mark.parametrize("scheme", ["two_batch", "cross_fit"])
 def test_budget_counts_all_folds(p: Problem, scheme: str) -> None:
     la = fitted(p, p.loader(), scheme=scheme, n_samples=90)
-    folds = la._fitted.estimate.folds
+    folds = la.fitted.curvature.folds
     assert [fold.n_samples for fold in folds] == [45, 45]
     la = DebiasedKronLaplace(p.model, scheme="two_batch", direction_fraction=0.2)
     la.fit(p.loader(), n_samples=90)
-    assert [fold.n_samples for fold in la._fitted.estimate.folds] == [18, 72]
+    assert [fold.n_samples for fold in la.fitted.curvature.folds] == [18, 72]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -157,18 +157,3 @@ def test_any_number_of_folds_keeps_the_scale(p: Problem, folds: int) -> None:
     la = DebiasedKronLaplace(small.model, folds=folds)
     la.fit(small.loader(), n_samples=None)
     assert trace(la) == pytest.approx(trace(full), rel=1e-10)
-
-
-def test_ratio_step_rescales_to_the_pools_trace_of_the_loss_hessian(p: Problem) -> None:
-    """For a bias of the head, x_n(u) sums to h_n: the ratio estimate of its trace is exact."""
-    loader, head = p.loader(batch_size=100), 3
-    full = fitted(p, loader, scheme="single")
-    plain, ratio = (
-        DebiasedKronLaplace(p.model, scheme="two_batch", sampling="curvature", ratio_step=step)
-        for step in (False, True)
-    )
-    for la in (plain, ratio):
-        la.fit(loader, n_samples=40, seed=1)
-    expected = float(full.H.blocks[head].eigenvalues.sum())
-    assert float(ratio.H.blocks[head].eigenvalues.sum()) == pytest.approx(expected, rel=1e-9)
-    assert float(plain.H.blocks[head].eigenvalues.sum()) != pytest.approx(expected, rel=1e-4)

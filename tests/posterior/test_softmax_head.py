@@ -50,13 +50,13 @@ def fitted(model: nn.Module, *, batch_size: int = 7, ignored: bool = False, **op
 
 def assert_same_estimate(one: Any, other: Any) -> None:
     """Factors, directional curvature (as matrices: bases may differ by signs) and the rest."""
-    for a, b in zip(one._fitted.estimate.folds, other._fitted.estimate.folds, strict=True):
+    for a, b in zip(one.fitted.curvature.folds, other.fitted.curvature.folds, strict=True):
         assert a.n_samples == b.n_samples
         for mine, general in zip(a.blocks, b.blocks, strict=True):
             torch.testing.assert_close(mine.output, general.output, rtol=1e-10, atol=1e-12)
             if general.input is not None:
                 torch.testing.assert_close(mine.input, general.input, rtol=1e-10, atol=1e-12)
-    for a, b in zip(one._fitted.estimate.tables, other._fitted.estimate.tables, strict=True):
+    for a, b in zip(one.fitted.curvature.tables, other.fitted.curvature.tables, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert one.loss == other.loss
     assert one.effective_sample_size == pytest.approx(other.effective_sample_size, rel=1e-12)
@@ -87,7 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_closed_form_is_the_general_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = fitted(network(), **CASES[name])
-    monkeypatch.setattr("laplace_debiased.posterior.last_layer.in_closed_form", lambda walk: walk)
+    monkeypatch.setattr("laplace_debiased.estimation.kron.in_closed_form", lambda walk: walk)
     assert_same_estimate(closed, fitted(network(), **CASES[name]))
 
 
@@ -101,7 +101,7 @@ def test_parts_of_the_layer(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return fitted(model)
 
     closed = one()
-    monkeypatch.setattr("laplace_debiased.posterior.last_layer.in_closed_form", lambda walk: walk)
+    monkeypatch.setattr("laplace_debiased.estimation.kron.in_closed_form", lambda walk: walk)
     assert_same_estimate(closed, one())
 
 
@@ -114,7 +114,7 @@ def test_fit_that_is_added_and_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> N
 
     closed = added(7)
     assert_same_estimate(closed, added(40))
-    monkeypatch.setattr("laplace_debiased.posterior.last_layer.in_closed_form", lambda walk: walk)
+    monkeypatch.setattr("laplace_debiased.estimation.kron.in_closed_form", lambda walk: walk)
     assert_same_estimate(closed, added(7))
 
 
@@ -136,7 +136,7 @@ def test_only_softmax_and_its_own_hessian_have_it(
     monkeypatch.setattr(
         SoftmaxHeadEstimator,
         "fold_statistics",
-        lambda self, plan: walks.append(plan) or own(self, plan),
+        lambda self: walks.append(self.task.plan) or own(self),
     )
     x, y = data()
     targets = y if likelihood == "classification" else nn.functional.one_hot(y, C).double()

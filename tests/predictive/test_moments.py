@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from laplace_debiased.posterior import DebiasedKronLaplace
 from laplace_debiased.predictive import CovarianceCurve
 from tests import oracles
+from tests.moments import sweep as sweep_of
 from tests.tolerances import (
     FINITE_DIFFERENCE,
     INTERPOLATED,
@@ -85,7 +86,7 @@ def test_prior_sweep_is_one_covariance_per_prior(
     p = problem(kind, "regression")
     la = fitted(p, byte_budget=byte_budget, sigma_noise=0.6, temperature=1.7)
     priors = torch.tensor([1e-3, 0.5, 40.0], dtype=torch.float64)
-    mean, sweep = la._sweep(p.x[:5], priors, diagonal)
+    mean, sweep = sweep_of(la, p.x[:5], priors, diagonal)
     assert_exact(mean, p.model.eval()(p.x[:5].clone()))
     for prior, actual in zip(priors, sweep, strict=True):
         la.prior_precision = prior
@@ -97,11 +98,11 @@ def test_interpolated_covariances_are_those_of_the_prior_between(diagonal: bool)
     p = problem("cnn")
     la = fitted(p)
     nodes = torch.linspace(-4, 4, 20, dtype=torch.float64)
-    sweep = la._sweep(p.x, nodes.exp(), diagonal)[1]
+    sweep = sweep_of(la, p.x, nodes.exp(), diagonal)[1]
     curve = CovarianceCurve.fit(nodes, sweep, -0.5, 0.5, diagonal=diagonal)
     for log_prior in (-0.4, 0.1, 0.33):
         point = torch.tensor([log_prior], dtype=torch.float64).exp()
-        expected = la._sweep(p.x, point, diagonal)[1][0]
+        expected = sweep_of(la, p.x, point, diagonal)[1][0]
         assert relative_error(curve(log_prior), expected) <= INTERPOLATED
 
 

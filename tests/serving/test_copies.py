@@ -25,14 +25,14 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_copy_is_equal_and_independent(structure: str, how: str) -> None:
     la = fitted(structure, strict=False, prior_precision=2.0, temperature=0.5)
-    with untouched(la._covered_model):
+    with untouched(la._target.model):
         twin = COPIES[how](la)
     assert type(twin) is type(la)
     assert_equal(twin, la)
-    assert twin._covered_model is not la._covered_model
+    assert twin._target.model is not la._target.model
     expected = la(INPUTS)
     with torch.no_grad():
-        twin._covered_model[3].weight += 1
+        twin._target.model[3].weight += 1
     with pytest.raises(ModelChangedError):
         twin(INPUTS)
     twin.fit(loader())
@@ -45,10 +45,12 @@ def test_copied_last_layer_does_not_write_to_the_originals_features(how: str) ->
     la = fitted("kron_last_layer")
     la(INPUTS)
     twin = COPIES[how](la)
-    assert len(twin.model.last_layer._forward_hooks) == 1
-    kept = la.model._features["3"]
+    expected = la(INPUTS)
     twin(INPUTS[:4])
-    assert la.model._features["3"] is kept
+    for one in (la, twin):
+        assert not one.model.last_layer._forward_hooks
+        assert not one.model._features
+    assert torch.equal(la(INPUTS), expected)
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -63,7 +65,7 @@ def test_unfitted_posterior_is_copied_with_its_options(structure: str, how: str)
         twin(INPUTS)
     assert float(twin.prior_precision) == 4.0
     assert float(twin.sigma_noise) == pytest.approx(0.3)
-    assert twin._settings.options.folds == 3
+    assert twin.arguments.options.folds == 3
 
 
 def test_shallow_copy_shares_the_model() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from enum import Enum
 from typing import Any, SupportsIndex, cast
 
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
-from laplace_debiased.checks import checked_flag
+from laplace_debiased.checks import checked_flag, checked_integer
+from laplace_debiased.estimation.arguments import Arguments, Backend
 from laplace_debiased.estimation.backends import backend_fisher
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.options import (
@@ -36,52 +37,28 @@ _ENUMS: dict[str, type[Enum]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """What a posterior was asked for.
-
-    Attributes:
-        likelihood: a :class:`LikelihoodName`'s value, as a plain string (an enum would make saved
-            states unsafe to load).
-        scheme: as given; None leaves it to the fit.
-        options: the rest, with defaults.
-        strict: whether a trainable parameter without a posterior is an error.
-        backend: laplace-torch backend, or None for our own pass.
-        rank: number of directions of a low-rank posterior; None for all.
-        ignore_index: class label that does not count, or None.
-        residual_noise: whether every fit sets σ to the root mean square of its residuals.
-        allow_probabilities: whether class outputs that all sum to one are taken for logits.
-    """
-
-    likelihood: str
-    scheme: Scheme | None
-    options: CurvatureOptions
-    strict: bool
-    backend: type[CurvatureInterface] | None
-    rank: int | None = None
-    ignore_index: int | None = None
-    residual_noise: bool = False
-    allow_probabilities: bool = False
-
-    @property
-    def host_likelihood(self) -> str:
-        """What laplace-torch is told: it does not know the Bernoulli likelihood."""
-        if self.likelihood == LikelihoodName.BERNOULLI:
-            return LikelihoodName.CLASSIFICATION.value
-        return self.likelihood
-
-
-def settings_from(
+def arguments_from(
     model: nn.Module,
     likelihood: object,
-    backend: type[CurvatureInterface] | None,
-    backend_kwargs: Mapping[str, Any] | None,
-    damping: bool,
-    options: Mapping[str, Any],
+    given: Mapping[str, Any],
     *,
+    sigma_noise: float | Tensor | str,
+    dict_keys: tuple[str, str] = ("input_ids", "labels"),
+    backend: Backend | None = None,
+    damping: bool = False,
     low_rank: bool = False,
-) -> Settings:
+) -> Arguments:
     """Check and complete a posterior's arguments.
+
+    Args:
+        model: the network.
+        likelihood: one of :class:`LikelihoodName`.
+        given: further options by name.
+        sigma_noise: σ, or "residual".
+        dict_keys: keys of inputs and labels in mapping batches.
+        backend: a laplace-torch backend, or None.
+        damping: laplace-torch's; must be False.
+        low_rank: whether the structure is low rank.
 
     Raises:
         TypeError: for a model that is no module, or an unknown option.
@@ -95,58 +72,90 @@ def settings_from(
             "could be damped one by one (and laplace-torch drops its damping on scaling)."
         )
     name = parse_choice(LikelihoodName, likelihood, "likelihood").value
-    if backend is not None and name == LikelihoodName.BERNOULLI:
-        raise ValueError("likelihood='bernoulli' needs our own pass: drop backend.")
-    given = dict(options)
-    ignore_index = _checked_ignore_index(given.pop("ignore_index", None), name, backend)
-    allowed = checked_flag("allow_probabilities", given.pop("allow_probabilities", False))
-    strict = checked_flag("strict", given.pop("strict", False))
-    rank = given.pop("rank", None)
-    if rank is not None and not low_rank:
-        raise ValueError("rank is for hessian_structure='lowrank' only.")
-    parsed = _parse_options(given)
-    parsed["fisher"] = _fisher(parsed.get("fisher"), backend, backend_kwargs or {})
+    _check_backend(backend, name, low_rank=low_rank)
+    rest = dict(given)
+    ignore_index = _checked_ignore_index(rest.pop("ignore_index", None), name, backend)
+    allowed = checked_flag("allow_probabilities", rest.pop("allow_probabilities", False))
+    strict = checked_flag("strict", rest.pop("strict", False))
+    rank = _checked_rank(rest.pop("rank", None), low_rank=low_rank)
+    parsed = _parse_options(rest)
+    parsed["fisher"] = _fisher(parsed.get("fisher"), backend)
     scheme = parsed.pop("scheme", None)
-    if parsed.get("magnitudes") is Magnitudes.RAYLEIGH_RITZ and not low_rank:
-        raise ValueError("magnitudes='rayleigh_ritz' is for hessian_structure='lowrank' only.")
-    if parsed.get("weight_sharing") is WeightSharing.REDUCE and (low_rank or backend is not None):
-        raise ValueError(
-            "weight_sharing='reduce' is for the Kronecker factors of our own pass: drop it with a "
-            "backend, or with hessian_structure='lowrank'."
-        )
     if parsed.get("magnitudes") is Magnitudes.KFAC and low_rank:
         raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
-    parsed.setdefault("sampling", _default_sampling(name, scheme, parsed))
-    complete = CurvatureOptions(**({} if scheme is None else {"scheme": scheme}), **parsed)
-    return Settings(
+    if "sampling" not in parsed:
+        parsed["sampling"] = default_sampling(name, scheme, parsed.get("magnitudes"))
+    options = CurvatureOptions(**({} if scheme is None else {"scheme": scheme}), **parsed)
+    return Arguments(
         name,
         scheme,
-        complete,
+        options,
         strict,
         backend,
         rank,
         ignore_index,
-        allow_probabilities=allowed,
+        _is_residual(sigma_noise, name),
+        allowed,
+        *dict_keys,
     )
 
 
-def with_noise(
-    settings: Settings, sigma_noise: float | Tensor | str
-) -> tuple[Settings, float | Tensor]:
-    """Settings and the σ to begin with, from σ or "residual".
+def _check_backend(backend: Backend | None, likelihood: str, *, low_rank: bool) -> None:
+    if backend is None:
+        return
+    if low_rank:
+        raise ValueError(
+            "hessian_structure='lowrank' computes its own curvature; leave backend=None (and "
+            "choose the Fisher type with fisher=)."
+        )
+    if likelihood == LikelihoodName.BERNOULLI:
+        raise ValueError("likelihood='bernoulli' needs our own pass: drop backend.")
+    kind = backend.kind
+    if not (isinstance(kind, type) and issubclass(kind, CurvatureInterface)):
+        raise TypeError("backend must be a laplace-torch CurvatureInterface class, or None.")
+
+
+def backend_from(
+    kind: type[CurvatureInterface] | None,
+    kwargs: Mapping[str, Any] | None,
+    kron_kwargs: Mapping[str, Any] | None,
+) -> Backend | None:
+    """A backend with its arguments, or None.
+
+    Raises:
+        ValueError: for arguments without a backend.
+    """
+    if kind is None:
+        for name, value in (("backend_kwargs", kwargs), ("asdl_fisher_kwargs", kron_kwargs)):
+            if value:
+                raise ValueError(f"{name} need a backend.")
+        return None
+    return Backend(kind, dict(kwargs or {}), dict(kron_kwargs or {}))
+
+
+def _is_residual(sigma_noise: float | Tensor | str, likelihood: str) -> bool:
+    """Whether σ is to follow the residuals of every fit.
 
     Raises:
         ValueError: for another string, or "residual" without a Gaussian likelihood.
     """
     if not isinstance(sigma_noise, str):
-        return settings, sigma_noise
+        return False
     if sigma_noise != RESIDUAL:
         raise ValueError(
             f"sigma_noise must be a positive number or {RESIDUAL!r}; got {sigma_noise!r}."
         )
-    if settings.likelihood != LikelihoodName.REGRESSION:
+    if likelihood != LikelihoodName.REGRESSION:
         raise ValueError("sigma_noise='residual' is for likelihood='regression' only.")
-    return replace(settings, residual_noise=True), 1.0
+    return True
+
+
+def _checked_rank(rank: object, *, low_rank: bool) -> int | None:
+    if rank is None:
+        return None
+    if not low_rank:
+        raise ValueError("rank is for hessian_structure='lowrank' only.")
+    return checked_integer("rank", rank)
 
 
 def _checked_ignore_index(value: object, likelihood: str, backend: object) -> int | None:
@@ -166,8 +175,8 @@ def _checked_ignore_index(value: object, likelihood: str, backend: object) -> in
     return index
 
 
-def _default_sampling(
-    likelihood: str, scheme: Scheme | None, parsed: Mapping[str, Any]
+def default_sampling(
+    likelihood: str, scheme: Scheme | None, magnitudes: Magnitudes | None
 ) -> Sampling:
     """Curvature sampling wherever it is unbiased and says something.
 
@@ -177,7 +186,7 @@ def _default_sampling(
     single-batch baseline, which stays what laplace-torch computes.
     """
     if (
-        parsed.get("magnitudes") is Magnitudes.KFAC
+        magnitudes is Magnitudes.KFAC
         or likelihood == LikelihoodName.REGRESSION
         or scheme is Scheme.SINGLE
     ):
@@ -202,21 +211,13 @@ def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fisher(
-    asked: Fisher | None,
-    backend: type[CurvatureInterface] | None,
-    backend_kwargs: Mapping[str, Any],
-) -> Fisher:
+def _fisher(asked: Fisher | None, backend: Backend | None) -> Fisher:
     if backend is None:
-        if backend_kwargs:
-            raise ValueError("backend_kwargs need a backend.")
         return asked or Fisher.TYPE2
-    if not (isinstance(backend, type) and issubclass(backend, CurvatureInterface)):
-        raise TypeError("backend must be a laplace-torch CurvatureInterface class, or None.")
-    fixed = backend_fisher(backend, backend_kwargs)
+    fixed = backend_fisher(backend.kind, backend.kwargs)
     if asked is not None and asked is not fixed:
         raise ValueError(
-            f"backend {backend.__name__} computes fisher={fixed.value!r}, but "
+            f"backend {backend.kind.__name__} computes fisher={fixed.value!r}, but "
             f"fisher={asked.value!r} was asked for. Drop one of the two."
         )
     return fixed

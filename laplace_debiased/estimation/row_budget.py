@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from laplace_debiased.curvature.lowrank import RowPass
-from laplace_debiased.data import loader_length
-from laplace_debiased.estimation.walking import first_inputs_of_loader
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import CurvatureOptions, Fisher
 
@@ -31,42 +27,30 @@ def max_gram_samples(n_columns: int, row_pass: RowPass, byte_budget: int) -> int
     return _max_rows(row_pass, byte_budget) // n_columns
 
 
-def checked_budget(n_samples: object) -> Any:
-    """Pass on a budget that is not a string; what else is wrong with it, the plan says.
-
-    Raises:
-        ValueError: if it is a string.
-    """
-    if isinstance(n_samples, str):
-        raise ValueError(
-            f"n_samples must be a positive integer, None or 'auto'; got {n_samples!r}."
-        )
-    return n_samples
-
-
 def automatic_budget(
-    loader: DataLoader,
-    row_pass: RowPass,
-    loss: LossModel,
-    options: CurvatureOptions,
-    n_data: int | None,
-    dict_key_y: str,
+    row_pass: RowPass, loss: LossModel, options: CurvatureOptions, outputs: Tensor, n_data: int
 ) -> int | None:
     """None for everything, or as many samples as the rows of which fit in memory.
 
+    Args:
+        row_pass: computes the rows.
+        loss: the loss model.
+        options: the choices.
+        outputs: those of one sample [1, C].
+        n_data: N.
+
     Raises:
-        ValueError: if the loader is empty, or not even one sample per fold fits.
+        ValueError: if not even one sample per fold fits.
     """
-    outputs = row_pass.outputs(first_inputs_of_loader(loader, dict_key_y))[:1]
     match options.fisher:
         case Fisher.MC:
             n_columns = options.mc_samples
         case Fisher.EMPIRICAL:
             n_columns = 1
-        case _:
+        case Fisher.TYPE2:
             n_columns = loss.hessian_root(outputs).shape[-1]
     fitting = max_gram_samples(n_columns, row_pass, options.byte_budget)
-    if loader_length(loader, n_data) <= fitting:
+    if n_data <= fitting:
         return None
     if fitting < options.n_folds:
         raise ValueError(

@@ -1,0 +1,353 @@
+"""The Kronecker structure: eigenbases of factors, and a magnitude for every pair of directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature import (
+    BackwardPass,
+    BlockFactors,
+    Coverage,
+    CurvaturePass,
+    FeaturePass,
+    KroneckerFactors,
+    layer_coverage,
+    layer_problems,
+    layers_of,
+)
+from laplace_debiased.curvature.factors import BlockBasis
+from laplace_debiased.data import CurvaturePlan
+from laplace_debiased.data.loaders import can_draw, sampler_indices
+from laplace_debiased.debiasing import (
+    SchemePlan,
+    eigenbasis,
+    join_by_rank,
+    kfac_magnitudes,
+    own_magnitudes,
+    scheme_plan,
+)
+from laplace_debiased.estimation.arguments import Arguments
+from laplace_debiased.estimation.backends import BackendFactors, check_backend
+from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator
+from laplace_debiased.estimation.plan import first_inputs_of_plan
+from laplace_debiased.estimation.request import FitRequest
+from laplace_debiased.estimation.softmax_head import in_closed_form
+from laplace_debiased.estimation.structure import Task
+from laplace_debiased.estimation.target import Target
+from laplace_debiased.estimation.values import Earlier, Fit, KronCurvature
+from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.modes import requiring_grad
+from laplace_debiased.operators import EigenBlock, EigenKron
+from laplace_debiased.options import CurvatureOptions, Magnitudes, Sampling, Scheme
+from laplace_debiased.predictive import KronPredictor, LastLayerKronPredictor, Predictor
+
+RECOMMENDED_SAMPLES = 256
+"""Samples of curvature for a posterior over all weights.
+
+On the benchmark networks the mean divergence from the full-data posterior falls as 1/m; at 256 it
+is below 1e-3 nats per prediction with room for an unlucky draw, and the forward pass over the pool,
+which does not depend on m, is still the larger half of a fit (see the README).
+"""
+
+RECOMMENDED_LAST_LAYER_SAMPLES = 2_048
+"""The same for a last layer: its curvature costs forward passes alone."""
+
+Tables = tuple[Tensor, ...]
+Comparison = tuple[Tables, Tables]
+Block = TypeVar("Block", BlockBasis, BlockFactors)
+
+
+@dataclass(frozen=True, eq=False)
+class KronStructure:
+    """Kronecker curvature from our own pass, or its factors from a laplace-torch backend.
+
+    Args:
+        arguments: what the posterior was asked for.
+    """
+
+    arguments: Arguments
+    takes_positions = True
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a fit can go on from a checkpoint: with our own pass."""
+        return self.arguments.backend is None
+
+    def coverage(self, target: Target, chosen: Coverage | None = None) -> Coverage:
+        """By layer type, once: many freeze the whole network when training is over."""
+        if chosen is not None and target.last_layer is None:
+            return chosen
+        backend = self.arguments.backend
+        if target.last_layer is None:
+            coverage, _ = layer_coverage(target.model, host_layers=backend is not None)
+        else:
+            coverage = target.last_layer_coverage(chosen)
+        if backend is not None:
+            check_backend(backend.kind, target.model, coverage)
+        return coverage
+
+    def engine(self, target: Target, coverage: Coverage) -> CurvaturePass:
+        """A backward pass per column; for a last layer its features."""
+        byte_budget = self.arguments.options.byte_budget
+        if target.last_layer is not None:
+            return target.feature_pass(coverage, byte_budget)
+        return BackwardPass(target.model, layers_of(target.model, coverage.covered), byte_budget)
+
+    def recommended_samples(
+        self, engine: CurvaturePass, request: FitRequest, loss: LossModel
+    ) -> int | None:
+        """256 (2,048 for a last layer) where the loader can be drawn from and holds more."""
+        if not request.override or not can_draw(request.train_loader):
+            return None
+        last = isinstance(engine, FeaturePass)
+        recommended = RECOMMENDED_LAST_LAYER_SAMPLES if last else RECOMMENDED_SAMPLES
+        return recommended if len(sampler_indices(request.train_loader)) > recommended else None
+
+    def inspect(
+        self, engine: CurvaturePass, target: Target, plan: CurvaturePlan
+    ) -> Mapping[str, str]:
+        """What one look at how the network uses its layers excludes."""
+        if target.last_layer is None:
+            inputs = first_inputs_of_plan(plan)
+            parameters = dict(target.model.named_parameters())
+            covered = [parameters[n] for layer in engine.layers for n in layer.parameter_names]
+            with model_lock(target.model), requiring_grad(covered):
+                return layer_problems(target.model, engine.layers, inputs)
+        if self.arguments.backend is not None:
+            # A backend differentiates the whole network, and would not see that its outputs are
+            # not the last layer's; our own pass checks every batch.
+            engine.outputs(first_inputs_of_plan(plan))
+        return {}
+
+    def estimate(self, engine: CurvaturePass, task: Task) -> Fit:
+        """Fold statistics, eigenbases, and magnitudes along them as the scheme says.
+
+        Added factors are means weighted by the number of draws (same N), or by N where the new
+        data extend the training set. Magnitudes that came from factors follow from the merged
+        factors; measured ones are averaged at equal ranks with the same weights. Draws by curvature
+        may repeat samples of the earlier fit, so they are measured along directions of their own:
+        along merged ones a sample could measure a direction that it has chosen before.
+        """
+        plan, options, earlier = task.plan, task.options, task.earlier
+        estimator = in_closed_form(KronEstimator(engine, task))
+        with torch.no_grad():
+            new = self._statistics(estimator, task)
+            if earlier is None:
+                measured = _measured(new, estimator, options, plan)
+                curvature = KronCurvature(measured.basis, measured.tables, new.factors)
+                comparisons = measured.comparisons
+            else:
+                curvature, comparisons = _added(earlier, new, estimator, task)
+        return task.result(
+            curvature, comparisons, new.mean_loss, new.n_outputs, new.effective_samples
+        )
+
+    def _statistics(self, estimator: KronEstimator, task: Task) -> FoldStatistics:
+        """First walk: by the backend if there is one, else by our own pass."""
+        backend = self.arguments.backend
+        if backend is None or task.options.magnitudes is not Magnitudes.KFAC:
+            statistics = estimator.fold_statistics()
+        else:
+            statistics = BackendFactors(backend, task, self.arguments).fold_statistics()
+        if task.plan.pool is None:
+            return statistics
+        return replace(statistics, mean_loss=float(task.plan.pool.losses.mean()))
+
+    def predictor(self, engine: CurvaturePass, fit: Fit) -> Predictor:
+        """From N·λ in the posterior's eigenbasis."""
+        curvature = fit.curvature
+        summed = EigenKron(
+            tuple(
+                EigenBlock(block.output_basis, block.input_basis, table * float(fit.n_data))
+                for block, table in zip(curvature.basis, curvature.tables, strict=True)
+            )
+        )
+        if isinstance(engine, FeaturePass):
+            return LastLayerKronPredictor(engine, fit.coverage.covered, summed)
+        return KronPredictor(engine, fit.coverage.covered, summed)
+
+    def to_state(self, fit: Fit) -> dict[str, Any]:
+        """Eigenbases, tables, factors of the folds, and comparisons."""
+        curvature: KronCurvature = fit.curvature
+        return {
+            "H": [_block_to_state(block) for block in curvature.basis],
+            "tables": [table.detach().clone() for table in curvature.tables],
+            "folds": [_factors_to_state(fold) for fold in curvature.folds],
+            "comparisons": [[list(own), list(other)] for own, other in fit.comparisons],
+        }
+
+    def from_state(
+        self, state: Mapping[str, Any], device: torch.device
+    ) -> tuple[KronCurvature, tuple[Comparison, ...]]:
+        """Curvature and comparisons of :meth:`to_state`.
+
+        Raises:
+            ValueError: if a table does not fit its eigenbasis.
+        """
+        names = tuple(state["covered"])
+        basis = tuple(
+            _block_from_state(BlockBasis, name, entry, device)
+            for name, entry in zip(names, state["H"], strict=True)
+        )
+        tables = tuple(table.to(device) for table in state["tables"])
+        for block, table in zip(basis, tables, strict=True):
+            if tuple(table.shape) != block.table_shape:
+                raise ValueError(
+                    f"the state's table of {block.name!r} does not fit its eigenbasis."
+                )
+        folds = tuple(_factors_from_state(names, fold, device) for fold in state["folds"])
+        comparisons = tuple(
+            (tuple(t.to(device) for t in own), tuple(t.to(device) for t in other))
+            for own, other in state["comparisons"]
+        )
+        return KronCurvature(basis, tables, folds), comparisons
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Magnitudes of a scheme along the eigenbasis of its posterior."""
+
+    basis: tuple[BlockBasis, ...]
+    tables: Tables
+    comparisons: tuple[Comparison, ...]
+
+
+def _measured(
+    statistics: FoldStatistics,
+    estimator: KronEstimator,
+    options: CurvatureOptions,
+    plan: CurvaturePlan,
+) -> _Measured:
+    """Directions and magnitudes of a scheme, with a second walk if they are exact."""
+    scheme = scheme_plan(options.scheme, plan.fold_sizes)
+    bases = [eigenbasis(statistics.merged(step.direction_folds)) for step in scheme.measurements]
+    held_out = [
+        kfac_magnitudes(basis, statistics.merged(step.magnitude_folds))
+        for basis, step in zip(bases, scheme.measurements, strict=True)
+    ]
+    match options.magnitudes:
+        case Magnitudes.KFAC:
+            tables = held_out
+        case Magnitudes.GGN:
+            tables = estimator.exact_magnitudes(scheme.measurements, bases)
+    pairs = zip(bases, held_out, strict=True)
+    comparisons = tuple((own_magnitudes(basis), held) for basis, held in pairs)
+    return _Measured(
+        bases[0]
+        if scheme.posterior_basis_is_measured
+        else eigenbasis(statistics.merged(scheme.posterior_folds)),
+        join_by_rank(tables, [step.share for step in scheme.measurements]),
+        () if options.scheme is Scheme.SINGLE else comparisons,
+    )
+
+
+def _added(
+    earlier: Earlier, new: FoldStatistics, estimator: KronEstimator, task: Task
+) -> tuple[KronCurvature, tuple[Comparison, ...]]:
+    """A new fit's statistics added to an earlier fit."""
+    old: KronCurvature = earlier.fit.curvature
+    _check_can_add(earlier, task)
+    merged = _merged_statistics(earlier, new, task)
+    scheme = scheme_plan(task.options.scheme, task.plan.fold_sizes)
+    if earlier.same_data and task.options.sampling is Sampling.CURVATURE:
+        measured = _measured(new, estimator, task.options, task.plan)
+        basis = eigenbasis(merged.merged(scheme.posterior_folds))
+        comparisons = (*earlier.fit.comparisons, *measured.comparisons)
+    else:
+        measured = _measured(merged, estimator, task.options, task.plan)
+        basis, comparisons = measured.basis, measured.comparisons
+    tables = measured.tables
+    if task.options.magnitudes is Magnitudes.GGN:
+        share = earlier.share(task.plan)
+        tables = join_by_rank([old.tables, tables], [1 - share, share])
+    weights = sum(earlier.weights(task.plan))
+    n_samples = earlier.fit.n_samples + sum(task.plan.fold_sizes)
+    folds = tuple(
+        replace(fold, n_samples=fold.n_samples * n_samples / weights) for fold in merged.factors
+    )
+    return KronCurvature(basis, tables, folds), comparisons
+
+
+def _merged_statistics(earlier: Earlier, new: FoldStatistics, task: Task) -> FoldStatistics:
+    """Factors of both fits, fold by fold."""
+    old_weight, new_weight = earlier.weights(task.plan)
+    old_draws, new_draws = earlier.fit.n_samples, sum(task.plan.fold_sizes)
+    factors = tuple(
+        KroneckerFactors.merge(
+            [
+                replace(before, n_samples=before.n_samples * old_weight / old_draws),
+                replace(after, n_samples=after.n_samples * new_weight / new_draws),
+            ]
+        )
+        for before, after in zip(earlier.fit.curvature.folds, new.factors, strict=True)
+    )
+    return replace(new, factors=factors)
+
+
+def _check_can_add(earlier: Earlier, task: Task) -> None:
+    fit, n_folds = earlier.fit, len(earlier.fit.curvature.folds)
+    if fit.scheme is not task.options.scheme or n_folds != len(task.plan.fold_sizes):
+        raise ValueError(
+            f"override=False adds to a fit with scheme={fit.scheme.value!r} and {n_folds} folds, "
+            f"but this one has scheme={task.options.scheme.value!r} and "
+            f"{len(task.plan.fold_sizes)}."
+        )
+
+
+def posterior_factors(fit: Fit) -> list[list[Tensor]]:
+    """The posterior directions' factors as laplace-torch keeps them: [N·B, A] and [N·B]."""
+    folds: Sequence[KroneckerFactors] = fit.curvature.folds
+    scheme: SchemePlan = scheme_plan(fit.scheme, tuple(int(fold.n_samples) for fold in folds))
+    merged = KroneckerFactors.merge([folds[index] for index in scheme.posterior_folds])
+    return [
+        [block.output * fit.n_data]
+        if block.input is None
+        else [block.output * fit.n_data, block.input]
+        for block in merged.blocks
+    ]
+
+
+def _block_to_state(block: BlockBasis | BlockFactors) -> dict[str, Any]:
+    """Every field but the name, tensors as copies; what is None or a plain value stays."""
+    values = ((field.name, getattr(block, field.name)) for field in fields(block))
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in values
+        if name != "name"
+    }
+
+
+def _block_from_state(
+    kind: type[Block],
+    name: str,
+    entry: Mapping[str, Any] | Sequence[Tensor],
+    device: torch.device,
+) -> Block:
+    if not isinstance(entry, Mapping):  # version 1: tensors in the order of the fields
+        keys = [field.name for field in fields(kind)][1:]
+        entry = dict(zip(keys, entry, strict=False))
+    values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry.items()}
+    return kind(name=name, **values)
+
+
+def _factors_to_state(factors: KroneckerFactors) -> dict[str, Any]:
+    return {
+        "n_samples": factors.n_samples,
+        "blocks": [_block_to_state(block) for block in factors.blocks],
+    }
+
+
+def _factors_from_state(
+    names: Sequence[str], state: Mapping[str, Any], device: torch.device
+) -> KroneckerFactors:
+    blocks = tuple(
+        _block_from_state(BlockFactors, name, entry, device)
+        for name, entry in zip(names, state["blocks"], strict=True)
+    )
+    return KroneckerFactors(blocks, state["n_samples"])

@@ -1,0 +1,137 @@
+"""The low-rank structure: eigenpairs of the curvature over all covered parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature import Coverage
+from laplace_debiased.curvature.coverage import parameter_coverage
+from laplace_debiased.curvature.lowrank import (
+    Eigenpairs,
+    FeatureRowPass,
+    JoinedPart,
+    RowPass,
+    matrix_average,
+)
+from laplace_debiased.data import CurvaturePlan, loader_length
+from laplace_debiased.estimation.arguments import Arguments
+from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator
+from laplace_debiased.estimation.plan import first_inputs_of_loader, first_inputs_of_plan
+from laplace_debiased.estimation.request import FitRequest
+from laplace_debiased.estimation.row_budget import automatic_budget
+from laplace_debiased.estimation.structure import Task
+from laplace_debiased.estimation.target import Target
+from laplace_debiased.estimation.values import Fit
+from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.options import Scheme
+from laplace_debiased.predictive import LowRankPredictor, Predictor
+
+Comparison = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankStructure:
+    """Leading eigenpairs, of any differentiable network.
+
+    Args:
+        arguments: what the posterior was asked for.
+    """
+
+    arguments: Arguments
+    takes_positions = False
+    resumes = False
+
+    def coverage(self, target: Target, chosen: Coverage | None = None) -> Coverage:
+        """What requires gradients now."""
+        if target.last_layer is not None:
+            return target.last_layer_coverage(chosen)
+        return parameter_coverage(target.model)
+
+    def engine(self, target: Target, coverage: Coverage) -> RowPass:
+        """Rows by backward passes; for a last layer from its features."""
+        network = FunctionalNetwork(target.model, coverage.covered)
+        byte_budget = self.arguments.options.byte_budget
+        if target.last_layer is None:
+            return RowPass(network, byte_budget)
+        features = target.feature_pass(coverage, byte_budget)
+        return FeatureRowPass(network=network, byte_budget=byte_budget, feature_pass=features)
+
+    def recommended_samples(
+        self, engine: RowPass, request: FitRequest, loss: LossModel
+    ) -> int | None:
+        """Without a rank as many as fit in memory, with one everything."""
+        if self.arguments.rank is not None:
+            return None
+        inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
+        n_data = loader_length(request.train_loader, request.n_data)
+        options = self.arguments.options_for(request)
+        return automatic_budget(engine, loss, options, engine.outputs(inputs)[:1], n_data)
+
+    def inspect(self, engine: RowPass, target: Target, plan: CurvaturePlan) -> Mapping[str, str]:
+        """Nothing is excluded; samples that depend on each other are an error."""
+        engine.check_samples_are_independent(first_inputs_of_plan(plan))
+        return {}
+
+    def estimate(self, engine: RowPass, task: Task) -> Fit:
+        """Directions, magnitudes along them, and the schemes' averages.
+
+        Fits are averaged as matrices, weighted by the number of draws (same N), or by N where the
+        new data extend the training set, and decomposed again.
+        """
+        plan, earlier = task.plan, task.earlier
+        estimator = LowRankEstimator(engine, task, self.arguments.rank)
+        survey = estimator.survey()
+        pairs, measured = estimator.estimate(survey)
+        biased = task.options.scheme is Scheme.SINGLE
+        comparisons: tuple[Comparison, ...] = ()
+        if not biased:
+            comparisons = tuple(((part.own,), (part.held_out,)) for part in measured)
+        if earlier is not None:
+            old, share = earlier.fit.curvature, earlier.share(plan)
+            parts = [
+                JoinedPart(old.basis, old.eigenvalues, 1 - share),
+                JoinedPart(pairs.basis, pairs.eigenvalues, share),
+            ]
+            pairs = matrix_average(parts, self.arguments.rank)
+            comparisons = (*earlier.fit.comparisons, *comparisons)
+        mean_loss = survey.mean_loss if plan.pool is None else float(plan.pool.losses.mean())
+        n_outputs = survey.outputs.shape[-1]
+        return task.result(pairs, comparisons, mean_loss, n_outputs, survey.effective_samples)
+
+    def predictor(self, engine: RowPass, fit: Fit) -> Predictor:
+        """From the eigenpairs of the mean."""
+        sizes = tuple(fit.coverage.sizes[name] for name in fit.coverage.covered)
+        return LowRankPredictor(engine, fit.curvature, fit.n_data, sizes)
+
+    def to_state(self, fit: Fit) -> dict[str, Any]:
+        """Eigenpairs and comparisons."""
+        pairs: Eigenpairs = fit.curvature
+        return {
+            "H": [pairs.basis.clone(), pairs.eigenvalues.clone()],
+            "comparisons": [[own.clone(), other.clone()] for (own,), (other,) in fit.comparisons],
+        }
+
+    def from_state(
+        self, state: Mapping[str, Any], device: torch.device
+    ) -> tuple[Eigenpairs, tuple[Comparison, ...]]:
+        """Curvature and comparisons of :meth:`to_state`.
+
+        Raises:
+            ValueError: if the basis does not fit its eigenvalues or the parameters.
+        """
+        basis, eigenvalues = (tensor.to(device) for tensor in state["H"])
+        if basis.ndim != 2 or basis.shape != (len(state["mean"]), len(eigenvalues)):
+            raise ValueError(
+                f"the state's basis {list(basis.shape)} does not fit its {len(eigenvalues)} "
+                f"eigenvalues and {len(state['mean'])} parameter entries."
+            )
+        comparisons = tuple(
+            ((own.to(device),), (other.to(device),)) for own, other in state["comparisons"]
+        )
+        return Eigenpairs(basis, eigenvalues), comparisons

@@ -1,0 +1,169 @@
+"""Which samples a fit looks at: the loader looked up, the pool scored, the folds drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.data import (
+    CurvaturePlan,
+    Supply,
+    plan_by_curvature,
+    plan_from_supply,
+    plan_from_two_loaders,
+    split_batch,
+)
+from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.estimation.request import FitRequest
+from laplace_debiased.estimation.values import Earlier
+from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.network.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
+from laplace_debiased.network.rng import derived_seed, preserved_rng
+from laplace_debiased.options import CurvatureOptions, Sampling, Scheme
+
+MAX_POOL_SIZE = 8_192
+"""Cap on the pool of curvature sampling: one forward pass over it is part of the fit."""
+
+Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+"""Trace of the loss Hessian [m] and loss [m] of every sample of a batch."""
+
+
+def supply_for(
+    request: FitRequest, n_folds: int, recommended: Callable[[], int | None]
+) -> Supply | None:
+    """The training loader, looked up; None where two loaders are walked whole.
+
+    Args:
+        request: the call of ``fit``.
+        n_folds: folds that a budget is split into.
+        recommended: what ``n_samples="auto"`` stands for.
+
+    Raises:
+        ValueError, TypeError: as :meth:`Supply.of`.
+    """
+    if request.magnitude_loader is not None:
+        return None
+    n_samples: Any = recommended() if request.is_automatic else request.n_samples
+    return Supply.of(
+        request.train_loader, n_samples=n_samples, n_data=request.n_data, n_folds=n_folds
+    )
+
+
+def make_plan(
+    supply: Supply | None,
+    request: FitRequest,
+    options: CurvatureOptions,
+    earlier: Earlier | None,
+    score: Score,
+) -> CurvaturePlan:
+    """Which samples a fit looks at.
+
+    A uniform budget that adds to a fit draws none of its samples again: what is left of the data
+    is a uniform sample of them still. What curvature sampling leaves is not (the samples of large
+    curvature are gone), so it draws from all of the data anew, with a seed of its own.
+
+    Args:
+        supply: the training loader, looked up; None to walk both loaders of the request whole.
+        request: the arguments of the fit.
+        options: the choices; the scheme is resolved.
+        earlier: the fit that this one adds to, if any.
+        score: scores a batch of the pool.
+
+    Raises:
+        ValueError, TypeError: as the data room says, for budgets, loaders and sizes.
+    """
+    if supply is None:
+        return plan_from_two_loaders(
+            request.train_loader,
+            request.magnitude_loader,
+            n_data=request.n_data,
+            seed=request.seed,
+            dict_key_y=request.dict_key_y,
+        )
+    seed = request.seed
+    by_curvature = options.sampling is Sampling.CURVATURE
+    if earlier is not None and supply.budget is not None:
+        if by_curvature:
+            seed = derived_seed(seed, "added", earlier.fit.n_samples)
+        else:
+            supply = supply.without(earlier.fit.drawn)
+    n_folds, fractions = options.n_folds, options.fold_fractions
+    if by_curvature and supply.is_share:
+        assert supply.budget is not None
+        return plan_by_curvature(
+            supply,
+            score,
+            folds=n_folds,
+            fractions=fractions,
+            seed=seed,
+            symmetric=options.scheme is Scheme.CROSS_FIT,
+            pool_size=options.pool_size or max(MAX_POOL_SIZE, supply.budget),
+            dict_key_y=request.dict_key_y,
+        )
+    return plan_from_supply(
+        supply, folds=n_folds, fractions=fractions, seed=seed, dict_key_y=request.dict_key_y
+    )
+
+
+class OutputPass(Protocol):
+    """Anything that gives network outputs."""
+
+    def outputs(self, inputs: Any) -> Tensor:
+        """Network outputs [m, C] without a graph."""
+
+
+def scorer(output_pass: OutputPass, loss: LossModel) -> Score:
+    """Scores by a forward pass."""
+
+    def score(inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            outputs = output_pass.outputs(inputs)
+            targets = targets.to(outputs.device)
+            loss.check_targets(outputs, targets)
+            return loss.hessian_trace(outputs, targets), loss.losses(outputs, targets)
+
+    return score
+
+
+def first_inputs_of_loader(loader: Any, dict_key_y: str) -> Any:
+    """Model inputs of a training loader's first batch; its generators are left as they were.
+
+    Raises:
+        ValueError: if the loader is empty.
+    """
+    with preserved_rng(generators=loader_generators(loader)):
+        batch = next(iter(loader), None)
+    if batch is None:
+        raise ValueError("train_loader is empty.")
+    return split_batch(batch, dict_key_y)[0]
+
+
+def first_inputs_of_plan(plan: CurvaturePlan) -> Any:
+    """Model inputs of a plan's first batch; of its first two, where they hold one sample each.
+
+    Whether samples mix shows on two samples only.
+    """
+    batches = plan.batches()
+    try:
+        inputs = next(batches).inputs
+        following = next(batches, None) if batch_length(inputs) == 1 else None
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+    if following is None or tensor_shapes(inputs) != tensor_shapes(following.inputs):
+        return inputs
+    return _joined(inputs, following.inputs)
+
+
+def _joined(inputs: Any, following: Any) -> Any:
+    """Both samples in one batch; what is not per sample stays as the first has it."""
+    others = tensors_of(following)
+
+    def joined(tensor: Tensor) -> Tensor:
+        other = next(others)
+        both_single = tensor.ndim > 0 and len(tensor) == 1 == len(other)
+        return torch.cat([tensor, other]) if both_single else tensor
+
+    return map_tensors(joined, inputs)

@@ -1,0 +1,195 @@
+"""Which network is fitted, and which of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from laplace.utils.feature_extractor import FeatureReduction
+from torch import Tensor, nn
+
+from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
+from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
+from laplace_debiased.network.last_layer import LastLayerNetwork, found_last_layer
+from laplace_debiased.network.precision import HALF_DTYPES
+from laplace_debiased.network.samples import network_samples
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The last layer of a network.
+
+    Attributes:
+        name: its qualified name; None while it is not known.
+        reduction: how features of more than two dimensions are reduced, or None.
+        is_given: whether the user named it; one that was found is looked for again at every fit.
+    """
+
+    name: str | None
+    reduction: FeatureReduction | None = None
+    is_given: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The user's own network, and which of its weights carry a posterior.
+
+    Attributes:
+        model: the network; never copied, never changed.
+        last_layer: its last layer, if that alone is meant; None for all weights.
+    """
+
+    model: nn.Module
+    last_layer: LastLayer | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """What laplace-torch's attribute ``model`` is: for a last layer its feature extractor."""
+        if self.last_layer is None:
+            return self.model
+        return LastLayerNetwork(self.model, self.last_layer.name, self.last_layer.reduction)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network's parameters."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of a posterior: the network's, but float32 for half precision."""
+        dtype = next(self.model.parameters()).dtype
+        return torch.float32 if dtype in HALF_DTYPES else dtype
+
+    @property
+    def is_located(self) -> bool:
+        """Whether it is known which weights are meant."""
+        return self.last_layer is None or self.last_layer.name is not None
+
+    def located(self, first_inputs: Callable[[], Any]) -> Target:
+        """The target with its last layer known, from one forward pass if the user named none.
+
+        Args:
+            first_inputs: gives some model inputs.
+        """
+        if self.last_layer is None or self.last_layer.is_given:
+            return self
+        return self.at(found_last_layer(self.model, first_inputs()))
+
+    def at(self, name: str) -> Target:
+        """The target with its last layer of that name."""
+        assert self.last_layer is not None
+        if self.last_layer.name == name:
+            return self
+        return replace(self, last_layer=replace(self.last_layer, name=name))
+
+    def parameters(self, coverage: Coverage) -> list[Tensor]:
+        """The covered parameters, in order."""
+        named = dict(self.model.named_parameters())
+        return [named[name] for name in coverage.covered]
+
+    def mean(self, coverage: Coverage) -> Tensor:
+        """The covered parameters as one vector [P], of any memory format."""
+        entries = [p.detach().reshape(-1).to(self.dtype) for p in self.parameters(coverage)]
+        return torch.cat(entries) if entries else torch.empty(0, dtype=self.dtype)
+
+    def sampled_outputs(
+        self,
+        coverage: Coverage,
+        weights: Tensor,
+        inputs: Any,
+        *,
+        differentiable: bool,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Outputs [S, m, C] of the network at sampled weights; its own are never written.
+
+        Args:
+            coverage: which parameters the samples are of.
+            weights: [S, P].
+            inputs: one batch of model inputs.
+            differentiable: keep the graph with respect to ``inputs``.
+            model_kwargs: further arguments of the model.
+
+        Raises:
+            ValueError: for further arguments where only the last layer is sampled.
+        """
+        if self.last_layer is not None:
+            if model_kwargs:
+                raise ValueError("last-layer sampling takes no further model arguments.")
+            return self._sampled_heads(coverage, weights, inputs, differentiable)
+        named = zip(coverage.covered, self.parameters(coverage), strict=True)
+        outputs = network_samples(
+            self.model,
+            [(name, parameter.detach()) for name, parameter in named],
+            weights,
+            inputs,
+            differentiable=differentiable,
+            **model_kwargs,
+        )
+        return torch.stack(list(outputs))
+
+    # -- the last layer --------------------------------------------------------------------
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer itself."""
+        assert self.last_layer is not None
+        assert self.last_layer.name is not None
+        head = dict(self.model.named_modules())[self.last_layer.name]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def last_layer_coverage(self, chosen: Coverage | None = None) -> Coverage:
+        """The last layer's trainable parameters, and nothing else.
+
+        Args:
+            chosen: an earlier answer; what it covers stays covered where it was frozen since.
+        """
+        kept = frozenset(() if chosen is None else chosen.covered)
+        last = {id(parameter) for parameter in self.head.parameters()}
+        covered, excluded, sizes = [], {}, {}
+        for name, parameter in self.model.named_parameters():
+            sizes[name] = parameter.numel()
+            if id(parameter) not in last:
+                excluded[name] = NOT_LAST
+            elif not (parameter.requires_grad or name in kept):
+                excluded[name] = FROZEN
+            else:
+                covered.append(name)
+        return Coverage(tuple(covered), MappingProxyType(excluded), MappingProxyType(sizes))
+
+    def feature_pass(self, coverage: Coverage, byte_budget: int) -> FeaturePass:
+        """The pass over the last layer alone."""
+        assert self.last_layer is not None
+        covered, name = frozenset(coverage.covered), self.last_layer.name
+        weight, bias = (
+            candidate if (candidate := f"{name}.{attribute}") in covered else None
+            for attribute in ("weight", "bias")
+        )
+        # A subclass of nn.Linear is one too; on the meta device none draws initial weights.
+        rule = rule_for(nn.Linear(1, 1, device="meta"))
+        assert rule is not None
+        layer = Layer(str(name), self.head, rule, weight, bias)
+        return FeaturePass(self.model, layer, self.last_layer.reduction, byte_budget)
+
+    def _sampled_heads(
+        self, coverage: Coverage, weights: Tensor, inputs: Any, differentiable: bool
+    ) -> Tensor:
+        """Outputs [S, m, C] of sampled last layers on features of one forward pass."""
+        engine = self.feature_pass(coverage, DEFAULT_BYTE_BUDGET)
+        features = engine.features(inputs, differentiable=differentiable)[1]
+        sizes = [coverage.sizes[name] for name in coverage.covered]
+        values = dict(zip(coverage.covered, weights.split(sizes, dim=-1), strict=True))
+        layer, head = engine.layer, self.head
+        weight, bias = head.weight.detach(), head.bias
+        if layer.weight is not None:
+            weight = values[layer.weight].reshape(len(weights), *weight.shape)
+        outputs = features @ weight.transpose(-1, -2)
+        if bias is not None:
+            shift = bias.detach() if layer.bias is None else values[layer.bias].unsqueeze(1)
+            outputs = outputs + shift
+        return outputs.expand(len(weights), -1, -1)
