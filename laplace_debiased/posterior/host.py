@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -15,7 +14,7 @@ from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMeth
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_debiased.checks import checked_integer, positive_value
+from laplace_debiased.checks import positive_value
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.debiasing import BiasReport, bias_report
 from laplace_debiased.errors import NotFittedError
@@ -23,21 +22,14 @@ from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, T
 from laplace_debiased.estimation.checkpoint import DEFAULT_INTERVAL
 from laplace_debiased.files import PathLike
 from laplace_debiased.likelihoods import (
-    InverseLink,
     LikelihoodName,
-    gaussian_samples,
     residual_noise,
-    softmax,
 )
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.network.locks import model_lock
-from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.watch import ModelWatch
-from laplace_debiased.posterior import saving, state
-from laplace_debiased.posterior.calls import (
-    MOMENTS,
-    PredictionCall,
-    check_generator,
+from laplace_debiased.posterior import predicting, saving, state
+from laplace_debiased.posterior.predicting import (
     checked_link,
     checked_pred_type,
 )
@@ -45,7 +37,7 @@ from laplace_debiased.posterior.priors import (
     PreparedPrecision,
     check_prior_mean,
 )
-from laplace_debiased.predictive import Predictive, Predictor
+from laplace_debiased.predictive import Predictor
 from laplace_debiased.tuning import PriorGrid, Subject, TuningResult
 from laplace_debiased.tuning.call import TuningCall, by_evidence, tuning_method
 
@@ -53,9 +45,6 @@ if TYPE_CHECKING:
     from laplace.baselaplace import ParametricLaplace as _Host
 else:
     _Host = object  # the concrete posterior brings laplace-torch's class
-
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
-"""What a model takes: a tensor, several, or a mapping that holds tensors."""
 
 
 class DebiasedPosterior(_Host):
@@ -405,16 +394,19 @@ class DebiasedPosterior(_Host):
 
     # -- the posterior ---------------------------------------------------------------------
 
-    def _precision(self) -> Any:
-        """The posterior precision as the predictor prepares it; kept until something changes."""
+    def _precision(self, *, differentiable: bool = True) -> Any:
+        """The posterior precision as the predictor prepares it; kept until something changes.
+
+        Args:
+            differentiable: keep the graph of hyper-parameters that require gradients.
+        """
         predictor = self.predictor
 
         def build() -> Any:
             return predictor.precision(self._H_factor, self.prior_precision)
 
-        return self._prepared.get(
-            build, predictor, self.prior_precision, self.sigma_noise, self.temperature
-        )
+        dependencies = predictor, self.prior_precision, self.sigma_noise, self.temperature
+        return self._prepared.get(build, *dependencies, differentiable=differentiable)
 
     def log_marginal_likelihood(
         self,
@@ -439,147 +431,10 @@ class DebiasedPosterior(_Host):
 
     # -- prediction ------------------------------------------------------------------------
 
-    def __call__(
-        self,
-        x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
-        joint: bool = False,
-        link_approx: LinkApprox | str | None = None,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-        fitting: bool = False,
-        **model_kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Posterior predictive on ``x``.
-
-        Args:
-            x: model inputs, m samples.
-            pred_type: "glm", the linearised network, or "nn", sampled networks.
-            joint: regression with "glm": covariance over all samples [m·C, m·C].
-            link_approx: "probit", "mc", "bridge" or "bridge_norm". By default the one that the
-                prior precision was tuned with, else "probit" ("mc" for "nn").
-            n_samples: draws for "mc" and "nn".
-            diagonal_output: regression: variances in place of covariances; "mc": independent
-                outputs.
-            generator: source of all draws; torch's global one by default.
-            fitting: reward modelling: probabilities of a pair, as while fitting, in place of
-                rewards.
-            model_kwargs: further arguments of the model, for "nn".
-
-        Returns:
-            Classification: probabilities [m, C] ([m, T, C] for outputs at T positions). Bernoulli:
-            the probability of every label [m, C]. Regression and rewards: the mean [m, C] and the
-            *epistemic* covariance [m, C, C], [m, C] with ``diagonal_output`` or "nn"; with
-            ``joint`` the mean [m·C] and covariance [m·C, m·C].
-
-        Raises:
-            NotFittedError: before ``fit``.
-            ModelChangedError: if the model's weights or running statistics are no longer those of
-                the fit.
-            ValueError: for an unknown or impossible combination.
-        """
-        self._check_H_init()
-        pred = checked_pred_type(pred_type)
-        call = PredictionCall(
-            pred,
-            self._link(link_approx, pred),
-            self.likelihood,
-            joint,
-            n_samples,
-            diagonal_output,
-            generator,
-            fitting,
-        )
-        check_generator(generator, self._device)
-        return call.answer(x, self._predictive(), self._sampled_outputs, model_kwargs)
-
-    def _predictive(self) -> Predictive:
-        """The linearised network under the present hyper-parameters."""
-        self._check_H_init()
-        self._check_model()
-        precision, differentiable = self._precision(), self.enable_backprop
-        if not differentiable and hasattr(precision, "detach"):
-            precision = precision.detach()
-        return Predictive(
-            self.predictor, precision, self._inverse_link, self._device, differentiable
-        )
-
-    def _glm_predictive_distribution(
-        self, X: Inputs, joint: bool = False, diagonal_output: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
-        return self._predictive().host_moments(X, joint=joint, diagonal_output=diagonal_output)
-
-    def functional_samples(
-        self,
-        x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Samples of the outputs [n_samples, m, C]; arguments as in ``__call__``."""
-        self._check_H_init()
-        check_generator(generator, self._device)
-        if checked_pred_type(pred_type) is PredType.NN:
-            return self._sampled_outputs(x, checked_integer("n_samples", n_samples), generator)
-        moments = self._predictive().host_moments(x, joint=False, diagonal_output=diagonal_output)
-        return gaussian_samples(*moments, n_samples, generator)
-
-    def predictive_samples(
-        self,
-        x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Samples after the inverse link [n_samples, m, C]; arguments as in ``__call__``."""
-        samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-        return samples if self.likelihood in MOMENTS else self._inverse_link(samples)
-
-    def _sampled_outputs(
-        self,
-        inputs: Inputs,
-        n_samples: int,
-        generator: torch.Generator | None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        """Outputs [n_samples, m, C] of networks at sampled weights."""
-        self._check_model()
-        with exact_arithmetic(self._device):
-            return self._target.sampled_outputs(
-                self.coverage,
-                self.sample(n_samples, generator),
-                inputs,
-                differentiable=self.enable_backprop,
-                **model_kwargs,
-            )
-
-    @property
-    def _inverse_link(self) -> InverseLink:
-        """From outputs to probabilities."""
-        return torch.sigmoid if self.likelihood == LikelihoodName.BERNOULLI else softmax
-
-    def _link(self, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
-        if link_approx is None:
-            if pred is PredType.NN:
-                return LinkApprox.MC
-            return self.tuned_link_approx or LinkApprox.PROBIT
-        link = checked_link(link_approx, self.likelihood)
-        if pred is PredType.NN and link is not LinkApprox.MC:
-            raise ValueError("pred_type='nn' averages sampled networks: use link_approx='mc'.")
-        tuned = self.tuned_link_approx
-        if pred is PredType.GLM and tuned not in (None, link) and not self._warned_about_link:
-            self._warned_about_link = True
-            warnings.warn(
-                f"the prior precision was tuned for link_approx={tuned.value!r}, but this "
-                f"prediction uses {link.value!r}.",
-                UserWarning,
-                stacklevel=3,
-            )
-        return link
+    __call__ = predicting.predict
+    functional_samples = predicting.functional_samples
+    predictive_samples = predicting.predictive_samples
+    _glm_predictive_distribution = predicting.host_moments
 
     # -- tuning ----------------------------------------------------------------------------
 
@@ -692,7 +547,7 @@ class DebiasedPosterior(_Host):
             return self.log_marginal_likelihood()
 
     def _sampled_at(
-        self, prior: float, inputs: Inputs, n_samples: int, generator: torch.Generator
+        self, prior: float, inputs: Any, n_samples: int, generator: torch.Generator
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction of sampled networks under another prior."""
         with self._prior_set_to(torch.tensor(prior, dtype=torch.float64)):

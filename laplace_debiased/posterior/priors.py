@@ -72,15 +72,16 @@ class PreparedPrecision:
     def __init__(self) -> None:
         self._kept: tuple[tuple[Any, ...], Any] | None = None
 
-    def get(self, build: Callable[[], Any], *dependencies: Any) -> Any:
-        """The precision, from ``build`` if it does not depend on these any more.
+    def get(self, build: Callable[[], Any], *dependencies: Any, differentiable: bool) -> Any:
+        """The precision, from ``build`` unless it is kept from a call with the same dependencies.
 
         Args:
             build: makes it.
             dependencies: the hyper-parameters, and the curvature itself.
+            differentiable: whether the graph of hyper-parameters that require gradients counts.
         """
         tensors = [value for value in dependencies if isinstance(value, Tensor)]
-        if any(tensor.requires_grad for tensor in tensors):
+        if differentiable and any(tensor.requires_grad for tensor in tensors):
             return build()
         key = (*dependencies, *(_version(tensor) for tensor in tensors))
         if self._kept is None or not all(map(_same, self._kept[0], key)):

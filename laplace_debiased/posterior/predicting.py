@@ -1,0 +1,313 @@
+"""Predictions of a fitted posterior: the calls of ``la(x)``, checked and answered."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from laplace.utils.enums import LinkApprox, PredType
+from torch import Tensor
+
+from laplace_debiased.checks import checked_integer
+from laplace_debiased.curvature import Coverage
+from laplace_debiased.estimation import Target
+from laplace_debiased.likelihoods import InverseLink, LikelihoodName, gaussian_samples, softmax
+from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.options import parse_choice
+from laplace_debiased.predictive import Predictive, Predictor
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
+"""What a model takes: a tensor, several, or a mapping that holds tensors."""
+
+MOMENTS = (LikelihoodName.REGRESSION, LikelihoodName.REWARD_MODELING)
+"""Likelihoods whose predictions are moments of the outputs."""
+
+SampledOutputs = Callable[..., Tensor]
+"""(inputs, n_samples, generator, **model_kwargs) to outputs of sampled networks [S, m, C]."""
+
+
+class Fitted(Protocol):
+    """What predictions read of a posterior."""
+
+    likelihood: str
+    enable_backprop: bool
+    tuned_link_approx: LinkApprox | None
+    _target: Target
+    _warned_about_link: bool
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which parameters carry a posterior."""
+
+    @property
+    def predictor(self) -> Predictor:
+        """What predicts with the fitted curvature."""
+
+    @property
+    def _device(self) -> torch.device: ...
+    def sample(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
+        """Weight samples [n_samples, P]."""
+
+    def _precision(self, *, differentiable: bool) -> Any: ...
+    def _check_H_init(self) -> None: ...  # noqa: N802
+    def _check_model(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionCall:
+    """What a call of a posterior asks for.
+
+    Attributes:
+        pred_type: the linearised network, or sampled networks.
+        link: how probabilities are approximated.
+        likelihood: of the posterior.
+        joint: covariance over all samples.
+        n_samples: draws; None for the link's own.
+        diagonal_output: variances in place of covariances.
+        generator: source of the draws.
+        fitting: reward modelling: probabilities of a pair in place of rewards.
+    """
+
+    pred_type: PredType
+    link: LinkApprox
+    likelihood: str
+    joint: bool = False
+    n_samples: int = 100
+    diagonal_output: bool = False
+    generator: torch.Generator | None = None
+    fitting: bool = False
+
+    @property
+    def asks_for_moments(self) -> bool:
+        """Whether the answer is a mean and a covariance."""
+        rewards = self.likelihood == LikelihoodName.REWARD_MODELING
+        return self.likelihood in MOMENTS and not (self.fitting and rewards)
+
+    def answer(
+        self,
+        inputs: Any,
+        predictive: Predictive,
+        sampled: SampledOutputs,
+        model_kwargs: dict[str, Any],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction.
+
+        Args:
+            inputs: model inputs.
+            predictive: the linearised network under the posterior.
+            sampled: outputs of sampled networks.
+            model_kwargs: further arguments of the sampled networks.
+
+        Raises:
+            ValueError: for a combination without an answer.
+        """
+        if self.pred_type is PredType.GLM:
+            if self.asks_for_moments:
+                return predictive.host_moments(
+                    inputs, joint=self.joint, diagonal_output=self.diagonal_output
+                )
+            return predictive.probabilities(
+                inputs,
+                self.link,
+                self.n_samples,
+                diagonal_output=self.diagonal_output,
+                generator=self.generator,
+            )
+        n_samples = checked_integer("n_samples", self.n_samples)
+        if self.asks_for_moments and n_samples == 1:
+            raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
+        samples = sampled(inputs, n_samples, self.generator, **model_kwargs)
+        if self.asks_for_moments:
+            return samples.mean(0), samples.var(0)
+        return predictive.inverse_link(samples).mean(0)
+
+
+def checked_pred_type(pred_type: PredType | str) -> PredType:
+    """The kind of prediction.
+
+    Raises:
+        ValueError: if it is neither "glm" nor "nn".
+    """
+    pred = parse_choice(PredType, pred_type, "pred_type")
+    if pred not in (PredType.GLM, PredType.NN):
+        raise ValueError("pred_type must be 'glm' or 'nn'.")
+    return pred
+
+
+def checked_link(link_approx: LinkApprox | str, likelihood: str) -> LinkApprox:
+    """The link approximation.
+
+    Raises:
+        ValueError: if it is unknown, or does not fit the likelihood.
+    """
+    link = parse_choice(LinkApprox, link_approx, "link_approx")
+    bridges = (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
+    if link in bridges and likelihood == LikelihoodName.BERNOULLI:
+        raise ValueError(
+            f"link_approx={link.value!r} is for classes that exclude each other; with "
+            "likelihood='bernoulli' use 'probit' or 'mc'."
+        )
+    return link
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """Check that a generator can draw for the model.
+
+    Raises:
+        ValueError: if it is something else, or on another device.
+    """
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator) or generator.device.type != device.type:
+        raise ValueError(f"generator must be a torch.Generator on the model's device {device}.")
+
+
+def predict(
+    self: Fitted,
+    x: Inputs,
+    pred_type: PredType | str = PredType.GLM,
+    joint: bool = False,
+    link_approx: LinkApprox | str | None = None,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+    fitting: bool = False,
+    **model_kwargs: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Posterior predictive on ``x``.
+
+    Args:
+        self: a fitted posterior.
+        x: model inputs, m samples.
+        pred_type: "glm", the linearised network, or "nn", sampled networks.
+        joint: regression with "glm": covariance over all samples [m·C, m·C].
+        link_approx: "probit", "mc", "bridge" or "bridge_norm". By default the one that the
+            prior precision was tuned with, else "probit" ("mc" for "nn").
+        n_samples: draws for "mc" and "nn".
+        diagonal_output: regression: variances in place of covariances; "mc": independent
+            outputs.
+        generator: source of all draws; torch's global one by default.
+        fitting: reward modelling: probabilities of a pair, as while fitting, in place of
+            rewards.
+        model_kwargs: further arguments of the model, for "nn".
+
+    Returns:
+        Classification: probabilities [m, C] ([m, T, C] for outputs at T positions). Bernoulli:
+        the probability of every label [m, C]. Regression and rewards: the mean [m, C] and the
+        *epistemic* covariance [m, C, C], [m, C] with ``diagonal_output`` or "nn"; with
+        ``joint`` the mean [m·C] and covariance [m·C, m·C].
+
+    Raises:
+        NotFittedError: before ``fit``.
+        ModelChangedError: if the model's weights or running statistics are no longer those of
+            the fit.
+        ValueError: for an unknown or impossible combination.
+    """
+    self._check_H_init()
+    pred = checked_pred_type(pred_type)
+    call = PredictionCall(
+        pred,
+        _link(self, link_approx, pred),
+        self.likelihood,
+        joint,
+        n_samples,
+        diagonal_output,
+        generator,
+        fitting,
+    )
+    check_generator(generator, self._device)
+    return call.answer(x, linearised(self), partial(sampled_outputs, self), model_kwargs)
+
+
+def linearised(self: Fitted) -> Predictive:
+    """The linearised network under the present hyper-parameters."""
+    self._check_H_init()
+    self._check_model()
+    precision = self._precision(differentiable=self.enable_backprop)
+    link = inverse_link_of(self.likelihood)
+    return Predictive(self.predictor, precision, link, self._device, self.enable_backprop)
+
+
+def host_moments(
+    self: Fitted, X: Inputs, joint: bool = False, diagonal_output: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
+    return linearised(self).host_moments(X, joint=joint, diagonal_output=diagonal_output)
+
+
+def functional_samples(
+    self: Fitted,
+    x: Inputs,
+    pred_type: PredType | str = PredType.GLM,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Samples of the outputs [n_samples, m, C]; arguments as in ``__call__``."""
+    self._check_H_init()
+    check_generator(generator, self._device)
+    if checked_pred_type(pred_type) is PredType.NN:
+        return sampled_outputs(self, x, checked_integer("n_samples", n_samples), generator)
+    moments = linearised(self).host_moments(x, joint=False, diagonal_output=diagonal_output)
+    return gaussian_samples(*moments, n_samples, generator)
+
+
+def predictive_samples(
+    self: Fitted,
+    x: Inputs,
+    pred_type: PredType | str = PredType.GLM,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Samples after the inverse link [n_samples, m, C]; arguments as in ``__call__``."""
+    samples = functional_samples(self, x, pred_type, n_samples, diagonal_output, generator)
+    return samples if self.likelihood in MOMENTS else inverse_link_of(self.likelihood)(samples)
+
+
+def sampled_outputs(
+    self: Fitted,
+    inputs: Inputs,
+    n_samples: int,
+    generator: torch.Generator | None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Outputs [n_samples, m, C] of networks at sampled weights."""
+    self._check_model()
+    with exact_arithmetic(self._device):
+        return self._target.sampled_outputs(
+            self.coverage,
+            self.sample(n_samples, generator),
+            inputs,
+            differentiable=self.enable_backprop,
+            **model_kwargs,
+        )
+
+
+def inverse_link_of(likelihood: str) -> InverseLink:
+    """From outputs to probabilities."""
+    return torch.sigmoid if likelihood == LikelihoodName.BERNOULLI else softmax
+
+
+def _link(self: Fitted, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
+    if link_approx is None:
+        if pred is PredType.NN:
+            return LinkApprox.MC
+        return self.tuned_link_approx or LinkApprox.PROBIT
+    link = checked_link(link_approx, self.likelihood)
+    if pred is PredType.NN and link is not LinkApprox.MC:
+        raise ValueError("pred_type='nn' averages sampled networks: use link_approx='mc'.")
+    tuned = self.tuned_link_approx
+    if pred is PredType.GLM and tuned not in (None, link) and not self._warned_about_link:
+        self._warned_about_link = True
+        warnings.warn(
+            f"the prior precision was tuned for link_approx={tuned.value!r}, but this "
+            f"prediction uses {link.value!r}.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return link
