@@ -7,12 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from laplace_debiased.operators._validate import (
-    require_finite,
-    require_floating,
-    require_same_kind,
-)
-
 
 @dataclass(frozen=True, eq=False)
 class Grams:
@@ -105,42 +99,6 @@ class Capacitance:
         )
 
 
-def eigh_of_core(core: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [k], none negative, and eigenvectors [k, k] of a semi-definite M [k, k].
-
-    Raises:
-        TypeError: M is no float32 or float64 tensor, or not of the basis's dtype.
-        ValueError: M has another shape or device, is not finite, not symmetric or not positive
-            semi-definite (both up to the square root of machine precision), or requires gradients.
-    """
-    require_floating("core", core)
-    rank = basis.shape[1]
-    if core.shape != (rank, rank):
-        raise ValueError(
-            f"core must be [{rank}, {rank}] to fit the basis {list(basis.shape)}, got the shape "
-            f"{list(core.shape)}."
-        )
-    require_same_kind("core", core, "basis", basis)
-    require_finite("core", core)
-    require_no_grad("core", core)
-    if rank == 0:
-        return core.new_zeros(0), core
-    tolerance = math.sqrt(torch.finfo(core.dtype).eps) * float(core.abs().max())
-    asymmetry = float((core - core.mT).abs().max())
-    if asymmetry > tolerance:
-        raise ValueError(
-            f"core must be symmetric, got |M - Mᵀ| up to {asymmetry:.3g} at entries up to "
-            f"{float(core.abs().max()):.3g}; pass (M + M.mT) / 2."
-        )
-    eigenvalues, eigenvectors = _eigh((core + core.mT) / 2)
-    if float(eigenvalues[0]) < -tolerance:
-        raise ValueError(
-            "core must be positive semi-definite, got the eigenvalue "
-            f"{float(eigenvalues[0]):.3g} beside the largest {float(eigenvalues[-1]):.3g}."
-        )
-    return eigenvalues.clamp(min=0), eigenvectors
-
-
 def require_no_grad(name: str, value: Tensor) -> Tensor:
     """Return `value` if it does not require gradients.
 
@@ -153,14 +111,6 @@ def require_no_grad(name: str, value: Tensor) -> Tensor:
             f"and prior_precision only; pass {name}.detach()."
         )
     return value
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:  # clusters of eigenvalues can defeat float32
-        values, vectors = torch.linalg.eigh(matrix.double())
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 def _solve_rows(triangle: Tensor, rows: Tensor, *, upper: bool) -> Tensor:

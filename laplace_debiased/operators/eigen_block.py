@@ -143,16 +143,6 @@ class EigenBlock:
             _bases_checked=True,
         )
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "EigenBlock":
-        """Return the block on `device` in `dtype` (each left as it is when None)."""
-        device = self.eigenvalues.device if device is None else torch.device(device)
-        dtype = self.eigenvalues.dtype if dtype is None else dtype
-        bases = (self.output_basis, self.input_basis)
-        output_basis, input_basis = (None if b is None else b.to(device, dtype) for b in bases)
-        return EigenBlock(output_basis, input_basis, self.eigenvalues.to(device, dtype))
-
 
 def _check_basis(name: str, basis: Tensor, table: Tensor, axis: int) -> None:
     require_floating(name, basis)

@@ -1,7 +1,7 @@
 """A block-diagonal posterior precision in a Kronecker eigenbasis."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -107,10 +107,6 @@ class EigenKron:
     __radd__ = __add__
     __rmul__ = __mul__
 
-    def spectrum(self) -> Tensor:
-        """All eigenvalues Λ + δ, flattened in the order of the blocks, [P]."""
-        return torch.cat([table.flatten() for table in self._tables()])
-
     def logdet(self) -> Tensor:
         """Log-determinant, 0-d.
 
@@ -191,12 +187,6 @@ class EigenKron:
     def detach(self) -> "EigenKron":
         """Return the operator cut from the autograd graph; storage is shared."""
         return EigenKron(tuple(block.detach() for block in self.blocks), self.deltas.detach())
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "EigenKron":
-        """Return the operator on `device` in `dtype` (each left as it is when None)."""
-        return replace(self, blocks=tuple(block.to(device, dtype) for block in self.blocks))
 
     def _split(self, vectors: Tensor) -> tuple[Tensor, ...]:
         return vectors.split([block.n_params for block in self.blocks], dim=-1)

@@ -10,7 +10,6 @@ from torch import Tensor
 from laplace_debiased.operators._capacitance import (
     Capacitance,
     Grams,
-    eigh_of_core,
     require_no_grad,
 )
 from laplace_debiased.operators._validate import (
@@ -72,31 +71,6 @@ class LowRank:
             raise ValueError(f"scale must not be negative, got {scale.item():g}.")
         object.__setattr__(self, "scale", scale)
 
-    @classmethod
-    def from_core(
-        cls,
-        basis: Tensor,
-        core: Tensor,
-        prior_precision: Tensor | float,
-        layer_sizes: tuple[int, ...] | None = None,
-    ) -> "LowRank":
-        """P = U M Uᵀ + D with a full core M, stored in the eigenbasis M = R diag(λ) Rᵀ as U R, λ.
-
-        Args:
-            basis: U [P, k].
-            core: M [k, k], symmetric and positive semi-definite up to rounding. Eigenvalues that
-                rounding made negative become zero.
-            prior_precision: as for the class.
-            layer_sizes: as for the class.
-
-        Raises:
-            TypeError: as for the class.
-            ValueError: as for the class, or M is not square, symmetric or semi-definite.
-        """
-        _check_basis(basis)
-        eigenvalues, rotation = eigh_of_core(core, basis)
-        return cls(basis @ rotation, eigenvalues, prior_precision, layer_sizes)
-
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.n_params} parameters, rank {self.rank}, {self.dtype}, "
@@ -151,12 +125,6 @@ class LowRank:
         prior_part = self.n_params * log_prior if log_prior.ndim == 0 else log_prior.sum()
         return prior_part + 2 * factor.cholesky.diagonal().log().sum()
 
-    def matvec(self, v: Tensor) -> Tensor:
-        """P v for each v in [..., P]; same shape out."""
-        require_vectors("v", v, self.n_params, self.basis)
-        coefficients = (v @ self.basis) * (self._h * self.eigenvalues)
-        return coefficients @ self.basis.mT + self.prior_diagonal * v
-
     def solve(self, v: Tensor) -> Tensor:
         """P⁻¹ v for each v in [..., P]; same shape out (Woodbury's identity)."""
         require_vectors("v", v, self.n_params, self.basis)
@@ -181,20 +149,6 @@ class LowRank:
         curvature = ((v @ self.basis).square() * self.eigenvalues).sum(-1)
         return self._h * curvature + (self.prior_diagonal * v.square()).sum(-1)
 
-    def diag(self) -> Tensor:
-        """Return the diagonal of P, [P]."""
-        return self._h * (self.basis.square() @ self.eigenvalues) + self.prior_diagonal
-
-    def inverse_diag(self) -> Tensor:
-        """Return the diagonal of P⁻¹, [P]: the marginal variances.
-
-        Never below 1 / diag(P), a bound that holds for every positive definite P and that
-        rounding alone could break. Rounding is absolute, of the size of the prior variance 1 / d.
-        """
-        prior = self.prior_diagonal
-        correction = self._factor().whiten(self.basis).square().sum(-1)
-        return torch.maximum(1 / prior - self._h * correction / prior.square(), 1 / self.diag())
-
     def inv_square_form(self, J: Tensor) -> Tensor:
         """J_n P⁻¹ J_nᵀ for each n: with Jacobians J [n, C, P] the functional variance [n, C, C].
 
@@ -208,31 +162,6 @@ class LowRank:
         root = self._subtract_curvature(J / prior_root, self._factor().transposed_root)
         return root @ root.mT
 
-    def projected_variance(self, J_Dinv_U: Tensor, prior_variance: Tensor) -> Tensor:
-        """J_n P⁻¹ J_nᵀ, [n, C, C], from Jacobians that were projected before and are gone.
-
-        prior_variance − h (J D⁻¹ U) diag(λ)^½ (L Lᵀ)⁻¹ diag(λ)^½ (J D⁻¹ U)ᵀ. With a scalar prior
-        precision d the arguments are J U / d and J Jᵀ / d, so that one pass over the data serves
-        every d and h. A difference: in float32 the variance of an output that curvature pins down
-        a million times better than the prior is lost to rounding; `inv_square_form` keeps it.
-
-        Args:
-            J_Dinv_U: J D⁻¹ U [n, C, k].
-            prior_variance: J D⁻¹ Jᵀ [n, C, C].
-        """
-        require_vectors("J_Dinv_U", J_Dinv_U, self.rank, self.basis)
-        if J_Dinv_U.ndim != 3:
-            raise ValueError(f"J_Dinv_U must be [n, C, k], got the shape {list(J_Dinv_U.shape)}.")
-        expected = (*J_Dinv_U.shape[:2], J_Dinv_U.shape[1])
-        if prior_variance.shape != expected:
-            raise ValueError(
-                f"prior_variance must be [n, C, C] = {list(expected)} to fit J_Dinv_U, got the "
-                f"shape {list(prior_variance.shape)}."
-            )
-        require_same_kind("prior_variance", prior_variance, "the operator", self.basis)
-        whitened = self._factor().whiten(J_Dinv_U)
-        return prior_variance - self._h * (whitened @ whitened.mT)
-
     def to_matrix(self) -> Tensor:
         """P as a dense [P, P], for tiny models."""
         curvature = (self.basis * self.eigenvalues) @ self.basis.mT
@@ -241,18 +170,6 @@ class LowRank:
     def detach(self) -> "LowRank":
         """Return the operator cut from the autograd graph; storage is shared."""
         return replace(self, prior_precision=self._prior.detach(), scale=self._h.detach())
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "LowRank":
-        """Return the operator on `device` in `dtype` (each left as it is when None)."""
-        device = self.device if device is None else torch.device(device)
-        dtype = self.dtype if dtype is None else dtype
-        basis, eigenvalues, prior, scale = (
-            tensor.to(device, dtype)
-            for tensor in (self.basis, self.eigenvalues, self._prior, self._h)
-        )
-        return LowRank(basis, eigenvalues, prior, self.layer_sizes, scale)
 
     @property
     def _h(self) -> Tensor:
