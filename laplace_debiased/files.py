@@ -9,7 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,11 +44,25 @@ _UNREADABLE = (
     IndexError,
 )
 
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    OSError,
+)
+"""What ``zipfile`` raises on flipped bytes: in names (UnicodeDecodeError), sizes, offsets, flags."""
+
 
 def write_record(path: PathLike, kind: str, version: int, payload: Mapping[str, Any]) -> None:
     """Write a record, so that a crash at any moment leaves the old file or the new one.
 
-    The record goes to a temporary file in the same folder, is flushed to the disk and renamed.
+    The record goes to a temporary file in the same folder, is flushed to the disk and renamed. It
+    takes over the permissions of the file that it replaces; those of a new one follow the umask.
     What an earlier crash left there is removed.
 
     Args:
@@ -56,9 +73,11 @@ def write_record(path: PathLike, kind: str, version: int, payload: Mapping[str, 
 
     Raises:
         TypeError: if ``path`` is no path.
-        OSError: as the file system says; the old file is then as it was.
+        OSError: as the file system says, and for a device, a pipe or a read-only file; the old
+            file is then as it was.
     """
     target = resolved_path(path)
+    mode = _mode_to_keep(target)
     _remove_leftovers(target)
     record = {
         "format": kind,
@@ -69,6 +88,8 @@ def write_record(path: PathLike, kind: str, version: int, payload: Mapping[str, 
     temporary, file = _open_temporary(target)
     try:
         with file:
+            if mode is not None:
+                os.chmod(temporary, mode)
             torch.save(record, file)
             file.flush()
             os.fsync(file.fileno())
@@ -104,6 +125,8 @@ def read_record(
         raise FileNotFoundError(errno.ENOENT, f"no {kind} file here", str(source))
     if source.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"a {kind} file is needed, not a folder", str(source))
+    if not source.is_file():  # opening a pipe would wait for a writer
+        raise OSError(errno.EINVAL, f"a {kind} file is needed, not a device or pipe", str(source))
     _check_archive(source, kind)
     location = "cpu" if map_location is None else map_location
     try:
@@ -141,14 +164,15 @@ def resolved_path(path: PathLike) -> Path:
 
 def _check_archive(source: Path, kind: str) -> None:
     """Check that a file is whole; torch reads the bytes of tensors without a checksum."""
-    try:
-        with zipfile.ZipFile(source) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise StoredFileError(
-            f"{source} is no {kind} file, or only a part of one ({error}). If it was copied or "
-            "downloaded, fetch it again; else save it again."
-        ) from error
+    with open(source, "rb") as file:  # what the file system refuses passes through
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except _DAMAGED as error:
+            raise StoredFileError(
+                f"{source} is no {kind} file, or only a part of one ({error}). If it was copied or "
+                "downloaded, fetch it again; else save it again."
+            ) from error
     if damaged is not None:
         raise StoredFileError(
             f"{source} is damaged: {damaged} has a wrong checksum. Fetch or save it again."
@@ -172,6 +196,29 @@ def _check_header(source: Path, record: object, kind: str, newest: int) -> None:
             f"{record.get('library_version')}; this is {__version__}, which reads up to {newest}. "
             "Upgrade laplace-debiased."
         )
+
+
+def _mode_to_keep(target: Path) -> int | None:
+    """Permissions of the file that is to be replaced; None if there is none.
+
+    Raises:
+        OSError: if something else than a writable regular file is there.
+    """
+    try:
+        found = os.stat(target).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(found):
+        raise IsADirectoryError(errno.EISDIR, "a file is to be written, not a folder", str(target))
+    if not stat.S_ISREG(found):
+        raise OSError(
+            errno.EINVAL, "only a regular file can be replaced, no device or pipe", str(target)
+        )
+    if not found & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            errno.EACCES, "the file is read-only: make it writable or save elsewhere", str(target)
+        )
+    return stat.S_IMODE(found)
 
 
 def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:

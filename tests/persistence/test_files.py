@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,51 @@ def test_impossible_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="string or os"):
         write_record(io.BytesIO(), KIND, 1, {})  # type: ignore[arg-type]
     remove_file(tmp_path / "nothing.pt")
+
+
+def test_devices_and_pipes_are_neither_replaced_nor_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path(os.devnull)):
+        before = os.stat(path)
+        with pytest.raises(OSError, match="device or pipe"):
+            write(path)
+        with pytest.raises(OSError, match="device or pipe"):
+            read_record(path, KIND, 1)
+        after = os.stat(path)
+        assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_permissions_of_a_file_are_kept_and_a_new_one_follows_the_umask(tmp_path: Path) -> None:
+    path, before = tmp_path / "a.pt", os.umask(0o027)
+    try:
+        write(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        for mode in (0o600, 0o664):
+            path.chmod(mode)
+            write(path)
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+    finally:
+        os.umask(before)
+    path.chmod(0o444)
+    content = path.read_bytes()
+    with pytest.raises(PermissionError, match="read-only"):
+        write(path)
+    assert path.read_bytes() == content
+
+
+def test_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    write(path)
+    whole, expected = path.read_bytes(), read_record(path, KIND, 1)
+    for place in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[place] ^= 0xFF
+        path.write_bytes(flipped)
+        try:
+            found = read_record(path, KIND, 1)
+        except StoredFileError:
+            continue
+        assert found.keys() == expected.keys()
+        assert torch.equal(found["value"], expected["value"])
