@@ -12,10 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from laplace_debiased.curvature.lowrank import (
-    DirectionPass,
     Eigenpairs,
     JoinedPart,
-    Route,
     RowPass,
     SpanDirections,
     core_root,
@@ -132,7 +130,6 @@ class LowRankEstimator:
         rank: number of directions; None for all above the cutoff.
         seed: seed of label draws and of Lanczos' start.
         progress_bar: show progress.
-        route: how directional curvature is measured without stored rows; None for the cheaper way.
     """
 
     row_pass: RowPass
@@ -141,7 +138,6 @@ class LowRankEstimator:
     rank: int | None
     seed: int = 0
     progress_bar: bool = False
-    route: Route | None = None
 
     def estimate(self, plan: CurvaturePlan) -> LowRankEstimate:
         """Walk a plan and join its folds.
@@ -304,22 +300,26 @@ class LowRankEstimator:
         steps: Iterable[Measurement],
         found: list[Eigenpairs],
     ) -> list[_Measured]:
-        """Directional curvatures in one walk, from rows or from forward-mode derivatives."""
+        """Directional curvatures in one walk, from rows that are not kept."""
         steps = list(steps)
-        passes = [DirectionPass(self.row_pass, pairs.basis, self.route) for pairs in found]
         cores: list[Tensor | float] = [0.0 for _ in steps]
         held_out: list[Tensor | float] = [0.0 for _ in steps]
         for start, batch in self._positioned(plan, "directional curvature"):
             columns = survey.columns(slice(start, start + len(batch)))
-            for index, step in enumerate(steps):
-                wanted = self._coefficients(plan, step, batch)
-                others = draw_coefficients(plan, batch, step.magnitude_folds)
-                for samples, values in passes[index].projections(batch.inputs, columns):
-                    n, r, _ = values.shape
-                    flat = values.double().flatten(0, 1)
+            coefficients = [
+                (
+                    self._coefficients(plan, step, batch),
+                    draw_coefficients(plan, batch, step.magnitude_folds),
+                )
+                for step in steps
+            ]
+            for tile, rows in self.row_pass.walk(batch.inputs, columns):
+                n, r, _ = rows.shape
+                for index, pairs in enumerate(found):
+                    flat = (rows @ pairs.basis).double().flatten(0, 1)
                     c, o = (
-                        x[samples].to(flat).repeat_interleave(r, output_size=n * r)
-                        for x in (wanted, others)
+                        x[tile.samples].to(flat).repeat_interleave(r, output_size=n * r)
+                        for x in coefficients[index]
                     )
                     cores[index] = cores[index] + self._core(c, flat)
                     held_out[index] = held_out[index] + o @ flat.square()
