@@ -55,7 +55,7 @@ _DAMAGED = (
     OverflowError,
     OSError,
 )
-"""What ``zipfile`` raises on flipped bytes: in names (UnicodeDecodeError), sizes, offsets, flags."""
+"""What ``zipfile`` raises on flipped bytes: names (UnicodeDecodeError), sizes, offsets, flags."""
 
 
 def write_record(path: PathLike, kind: str, version: int, payload: Mapping[str, Any]) -> None:

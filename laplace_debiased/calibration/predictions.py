@@ -23,7 +23,9 @@ from laplace_debiased.calibration.batches import (
     to_numpy,
     without_ignored,
 )
-from laplace_debiased.calibration.state import untouched
+from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.network.modes import undisturbed
+from laplace_debiased.network.rng import preserved_rng
 
 Values = torch.Tensor | np.ndarray
 Call = Callable[[Any], Any]
@@ -113,16 +115,16 @@ def predict(
     """
     _check_likelihood(source, options.likelihood)
     if isinstance(source, Values):
-        with untouched(None, loader):
+        with preserved_rng(generators=loader_generators(loader)):
             targets = collect_targets(loader)
         return _rows(source, targets, options.likelihood or "classification")
     if isinstance(source, tuple):
-        with untouched(None, loader):
+        with preserved_rng(generators=loader_generators(loader)):
             targets = collect_targets(loader)
         return _from_moments(source, targets)
     likelihood = _likelihood(source)
     ask = _ask(source, likelihood, options)
-    with untouched(_model(source), loader):
+    with undisturbed(_model(source), generators=loader_generators(loader)):
         if likelihood in _WITH_LABELS:
             return _classify(source, ask, loader, options)
         return _regress(source, ask, loader, options)
@@ -132,7 +134,7 @@ def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> 
     """Probabilities of a posterior for a loader whose targets do not matter."""
     ask = _ask(source, _likelihood(source), options)
     device = getattr(source, "_device", None)
-    with untouched(_model(source), loader):
+    with undisturbed(_model(source), generators=loader_generators(loader)):
         parts = [
             _detached(ask(to_device(inputs_only(batch), device)))
             for batch in iterate(loader, "ood_loader", options.progress_bar)

@@ -26,8 +26,10 @@ from laplace_debiased.calibration.batches import (
     to_numpy,
     without_ignored,
 )
-from laplace_debiased.calibration.state import untouched
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.inputs import invoke
+from laplace_debiased.network.modes import undisturbed
+from laplace_debiased.network.rng import preserved_rng
 
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
 
@@ -102,7 +104,7 @@ def fit_temperature(
             "logits_or_model must be a torch module or logits (samples, classes), got "
             f"{type(logits_or_model).__name__}; of a posterior pass its .model."
         )
-    with untouched(None, val_loader):
+    with preserved_rng(generators=loader_generators(val_loader)):
         targets = collect_targets(val_loader, dict_key_y)
     return _fit(*_checked(logits_or_model, targets, ignore_index))
 
@@ -125,7 +127,7 @@ def collect_logits(
     """
     device = next((parameter.device for parameter in model.parameters()), None)
     logits, labels = [], []
-    with untouched(model, loader), torch.no_grad():
+    with undisturbed(model, generators=loader_generators(loader)), torch.no_grad():
         for batch in iterate(loader, "loader", progress_bar):
             x, y = split_batch(batch, dict_key_y)
             output = _checked_output(invoke(model, to_device(x, device))).cpu()

@@ -1,43 +1,47 @@
 r"""Top eigenpairs of a mini-batch's curvature, and how far two eigenspaces coincide.
 
-Three solvers, matched to what is small:
+Three solvers, matched to what is small; the first two are those of `curvature.lowrank`:
 
 * **Gram**: with A [mR, P] the rows J_nᵀ S_n, G = AᵀA/m has the eigenvalues of the mR × mR matrix
   AAᵀ/m and the eigenvectors Aᵀv/√(mλ). All eigenpairs at once, at the price of R backward passes
-  over the batch. The Gram matrix is formed in float64: squaring the condition number then costs no
-  digit that float32 rows ever had.
-* **Lanczos**: ARPACK on matrix-vector products (curvlinops' for the GGN), for batches or models
-  whose rows do not fit, and for the Hessian. A float32 product carries relative errors of 1e-7, so
-  the tolerance is 1e-6 there: below it ARPACK would iterate on rounding noise.
+  over the batch.
+* **Lanczos**: ARPACK on matrix-vector products, for batches or models whose rows do not fit, and
+  for the Hessian.
 * **Dense**: the matrix itself, for models of a few hundred parameters (ARPACK cannot give all P
   eigenpairs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-import numpy as np
 import torch
-from curvlinops import GGNLinearOperator
-from scipy.sparse.linalg import ArpackNoConvergence
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from tqdm import tqdm
 
 from laplace_debiased.checks import checked_integer, generator_seed
-from laplace_debiased.curvature.lowrank import combined_rows, gram_matrix
-from laplace_debiased.curvature.lowrank.products import arpack_eigenpairs
-from laplace_debiased.diagnostics.measure import (
-    Matrix,
-    root_rows,
-    rows_bytes,
+from laplace_debiased.curvature import lowrank
+from laplace_debiased.curvature.lowrank import (
+    Product,
+    arpack_eigenpairs,
+    ggn_product,
+    gram_matrix,
+    orthonormal_pairs,
+    product_cutoff,
+    relative_cutoff,
+    significant_pairs,
+    span_eigenpairs,
 )
-from laplace_debiased.diagnostics.network import Network, attributed, undisturbed
-from laplace_debiased.likelihoods import LossModel
-from laplace_debiased.network.inputs import batch_length, calling_by_signature, select_rows
+from laplace_debiased.diagnostics.measure import Matrix
+from laplace_debiased.diagnostics.network import LossNetwork
+from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.inputs import select_rows
+from laplace_debiased.network.modes import differentiable_kernels, undisturbed
 from laplace_debiased.network.transforms import Parameters
 from laplace_debiased.options import parse_choice
 
@@ -45,9 +49,6 @@ _GRAM_MAX_BYTES = 2 * 2**30
 _GRAM_MAX_ROWS = 1024
 _DENSE_MAX_PARAMETERS = 256
 _LANCZOS_CHUNK_SAMPLES = 512
-
-
-_Product = Callable[[Tensor], Tensor]
 
 
 class Solver(StrEnum):
@@ -103,20 +104,21 @@ def top_eigenpairs(
         progress_bar: show one.
 
     Raises:
-        ValueError: for a bad option, outputs that are not finite, or a curvature that vanishes.
-        RuntimeError: if Lanczos does not converge.
+        ValueError: for a bad option.
+        NumericalError: for outputs that are not finite, a curvature that vanishes, or if Lanczos
+            does not converge.
     """
     chosen = parse_choice(Matrix, matrix, "matrix")
     how = parse_choice(Solver, solver, "solver")
-    with undisturbed(model):
-        network = Network.of(model, likelihood, dict_key_y)
+    with undisturbed(model), differentiable_kernels(model):
+        network = LossNetwork.of(model, likelihood, dict_key_y)
         return network_eigenpairs(
             network, batch, k, matrix=chosen, solver=how, seed=seed, progress_bar=progress_bar
         )
 
 
 def network_eigenpairs(
-    network: Network,
+    network: LossNetwork,
     batch: object,
     k: int,
     *,
@@ -127,29 +129,26 @@ def network_eigenpairs(
     progress_bar: bool = False,
 ) -> Eigenpairs:
     """As `top_eigenpairs`, for a network that is already undisturbed."""
-    # Numpy's generators take no negative seed.
-    k, seed = checked_integer("k", k), generator_seed(seed) % 2**64
+    k, seed = checked_integer("k", k), generator_seed(seed)
+    functional = network.functional
     inputs, targets = network.pair(batch, role)
     outputs = network.checked_outputs(inputs, targets)
     root = network.loss.hessian_root(outputs)
-    k = min(k, network.n_parameters)
-    solver = _resolve(solver, matrix, network, root, k)
-    match solver:
-        case Solver.GRAM:
-            rows = _rows(network, inputs, root, progress_bar)
-            values, vectors = _gram_eigenpairs(rows, len(outputs), k)
-        case Solver.LANCZOS:
-            product = _product(network, inputs, targets, matrix)
-            values, vectors = _lanczos(network, product, k, seed, progress_bar)
-        case _:
-            product = _product(network, inputs, targets, matrix)
-            values, vectors = _dense(product, network.n_parameters, k)
-    kept = _above_rounding(values, network.dtype, matrix, solver)
-    return Eigenpairs(
-        torch.as_tensor(values[:kept].copy()),
-        torch.as_tensor(vectors[:, :kept].copy()).to(network.dtype).to(network.device),
-        len(outputs),
-    )
+    k = min(k, functional.n_params)
+    chosen = _resolve(solver, matrix, network, root, k)
+    if chosen is Solver.GRAM:
+        pairs = _gram_eigenpairs(network, inputs, root, k, progress_bar)
+    else:
+        make = _ggn_product if matrix is Matrix.GGN else _hessian_product
+        product = make(network, inputs, targets, root)
+        if chosen is Solver.LANCZOS:
+            pairs = arpack_eigenpairs(product, functional, k, seed=seed, progress_bar=progress_bar)
+        else:
+            pairs = _dense(product, functional, k)
+        # The Hessian's eigenvalues are all wanted: it may be indefinite.
+        cutoff = product_cutoff(functional.dtype) if matrix is Matrix.GGN else -math.inf
+        pairs = significant_pairs(pairs, cutoff)
+    return Eigenpairs(pairs.eigenvalues.cpu(), pairs.basis, len(outputs))
 
 
 def eigenspace_overlap(u: Tensor, v: Tensor) -> float:
@@ -182,124 +181,75 @@ def eigenspace_overlap(u: Tensor, v: Tensor) -> float:
     return float((u.T @ v).square().sum() / u.shape[1])
 
 
-def _resolve(solver: Solver, matrix: Matrix, network: Network, root: Tensor, k: int) -> Solver:
+def _resolve(solver: Solver, matrix: Matrix, network: LossNetwork, root: Tensor, k: int) -> Solver:
     if solver is Solver.GRAM and matrix is Matrix.HESSIAN:
         raise ValueError(
             "solver='gram' needs matrix='ggn': the Hessian is no Gram matrix. Use 'lanczos'."
         )
-    if solver is Solver.LANCZOS and k >= network.n_parameters:
+    if solver is Solver.LANCZOS and k >= network.functional.n_params:
         raise ValueError(
-            f"solver='lanczos' finds fewer than P = {network.n_parameters} eigenpairs; got k = {k}."
-            " Use solver='dense', or a smaller k."
+            f"solver='lanczos' finds fewer than P = {network.functional.n_params} eigenpairs; got "
+            f"k = {k}. Use solver='dense', or a smaller k."
         )
     if solver is not Solver.AUTO:
         return solver
-    if network.n_parameters <= max(_DENSE_MAX_PARAMETERS, k):
+    if network.functional.n_params <= max(_DENSE_MAX_PARAMETERS, k):
         return Solver.DENSE
     n_rows = root.shape[0] * root.shape[2]
-    fits = n_rows <= _GRAM_MAX_ROWS and rows_bytes(network, n_rows) <= _GRAM_MAX_BYTES
+    fits = n_rows <= _GRAM_MAX_ROWS and network.rows_bytes(n_rows) <= _GRAM_MAX_BYTES
     return Solver.GRAM if matrix is Matrix.GGN and fits else Solver.LANCZOS
 
 
-def _rows(network: Network, inputs: object, root: Tensor, progress_bar: bool) -> Tensor:
-    """All rows J_nᵀ S_n of a batch as one matrix [mR, P]."""
+def _gram_eigenpairs(
+    network: LossNetwork, inputs: Any, root: Tensor, k: int, progress_bar: bool
+) -> lowrank.Eigenpairs:
+    """From all rows J_nᵀ S_n [mR, P] of a batch; `relative_cutoff` says what is rounding."""
     m, _, rank = root.shape
-    rows = root.new_empty((m, rank, network.n_parameters), dtype=network.dtype)
-    with tqdm(desc="rows of the Gram matrix", total=m, disable=not progress_bar) as bar:
-        for chosen, values in root_rows(network, inputs, root):
-            rows[chosen] = values
-            bar.update(len(values))
-    return rows.reshape(m * rank, -1)
+    functional = network.functional
+    rows = root.new_empty((m, rank, functional.n_params), dtype=functional.dtype)
+    with tqdm(desc="rows of the Gram matrix", total=m * rank, disable=not progress_bar) as bar:
+        for tile, values in network.row_pass.walk(inputs, root):
+            rows[tile.samples, tile.columns] = values
+            bar.update(values.shape[0] * values.shape[1])
+    flat = rows.flatten(0, 1)
+    gram = gram_matrix(flat)
+    root_of_mean = gram.new_full((len(gram),), m**-0.5)
+    cutoff = relative_cutoff(functional.dtype)
+    return orthonormal_pairs(flat, span_eigenpairs(gram, root_of_mean, rank=k, cutoff=cutoff))
 
 
-def _gram_eigenpairs(rows: Tensor, n_samples: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    squares, left = torch.linalg.eigh(gram_matrix(rows) / n_samples)
-    k = min(k, len(squares))
-    squares, left = squares.flip(0)[:k], left.flip(1)[:, :k]
-    scale = (squares.clamp_min(torch.finfo(torch.float64).tiny) * n_samples).rsqrt()
-    vectors = combined_rows(rows, left * scale)
-    return squares.cpu().numpy(), vectors.cpu().numpy()
+def _dense(product: Product, network: FunctionalNetwork, k: int) -> lowrank.Eigenpairs:
+    """From the matrix itself, by its products with all unit vectors."""
+    eye = torch.eye(network.n_params, dtype=network.dtype, device=network.device)
+    matrix = product(eye).double()
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    basis = vectors.flip(1)[:, :k].to(network.dtype)
+    return lowrank.Eigenpairs(basis, values.flip(0)[:k])
 
 
-def _lanczos(
-    network: Network,
-    product: Callable[[np.ndarray], np.ndarray],
-    k: int,
-    seed: int,
-    progress_bar: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    def multiply(vector: np.ndarray) -> np.ndarray:
-        return product(vector[:, None]).astype(np.float64).ravel()
+def _ggn_product(network: LossNetwork, inputs: Any, targets: Tensor, root: Tensor) -> Product:
+    """X [P, j] ↦ G X, G the batch's per-sample mean GGN."""
+    scaled = root * len(root) ** -0.5
+    positions = torch.arange(len(root), device=root.device)
 
-    try:
-        with tqdm(desc="curvature products", disable=not progress_bar) as bar:
-            return arpack_eigenpairs(multiply, network.n_parameters, k, network.dtype, seed, bar)
-    except ArpackNoConvergence as error:
-        raise RuntimeError(
-            f"Lanczos found {len(error.eigenvalues)} of {k} eigenpairs before its iteration "
-            "limit. Ask for a smaller k (eigenvalues far down the spectrum are close together)."
-        ) from error
+    def walk() -> Iterator[tuple[Any, Tensor]]:
+        for piece in _pieces(targets):
+            yield select_rows(inputs, piece), positions[piece]
+
+    return ggn_product(network.functional, walk, lambda at: scaled[at])
 
 
-def _dense(
-    product: Callable[[np.ndarray], np.ndarray], size: int, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    matrix = product(np.eye(size)).astype(np.float64)
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return values[::-1][:k], vectors[:, ::-1][:, :k]
-
-
-class _MeanLoss(nn.Module):
-    """A loss model as the mean-reduced criterion that curvlinops' operators expect."""
-
-    reduction = "mean"
-
-    def __init__(self, loss: LossModel) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over the samples."""
-        return self.loss.losses(outputs, targets).mean()
-
-
-def _ggn_product(network: Network, inputs: object, targets: Tensor) -> _Product:
-    """X [P, j] ↦ G X with curvlinops' operator, G the batch's per-sample mean GGN."""
-    trainable = [p for p in network.model.parameters() if p.requires_grad]
-    if any(p.dtype not in (torch.float32, torch.float64) for p in trainable):
-        raise ValueError(
-            "curvature products need a float32 or float64 model; call model.float(), or use "
-            "solver='gram', which computes in float32 whatever the model's dtype."
-        )
-    with calling_by_signature(network.model):
-        operator = GGNLinearOperator(
-            network.model,
-            _MeanLoss(network.loss),
-            trainable,
-            [(attributed(select_rows(inputs, p)), targets[p]) for p in _pieces(targets)],
-            # Its determinism check would draw from the global generator.
-            check_deterministic=False,
-            num_data=len(targets),
-            batch_size_fn=batch_length,
-        )
-
-    def product(columns: Tensor) -> Tensor:
-        with calling_by_signature(network.model):
-            return operator @ columns
-
-    return product
-
-
-def _hessian_product(network: Network, inputs: object, targets: Tensor) -> _Product:
+def _hessian_product(network: LossNetwork, inputs: Any, targets: Tensor, _: Tensor) -> Product:
     """X [P, j] ↦ ∇²L X, with L the batch's mean loss, forward over reverse mode.
 
     `torch.func.grad` and not curvlinops' Hessian operator: that one differentiates through
     `jacrev`, whose inner vmap makes torch drop the derivative of layer_norm's statistics, and the
     "Hessian" of a transformer comes out asymmetric.
     """
+    functional = network.functional
 
     def product(columns: Tensor) -> Tensor:
-        tangents = network.split(columns)
+        parameters, tangents = functional.parameters(), functional.split(columns)
         total = torch.zeros_like(columns)
         for piece in _pieces(targets):
             loss = _summed_loss(network, select_rows(inputs, piece), targets[piece])
@@ -307,7 +257,7 @@ def _hessian_product(network: Network, inputs: object, targets: Tensor) -> _Prod
             def times(
                 tangent: Parameters, loss: Callable[[Parameters], Tensor] = loss
             ) -> Parameters:
-                return jvp(grad(loss), (network.parameters,), (tangent,))[1]
+                return jvp(grad(loss), (parameters,), (tangent,))[1]
 
             products = vmap(times)(tangents)
             total += torch.cat([products[name].flatten(1) for name in products], 1).T
@@ -317,43 +267,12 @@ def _hessian_product(network: Network, inputs: object, targets: Tensor) -> _Prod
 
 
 def _summed_loss(
-    network: Network, inputs: object, targets: Tensor
+    network: LossNetwork, inputs: Any, targets: Tensor
 ) -> Callable[[Parameters], Tensor]:
-    return lambda p: network.loss.losses(network.outputs(p, inputs), targets).sum()
+    call = network.functional.function_of(inputs)
+    return lambda parameters: network.loss.losses(call(parameters), targets).sum()
 
 
 def _pieces(targets: Tensor) -> list[slice]:
     size = _LANCZOS_CHUNK_SAMPLES
     return [slice(i, i + size) for i in range(0, len(targets), size)]
-
-
-def _product(
-    network: Network, inputs: object, targets: Tensor, matrix: Matrix
-) -> Callable[[np.ndarray], np.ndarray]:
-    """X [P, j] ↦ C X in numpy, computed in the model's dtype."""
-    make = _ggn_product if matrix is Matrix.GGN else _hessian_product
-    product = make(network, inputs, targets)
-
-    def multiply(columns: np.ndarray) -> np.ndarray:
-        given = torch.as_tensor(columns, dtype=network.dtype, device=network.device)
-        return product(given).detach().cpu().numpy()
-
-    return multiply
-
-
-def _above_rounding(values: np.ndarray, dtype: torch.dtype, matrix: Matrix, solver: Solver) -> int:
-    """Number of leading eigenvalues that are more than rounding error.
-
-    Products and the dense matrix know an eigenvalue to about eps·λ_max. The Gram route knows its
-    square root to about eps·σ_max, so it sees further down, until float64 itself ends.
-    """
-    if len(values) == 0 or not values[0] > 0.0:
-        raise ValueError(
-            "the curvature of the batch vanishes: no eigenvalue is positive. The model's outputs "
-            "may not depend on its parameters, or its predictions are saturated (softmax at 0/1)."
-        )
-    if matrix is Matrix.HESSIAN:
-        return len(values)
-    noise = 100 * torch.finfo(dtype).eps
-    floor = noise**2 if solver is Solver.GRAM else noise
-    return int((values > values[0] * max(floor, 1e-13)).sum())

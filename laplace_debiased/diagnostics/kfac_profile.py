@@ -26,12 +26,13 @@ from laplace_debiased.curvature import (
     layers_of,
 )
 from laplace_debiased.data import split_batch
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
 from laplace_debiased.diagnostics.kfac_bands import Bands, BandWalk, bands_of, in_basis
-from laplace_debiased.diagnostics.network import undisturbed
 from laplace_debiased.diagnostics.profile import DirectionalProfile, profile_from_directions
 from laplace_debiased.diagnostics.summary import BiasSummary
 from laplace_debiased.likelihoods import loss_model
+from laplace_debiased.network.modes import differentiable_kernels, undisturbed
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 if TYPE_CHECKING:
@@ -209,7 +210,11 @@ def kfac_profile(
     """
     n_bands = checked_integer("n_bands", n_bands)
     loss = loss_model(likelihood)
-    with undisturbed(model, reference_loader), torch.no_grad():
+    with (
+        undisturbed(model, generators=loader_generators(reference_loader)),
+        differentiable_kernels(model),
+        torch.no_grad(),
+    ):
         coverage, layers = layer_coverage(model)
         inputs, _ = split_batch(batch, dict_key_y)
         coverage = coverage.without(layer_problems(model, layers, inputs))

@@ -20,20 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, jvp, vmap
 from tqdm import tqdm
 
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
-from laplace_debiased.diagnostics.network import Network
+from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.inputs import select_rows
+from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.transforms import (
     Parameters,
     directional_outputs,
     sample_axes,
-    sample_rows,
     with_batch_axis,
 )
-from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 _FORWARD_CHUNK_SAMPLES = 2048
 _HESSIAN_CHUNK_SAMPLES = 16
@@ -63,7 +62,7 @@ class Derivatives(StrEnum):
 
 
 def measure_directions(
-    network: Network,
+    network: LossNetwork,
     batches: Iterable[object],
     directions: Tensor,
     *,
@@ -93,7 +92,7 @@ def measure_directions(
         ValueError: for no batches, outputs that are not finite, or targets that do not fit; for
             a choice of derivatives with the Hessian.
     """
-    _check_directions(directions, network.n_parameters)
+    _check_directions(directions, network.functional.n_params)
     sums: tuple[MomentSums, MomentSums] | None = None
     for batch in tqdm(batches, desc=f"directions on {role}", disable=not progress_bar):
         inputs, targets = network.pair(batch, role)
@@ -119,74 +118,18 @@ def measure_directions(
     return DirectionalQuadratic(sums[0].estimate(), sums[1].estimate())
 
 
-def root_rows(
-    network: Network, inputs: Any, roots: Tensor, chunk_size: int | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """J_nᵀ s for every sample n and every column s of its root, a chunk of samples at a time.
-
-    Args:
-        network: the model.
-        inputs: model inputs of m samples.
-        roots: cotangents [m, C, R] in the outputs.
-        chunk_size: samples at a time; None: about 512 MiB of rows.
-
-    Yields:
-        Samples, and their rows [n, R, P].
-
-    A model that torch cannot vectorise over samples (one that branches on its inputs, as those of
-    Hugging Face do on their masks) is differentiated sample by sample.
-    """
-    size = chunk_size or samples_per_chunk(network, roots.shape[-1])
-    for i in range(0, len(roots), size):
-        chosen = slice(i, i + size)
-        part = select_rows(inputs, chosen)
-        try:
-            rows = sample_rows(network.outputs, network.parameters, part, roots[chosen])
-        except RuntimeError:
-            # If it was something else, it will show again, with its own message.
-            rows = _rows_one_by_one(network, part, roots[chosen])
-        yield chosen, rows.to(network.dtype)
-
-
-def _rows_one_by_one(network: Network, inputs: Any, roots: Tensor) -> Tensor:
-    """J_nᵀ s [n, R, P] without vectorisation: a backward pass per sample and column."""
-    rows = []
-    for i, columns in enumerate(roots):
-        sample = select_rows(inputs, slice(i, i + 1))
-
-        def outputs(parameters: Parameters, sample: Any = sample) -> Tensor:
-            return network.outputs(parameters, sample)[0]
-
-        pull = vjp(outputs, network.parameters)[1]
-        for column in columns.unbind(-1):
-            found = pull(column)[0]
-            rows.append(torch.cat([found[name].flatten() for name in network.parameters]))
-    return torch.stack(rows).reshape(len(roots), roots.shape[-1], -1)
-
-
-def samples_per_chunk(network: Network, n_columns: int) -> int:
-    """Samples whose rows [n_columns, P] fit the byte budget, at least one.
-
-    A quarter of it: rows exist per parameter and joined, beside the backward pass's own memory.
-    """
-    return max(1, DEFAULT_BYTE_BUDGET // 4 // rows_bytes(network, n_columns))
-
-
-def rows_bytes(network: Network, n_rows: int) -> int:
-    """Memory of ``n_rows`` rows of length P, in bytes."""
-    return n_rows * network.n_parameters * torch.finfo(network.dtype).bits // 8
-
-
 @contextmanager
 def _explained() -> Iterator[None]:
     """Say what to do where torch cannot vectorise a model.
 
     Raises:
-        RuntimeError: in place of what torch raised.
+        RuntimeError: in place of what torch raised; out of memory passes through as it is.
     """
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise RuntimeError(
             "the model could not be vectorised over samples (torch.func.vmap), which per-sample "
             "backward passes need. Pass matrix='ggn', solver='lanczos', derivatives='forward'."
@@ -194,7 +137,7 @@ def _explained() -> Iterator[None]:
 
 
 def _reverse(
-    network: Network,
+    network: LossNetwork,
     inputs: Any,
     targets: Tensor,
     outputs: Tensor,
@@ -203,18 +146,24 @@ def _reverse(
 ) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and GGN curvatures [m, k] from rows J_nᵀ[S_n, ∇_f ℓ_n]."""
     gradient = network.loss.output_gradient(outputs, targets).unsqueeze(-1)
-    roots = torch.cat([network.loss.hessian_root(outputs), gradient], dim=-1)
+    columns = torch.cat([network.loss.hessian_root(outputs), gradient], dim=-1)
+    m, _, n_columns = columns.shape
     directions = directions.to(outputs)
-    slopes, curvatures = [], []
-    for _, rows in root_rows(network, inputs, roots, chunk_size):
-        along = rows.to(directions.dtype) @ directions
-        curvatures.append(along[:, :-1].square().sum(1))
-        slopes.append(along[:, -1])
-    return torch.cat(slopes), torch.cat(curvatures)
+    slopes = directions.new_zeros(m, directions.shape[1])
+    curvatures = torch.zeros_like(slopes)
+    for chosen in _pieces(m, chunk_size or m):
+        part = select_rows(inputs, chosen)
+        for tile, rows in network.row_pass.walk(part, columns[chosen]):
+            along = rows.to(directions.dtype) @ directions
+            if tile.columns.stop == n_columns:
+                slopes[chosen][tile.samples] = along[:, -1]
+                along = along[:, :-1]
+            curvatures[chosen][tile.samples] += along.square().sum(1)
+    return slopes, curvatures
 
 
 def _forward(
-    network: Network,
+    network: LossNetwork,
     inputs: Any,
     targets: Tensor,
     outputs: Tensor,
@@ -222,23 +171,21 @@ def _forward(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and GGN curvatures [m, k] from derivatives of the outputs."""
-
-    def call(parameters: Parameters) -> Tensor:
-        return network.outputs(parameters, inputs)
-
+    functional = network.functional
+    call, parameters = functional.function_of(inputs), functional.parameters()
     gradient = network.loss.output_gradient(outputs, targets)
     root = network.loss.hessian_root(outputs)
     size = chunk_size or max(1, _FORWARD_CHUNK_SAMPLES // len(outputs))
     slopes, curvatures = [], []
     for columns in directions.split(size, dim=1):
-        along = directional_outputs(call, network.parameters, network.split(columns))
+        along = directional_outputs(call, parameters, functional.split(columns))
         slopes.append(torch.einsum("mc,kmc->mk", gradient, along))
         curvatures.append(torch.einsum("mcr,kmc->mkr", root, along).square().sum(-1))
     return torch.cat(slopes, 1), torch.cat(curvatures, 1)
 
 
 def _hessian(
-    network: Network, inputs: Any, targets: Tensor, directions: Tensor, chunk_size: int | None
+    network: LossNetwork, inputs: Any, targets: Tensor, directions: Tensor, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and Hessian curvatures [m, k], forward over reverse mode.
 
@@ -246,13 +193,13 @@ def _hessian(
     forward derivative of layer_norm cannot be differentiated again: it silently drops terms. The
     vmap must be outside for the same reason, see `eigen`.
     """
-    directions = directions.to(network.dtype)
-    n_rows = samples_per_chunk(network, 1)
+    directions = directions.to(network.functional.dtype)
+    # A quarter of the budget: rows exist by parameter and joined, beside the passes' own memory.
+    n_rows = max(1, network.row_pass.byte_budget // 4 // network.rows_bytes(1))
     size = min(chunk_size or _HESSIAN_CHUNK_SAMPLES, n_rows)
     wide = max(1, n_rows // size)
     slopes, curvatures = [], []
-    for i in range(0, len(targets), size):
-        chosen = slice(i, i + size)
+    for chosen in _pieces(len(targets), size):
         pieces = [
             _hessian_chunk(network, select_rows(inputs, chosen), targets[chosen], piece)
             for piece in directions.split(wide, dim=1)
@@ -262,19 +209,26 @@ def _hessian(
     return torch.cat(slopes), torch.cat(curvatures)
 
 
+def _pieces(m: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, m, size)]
+
+
 def _hessian_chunk(
-    network: Network, inputs: Any, targets: Tensor, directions: Tensor
+    network: LossNetwork, inputs: Any, targets: Tensor, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    tangents, axes = network.split(directions), sample_axes(inputs)
+    functional = network.functional
+    parameters, constants = functional.parameters(), functional.constants()
+    tangents, axes = functional.split(directions), sample_axes(inputs)
 
     def of_sample(sample: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         single = with_batch_axis(sample, axes)
 
-        def loss(parameters: Parameters) -> Tensor:
-            return network.loss.losses(network.outputs(parameters, single), target[None])[0]
+        def loss(values: Parameters) -> Tensor:
+            outputs = functional.call(values, constants, single)
+            return network.loss.losses(outputs, target[None])[0]
 
         def along(tangent: Parameters) -> tuple[Tensor, Tensor]:
-            both = jvp(grad(loss), (network.parameters,), (tangent,))
+            both = jvp(grad(loss), (parameters,), (tangent,))
             return _dot(both[0], tangent), _dot(both[1], tangent)
 
         return vmap(along)(tangents)
@@ -288,7 +242,11 @@ def _dot(a: Parameters, b: Parameters) -> Tensor:
 
 
 def _resolve(
-    derivatives: Derivatives, matrix: Matrix, network: Network, n_directions: int, outputs: Tensor
+    derivatives: Derivatives,
+    matrix: Matrix,
+    network: LossNetwork,
+    n_directions: int,
+    outputs: Tensor,
 ) -> Derivatives:
     if matrix is Matrix.HESSIAN and derivatives is not Derivatives.AUTO:
         raise ValueError(
@@ -299,7 +257,7 @@ def _resolve(
     # A direction costs two forward passes, a column one backward pass (about two): equal near
     # k = C, and the vectorised backward pass with its matrix product is the dearer of the two.
     n_outputs = outputs.shape[1]
-    fits = rows_bytes(network, n_outputs + 1) <= DEFAULT_BYTE_BUDGET
+    fits = network.rows_bytes(n_outputs + 1) <= network.row_pass.byte_budget
     return Derivatives.REVERSE if n_directions > 2 * n_outputs and fits else Derivatives.FORWARD
 
 

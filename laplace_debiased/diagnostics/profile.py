@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.eigen import Solver, network_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
 from laplace_debiased.diagnostics.measure import Derivatives, Matrix, measure_directions
-from laplace_debiased.diagnostics.network import Network, undisturbed
+from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.diagnostics.summary import BiasSummary, summarise
+from laplace_debiased.network.modes import differentiable_kernels, undisturbed
 from laplace_debiased.options import parse_choice
 
 if TYPE_CHECKING:
@@ -199,16 +201,20 @@ def directional_profile(
         Per-sample means in nats along unit directions.
 
     Raises:
-        ValueError: for a bad option, an empty batch, outputs or parameters that are not finite,
-            targets that do not fit, or a curvature that vanishes.
-        TypeError: for a batch or an output of an unknown type.
-        RuntimeError: if the model cannot be vectorised, or Lanczos does not converge.
+        ValueError: for a bad option, an empty batch, or targets that do not fit.
+        NumericalError: for outputs or parameters that are not finite, a curvature that vanishes,
+            or if Lanczos does not converge.
+        TypeError: for a batch of an unknown type.
+        RuntimeError: if the model cannot be vectorised.
     """
     which = parse_choice(Matrix, matrix, "matrix")
     how = parse_choice(Solver, solver, "solver")
     mode = parse_choice(Derivatives, derivatives, "derivatives")
-    with undisturbed(model, reference_loader):
-        network = Network.of(model, likelihood, dict_key_y)
+    with (
+        undisturbed(model, generators=loader_generators(reference_loader)),
+        differentiable_kernels(model),
+    ):
+        network = LossNetwork.of(model, likelihood, dict_key_y)
         pairs = network_eigenpairs(
             network,
             batch,
@@ -278,9 +284,12 @@ def directional_quadratic(
     Raises:
         ValueError: as `directional_profile`, and for directions of the wrong shape.
     """
-    with undisturbed(model, batches):
+    with (
+        undisturbed(model, generators=loader_generators(batches)),
+        differentiable_kernels(model),
+    ):
         return measure_directions(
-            Network.of(model, likelihood, dict_key_y),
+            LossNetwork.of(model, likelihood, dict_key_y),
             batches,
             directions,
             matrix=parse_choice(Matrix, matrix, "matrix"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ class FunctionalNetwork:
 
     def prepare(self, inputs: Any) -> Any:
         """Inputs on the model's device, as plain tensors that derivatives can be taken through."""
-        return plain_inputs(to_device(inputs, self.device))
+        return plain_inputs(to_device(inputs, self.device), self.dtype)
 
     def call(self, parameters: Parameters, constants: Parameters, inputs: Any) -> Tensor:
         """Network outputs at some parameters, in float32 or better whatever the model casts to.
@@ -98,6 +99,11 @@ class FunctionalNetwork:
             )
         return full_precision(outputs)
 
+    def function_of(self, inputs: Any) -> Callable[[Parameters], Tensor]:
+        """Outputs [m, C] of one prepared batch as a function of the covered parameters alone."""
+        constants = self.constants()
+        return lambda parameters: self.call(parameters, constants, inputs)
+
     def outputs(self, inputs: Any, *, differentiable: bool = False) -> Tensor:
         """Outputs [m, C] of a batch, checked to be finite."""
         inputs = self.prepare(inputs)
@@ -106,7 +112,7 @@ class FunctionalNetwork:
             torch.set_grad_enabled(differentiable),
             explained_failure(inputs),
         ):
-            outputs = self.call(self.parameters(), self.constants(), inputs)
+            outputs = self.function_of(inputs)(self.parameters())
         check_outputs(outputs, batch_length(inputs))
         return outputs
 

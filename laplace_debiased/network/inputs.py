@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.errors import ModelCallError
+from laplace_debiased.network.memory import is_out_of_memory
 
 __all__ = [
     "AttributeDict",
@@ -211,13 +212,13 @@ def explained_failure(inputs: Any) -> Iterator[None]:
     """Turn a failure of the model's own code into one that says what went in.
 
     Raises:
-        ModelCallError: in place of it.
+        ModelCallError: in place of it; out of memory passes through as it is.
     """
     try:
         yield
-    except (ModelCallError, torch.OutOfMemoryError):
-        raise
     except _FAILURES as error:
+        if isinstance(error, ModelCallError) or is_out_of_memory(error):
+            raise
         raise ModelCallError(
             f"the model failed on inputs {described(inputs)}: {type(error).__name__}: {error}. "
             "Check that the inputs have the shapes, dtypes and keys that the model was trained on."

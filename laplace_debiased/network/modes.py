@@ -1,4 +1,10 @@
-"""Leave the user's model as it was: evaluation mode inside, everything restored outside."""
+"""Leave the user's model as it was: evaluation mode inside, everything restored outside.
+
+Guards, from the narrow to the wide: ``requiring_grad`` and ``evaluation_mode`` around a forward
+pass, ``differentiable_kernels`` around derivatives of one, ``undisturbed`` around all that a call
+of the library does with a model and a loader. ``eager_execution`` and ``math_attention`` are
+choices of the whole process; nothing else sets them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.network.rng import preserved_rng
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -155,3 +162,36 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
         math_attention(),
     ):
         yield
+
+
+@contextmanager
+def undisturbed(
+    model: nn.Module | None, *, generators: Iterable[torch.Generator] = ()
+) -> Iterator[None]:
+    """Evaluation mode with gradients enabled; the model and every random generator restored after.
+
+    Restores each module's mode, each parameter's data and gradient, the global generators of torch,
+    numpy and ``random``, and those given; also when an exception passes through.
+
+    Args:
+        model: the network; None where only the generators are at stake.
+        generators: further generators, such as those of the loader that is walked inside: a walk
+            alone draws from them.
+    """
+    # A sampled predictive of laplace-torch writes draws into the parameters and leaves them
+    # aliased to its mean.
+    parameters = [] if model is None else [(p, p.data, p.grad) for p in model.parameters()]
+    with (
+        preserved_rng(generators=generators),
+        nullcontext() if model is None else evaluation_mode(model),
+        # Some backends differentiate inside a prediction, whatever the caller's grad mode is;
+        # leaving inference mode also turns gradients on.
+        torch.inference_mode(False),
+    ):
+        try:
+            yield
+        finally:
+            for parameter, data, grad in parameters:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+                parameter.grad = grad

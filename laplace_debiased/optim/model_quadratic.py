@@ -1,7 +1,8 @@
 """The local quadratic of a model's loss on a mini-batch."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, assert_never
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.calls import call_with
 from laplace_debiased.network.inputs import batch_length, call_arguments, logits_of, to_device
+from laplace_debiased.network.modes import differentiable_kernels, undisturbed
 from laplace_debiased.network.rng import preserved_rng
-from laplace_debiased.optim.isolation import as_fixed_function
 from laplace_debiased.optim.matvec import Matvec
 from laplace_debiased.optim.operators import (
     flatten,
@@ -108,7 +109,7 @@ class ModelLoss:
         X, y = self._on_device(batch)
         names = {id(p): name for name, p in self.model.named_parameters()}
         shifts = zip(self.params, unflatten(displacement, self.params), strict=True)
-        with as_fixed_function(self.model), torch.no_grad():
+        with _fixed_function(self.model), torch.no_grad():
             moved = {names[id(p)]: p + shift for p, shift in shifts}
             args, kwargs = call_arguments(self.model, X)
             outputs = logits_of(call_with(self.model, moved, args, kwargs))
@@ -142,7 +143,7 @@ class ModelLoss:
 
     def _record(self, batch: Batch) -> tuple[Tensor, Tensor]:
         X, y = self._on_device(batch)
-        with as_fixed_function(self.model), torch.enable_grad():
+        with _fixed_function(self.model):
             args, kwargs = call_arguments(self.model, X)
             outputs = logits_of(self.model(*args, **kwargs))
             if not isinstance(outputs, Tensor):
@@ -190,6 +191,17 @@ class _RecordedCurvature:
         for share, product in self.products:
             image.add_(product(vector), alpha=share)
         return image
+
+
+@contextmanager
+def _fixed_function(model: nn.Module) -> Iterator[None]:
+    """One deterministic, twice differentiable function: a quadratic needs it at each product.
+
+    Dropout and batch statistics are off; random numbers that the model draws nevertheless are the
+    same at each entry. Gradients are recorded.
+    """
+    with undisturbed(model), differentiable_kernels(model):
+        yield
 
 
 def check_batch(batch: Any, name: str) -> Batch:

@@ -58,14 +58,14 @@ def test_no_more_eigenpairs_than_the_rank_of_the_batch():
 
 
 def test_more_samples_than_a_chunk_change_nothing_but_rounding(monkeypatch):
-    from laplace_debiased.diagnostics import eigen, measure
+    from laplace_debiased.diagnostics import eigen, network
 
     p = problem("mlp", n=13)
     for matrix in ("ggn", "hessian"):
         whole = top_eigenpairs(p.model, "classification", (p.x, p.y), 4, matrix=matrix)
         with monkeypatch.context() as patch:
             patch.setattr(eigen, "_LANCZOS_CHUNK_SAMPLES", 5)
-            patch.setattr(measure, "DEFAULT_BYTE_BUDGET", 1)
+            patch.setattr(network, "DEFAULT_BYTE_BUDGET", 1)
             for solver in ("gram", "lanczos"):
                 if (matrix, solver) == ("hessian", "gram"):
                     continue

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from laplace_debiased.diagnostics.measure import Derivatives, Matrix, measure_directions
-from laplace_debiased.diagnostics.network import Network, undisturbed
+from laplace_debiased.diagnostics.network import LossNetwork
+from laplace_debiased.network.modes import differentiable_kernels
 from tests.diagnostics import oracles
 from tests.oracles import sample_ggns
 from tests.tolerances import assert_exact, assert_same
@@ -16,8 +17,8 @@ LIKELIHOODS = ("classification", "regression")
 
 
 def measured(p: Problem, directions, batches=None, **options):
-    with undisturbed(p.model):
-        network = Network.of(p.model, p.likelihood)
+    with differentiable_kernels(p.model):
+        network = LossNetwork.of(p.model, p.likelihood)
         return measure_directions(network, batches or [(p.x, p.y)], directions, **options)
 
 
@@ -54,7 +55,7 @@ def test_layer_norm_keeps_all_its_second_derivatives():
     directions = oracles.orthonormal(len(oracles.flat(model)), 3)
     p = Problem(model, tokens, labels, "classification")
     result = measured(p, directions, matrix=Matrix.HESSIAN)
-    with undisturbed(model):
+    with differentiable_kernels(model):
         theta, step = oracles.flat(model), 1e-4
         at = [
             torch.stack(
@@ -98,8 +99,8 @@ def test_mapping_inputs_give_what_tensors_give():
     keyed = oracles.Keyed(p.model)
     batch = {"x": p.x, "scale": torch.tensor(1.0), "label": p.y}
     for derivatives in (Derivatives.FORWARD, Derivatives.REVERSE):
-        with undisturbed(keyed):
-            network = Network.of(keyed, p.likelihood, "label")
+        with differentiable_kernels(keyed):
+            network = LossNetwork.of(keyed, p.likelihood, "label")
             result = measure_directions(network, [batch], directions, derivatives=derivatives)
         assert_same(result.curvature.mean, measured(p, directions).curvature.mean)
 
@@ -138,8 +139,8 @@ def test_bad_calls_raise():
         measured(p, torch.zeros(size + 1, 2))
     with pytest.raises(ValueError, match="forward over reverse"):
         measured(p, torch.eye(size), matrix=Matrix.HESSIAN, derivatives=Derivatives.FORWARD)
-    with undisturbed(p.model):
-        network = Network.of(p.model, p.likelihood)
+    with differentiable_kernels(p.model):
+        network = LossNetwork.of(p.model, p.likelihood)
         with pytest.raises(ValueError, match="no batches"):
             measure_directions(network, iter(()), torch.eye(size))
         with pytest.raises(TypeError, match="pair"):
@@ -147,4 +148,4 @@ def test_bad_calls_raise():
     for parameter in p.model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        Network.of(p.model, p.likelihood)
+        LossNetwork.of(p.model, p.likelihood)

@@ -1,24 +1,23 @@
-"""Low-rank curvature of any differentiable network: rows, Gram matrices, Lanczos, directions.
+"""Low-rank curvature of any differentiable network: rows, Gram matrices, Lanczos.
 
 Only the generalized Gauss-Newton matrix (or the Fisher matrices that share its form) is
 decomposed. The Hessian has negative eigenvalues, and a precision with them is no posterior.
 """
 
-from laplace_debiased.curvature.coverage import parameter_coverage
-from laplace_debiased.curvature.lowrank.directions import (
-    Costs,
-    DirectionPass,
-    Route,
-    projection_costs,
-)
 from laplace_debiased.curvature.lowrank.feature_rows import FeatureRowPass
-from laplace_debiased.curvature.lowrank.products import lanczos_eigenpairs
+from laplace_debiased.curvature.lowrank.products import (
+    Product,
+    arpack_eigenpairs,
+    ggn_product,
+    lanczos_eigenpairs,
+    product_cutoff,
+    significant_pairs,
+)
 from laplace_debiased.curvature.lowrank.rows import RowPass, Tile
 from laplace_debiased.curvature.lowrank.span import (
     Eigenpairs,
     JoinedPart,
     SpanDirections,
-    combined_rows,
     core_root,
     gram_matrix,
     matrix_average,
@@ -26,29 +25,24 @@ from laplace_debiased.curvature.lowrank.span import (
     relative_cutoff,
     span_eigenpairs,
 )
-from laplace_debiased.network.functional import FunctionalNetwork
-from laplace_debiased.network.modes import differentiable_kernels
 
 __all__ = [
-    "Costs",
-    "DirectionPass",
     "Eigenpairs",
     "FeatureRowPass",
-    "FunctionalNetwork",
     "JoinedPart",
-    "Route",
+    "Product",
     "RowPass",
     "SpanDirections",
     "Tile",
-    "combined_rows",
+    "arpack_eigenpairs",
     "core_root",
-    "differentiable_kernels",
+    "ggn_product",
     "gram_matrix",
     "lanczos_eigenpairs",
     "matrix_average",
     "orthonormal_pairs",
-    "parameter_coverage",
-    "projection_costs",
+    "product_cutoff",
     "relative_cutoff",
+    "significant_pairs",
     "span_eigenpairs",
 ]

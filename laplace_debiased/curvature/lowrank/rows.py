@@ -18,6 +18,7 @@ from torch import Tensor
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes
+from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_repeatable
 from laplace_debiased.network.transforms import Parameters, sample_rows
@@ -95,7 +96,9 @@ class RowPass:
             if not self._one_by_one.get("always", False):
                 try:
                     return self._vectorised(inputs, columns)
-                except RuntimeError:
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise
                     # Not every operation can be vectorised. If it was something else, it will
                     # show again, with its own message.
                     rows = self._looped(inputs, columns, differentiable)
@@ -166,10 +169,6 @@ class RowPass:
                     )
                     rows.append(torch.cat([entry.flatten() for entry in found]).to(network.dtype))
         return torch.stack(rows).reshape(n, width, -1)
-
-    def saved_bytes(self, inputs: Any) -> int:
-        """What the graph of one sample's forward pass holds, without the weights."""
-        return self._bytes(inputs)[0]
 
     def _bytes(self, inputs: Any) -> tuple[int, int]:
         """Working memory of one sample: what its graph saves, and what each column adds."""
