@@ -118,6 +118,21 @@ def positive_value(name: str, value: Any) -> float | Tensor:
     return number
 
 
+def check_representable(name: str, value: float | Tensor, dtype: torch.dtype) -> None:
+    """Check that a positive number stays one in the dtype that it is used in.
+
+    Raises:
+        ValueError: if it under- or overflows there.
+    """
+    exact = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+    cast = exact.detach().to(dtype)
+    if not bool((torch.isfinite(cast) & (cast > 0)).all()):
+        raise ValueError(
+            f"{name}={shortened(exact.detach())} is zero or infinite in the posterior's "
+            f"{dtype}; bring it closer to 1, or use a model in torch.float64."
+        )
+
+
 def shortened(values: Tensor) -> str:
     """A tensor's entries, or the first of many, for messages."""
     flat = values.flatten()

@@ -7,6 +7,12 @@ class ArgumentTypeError(TypeError, ValueError):
     """An argument of the wrong kind: a string for a number, 2.5 for a count."""
 
 
+class MissingKeyError(ValueError, KeyError):
+    """A mapping batch without the entry that it should have."""
+
+    __str__ = Exception.__str__  # KeyError would print the message in quotes
+
+
 class NotFittedError(ValueError, AttributeError):
     """The posterior has no curvature yet: call ``fit`` first."""
 

@@ -18,6 +18,7 @@ from torch.utils.data import (
 )
 
 from laplace_debiased.checks import checked_integer
+from laplace_debiased.errors import MissingKeyError
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.network.rng import preserved_rng
 
@@ -70,9 +71,9 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
     """
     if isinstance(batch, Mapping):
         if dict_key_y not in batch:
-            raise ValueError(
-                f"The loader's batches have no key dict_key_y={dict_key_y!r}; "
-                f"they have {sorted(map(str, batch))}."
+            raise MissingKeyError(
+                f"The loader's batches have no key dict_key_y={dict_key_y!r}; they have "
+                f"{sorted(map(str, batch))}. Name the labels' key with dict_key_y."
             )
         inputs, targets = batch, batch[dict_key_y]
     elif isinstance(batch, tuple | list) and len(batch) == 2:

@@ -14,7 +14,7 @@ from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMeth
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_debiased.checks import positive_value
+from laplace_debiased.checks import check_representable, checked_flag, positive_value, shortened
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.debiasing import BiasReport, bias_report
 from laplace_debiased.errors import NotFittedError
@@ -57,7 +57,7 @@ class DebiasedPosterior(_Host):
 
     model: Any
     likelihood: str
-    tuned_link_approx: LinkApprox | None = None
+    _tuned_link_approx: LinkApprox | None = None
     tuning_result: TuningResult | None = None
     _coverage: Coverage | None = None
     _fit: Fit | None = None
@@ -158,6 +158,19 @@ class DebiasedPosterior(_Host):
             )
         return self._coverage
 
+    def __repr__(self) -> str:
+        name, head = type(self).__name__, f"likelihood={self.likelihood!r}"
+        if self._fit is None:
+            return f"{name}({head}, not fitted)"
+        fit = self._fit
+        prior = shortened(self.prior_precision.detach())
+        link = "" if self.tuned_link_approx is None else f", link={self.tuned_link_approx.value!r}"
+        return (
+            f"{name}({head}, scheme={fit.scheme.value!r}, {fit.n_samples} of N={fit.n_data} "
+            f"samples, {fit.coverage.n_covered} parameters ({100 * fit.coverage.share:.1f} % "
+            f"covered), prior_precision={prior}{link})"
+        )
+
     # -- hyper-parameters ------------------------------------------------------------------
 
     @property
@@ -172,8 +185,11 @@ class DebiasedPosterior(_Host):
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        value = positive_value("temperature", temperature)
-        self._temperature = float(torch.as_tensor(value, dtype=torch.float64))
+        value = torch.as_tensor(positive_value("temperature", temperature), dtype=torch.float64)
+        if value.numel() != 1:
+            raise ValueError(f"temperature must be one number; got shape {tuple(value.shape)}.")
+        self._temperature = float(value)
+        check_representable("temperature", value, self._dtype)
 
     @property
     def ignore_index(self) -> int | None:
@@ -188,6 +204,7 @@ class DebiasedPosterior(_Host):
     @prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
         value = positive_value("prior_precision", prior_precision)
+        check_representable("prior_precision", value, self._dtype)
         if self._coverage is None:  # under construction, or the last layer is not known yet
             prior = torch.as_tensor(value, dtype=self._dtype).detach()
             self._prior_precision = prior.reshape(-1)
@@ -203,10 +220,41 @@ class DebiasedPosterior(_Host):
     @sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
         value = positive_value("sigma_noise", sigma_noise)
+        check_representable("sigma_noise", value, self._dtype)
         scale = float(torch.as_tensor(value).detach().sum())
         if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
             raise ValueError("sigma_noise other than 1 is for likelihood='regression' only.")
         ParametricLaplace.sigma_noise.fset(self, value)
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """Mean of the prior: a scalar, or one entry per covered parameter entry [P]."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, prior_mean: float | Tensor) -> None:
+        check_prior_mean(prior_mean, None if self._coverage is None else self.n_params)
+        ParametricLaplace.prior_mean.fset(self, prior_mean)
+
+    @property
+    def enable_backprop(self) -> bool:
+        """Whether predictions stay differentiable with respect to the inputs."""
+        return self._enable_backprop
+
+    @enable_backprop.setter
+    def enable_backprop(self, enable_backprop: bool) -> None:
+        self._enable_backprop = checked_flag("enable_backprop", enable_backprop)
+
+    @property
+    def tuned_link_approx(self) -> LinkApprox | None:
+        """The link that the prior precision was tuned with, which predictions use by default."""
+        return self._tuned_link_approx
+
+    @tuned_link_approx.setter
+    def tuned_link_approx(self, link_approx: LinkApprox | str | None) -> None:
+        self._tuned_link_approx = (
+            None if link_approx is None else checked_link(link_approx, self.likelihood)
+        )
 
     @property
     def prior_precision_diag(self) -> Tensor:
@@ -295,7 +343,7 @@ class DebiasedPosterior(_Host):
     def _check_priors(self, coverage: Coverage) -> None:
         """Refuse a coverage that the present priors do not fit."""
         self._check_prior(self._prior_precision, coverage)
-        check_prior_mean(torch.as_tensor(self._prior_mean), coverage.n_covered)
+        check_prior_mean(self._prior_mean, coverage.n_covered)
 
     def _adopt(self, fit: Fit, model: ModelFingerprint | None = None) -> None:
         """Take over a finished fit; what can fail comes first.

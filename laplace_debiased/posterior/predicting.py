@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.errors import NumericalError
 from laplace_debiased.estimation import Target
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, gaussian_samples, softmax
 from laplace_debiased.network.precision import exact_arithmetic
@@ -106,6 +107,11 @@ class PredictionCall:
             ValueError: for a combination without an answer.
         """
         if self.pred_type is PredType.GLM:
+            if model_kwargs:
+                raise TypeError(
+                    f"a prediction takes no argument {next(iter(model_kwargs))!r}; further "
+                    "arguments of the model are for pred_type='nn' only."
+                )
             if self.asks_for_moments:
                 return predictive.host_moments(
                     inputs, joint=self.joint, diagonal_output=self.diagonal_output
@@ -121,9 +127,26 @@ class PredictionCall:
         if self.asks_for_moments and n_samples == 1:
             raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
         samples = sampled(inputs, n_samples, self.generator, **model_kwargs)
+        require_finite_outputs(samples)
         if self.asks_for_moments:
             return samples.mean(0), samples.var(0)
         return predictive.inverse_link(samples).mean(0)
+
+
+def require_finite_outputs(outputs: Tensor) -> None:
+    """Check the outputs of sampled networks [S, m, ...].
+
+    Raises:
+        NumericalError: naming the first sample of the batch with NaN or infinity.
+    """
+    finite = torch.isfinite(outputs.detach()).movedim(1, 0).flatten(1).all(-1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise NumericalError(
+            "outputs of sampled networks are NaN or infinite (first at sample "
+            f"{bad} of the batch). Check the inputs for NaN; a larger prior_precision keeps sampled weights closer to "
+            "the trained ones."
+        )
 
 
 def checked_pred_type(pred_type: PredType | str) -> PredType:
@@ -251,7 +274,9 @@ def functional_samples(
     self._check_H_init()
     check_generator(generator, self._device)
     if checked_pred_type(pred_type) is PredType.NN:
-        return sampled_outputs(self, x, checked_integer("n_samples", n_samples), generator)
+        outputs = sampled_outputs(self, x, checked_integer("n_samples", n_samples), generator)
+        require_finite_outputs(outputs)
+        return outputs
     moments = linearised(self).host_moments(x, joint=False, diagonal_output=diagonal_output)
     return gaussian_samples(*moments, n_samples, generator)
 

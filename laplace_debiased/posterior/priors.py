@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_debiased.checks import shortened
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.errors import ArgumentTypeError
 
 
 def check_kron_prior(value: object, coverage: Coverage) -> None:
@@ -46,15 +47,26 @@ def check_low_rank_prior(value: object, coverage: Coverage) -> None:
         )
 
 
-def check_prior_mean(value: Tensor, n_params: int) -> None:
+def check_prior_mean(value: object, n_params: int | None) -> None:
     """Check that a prior mean is finite, and scalar or one entry per covered parameter.
 
+    Args:
+        value: the prior mean.
+        n_params: entries that are covered; None while they are not known.
+
     Raises:
-        ValueError: if not.
+        ArgumentTypeError: if it is neither a number nor a tensor of real ones.
+        ValueError: if it is not finite, or of another length.
     """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number or (isinstance(value, Tensor) and not value.is_complex())):
+        raise ArgumentTypeError(
+            f"prior_mean must be a number or a tensor of real ones; got {type(value).__name__}."
+        )
+    value = torch.as_tensor(value)
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"prior_mean must be finite; got {shortened(value.detach())}.")
-    if value.numel() not in (1, n_params):
+    if n_params is not None and value.numel() not in (1, n_params):
         raise ValueError(
             f"prior_mean has {value.numel()} entries; {n_params} parameter entries are covered. "
             "Pass a scalar, or one entry per covered parameter entry (see la.coverage)."
