@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from laplace_debiased.diagnostics.eigen import eigenspace_overlap, top_eigenpairs
+from laplace_debiased.diagnostics.plots import plot_sweep
 from laplace_debiased.diagnostics.profile import directional_profile
 
 if TYPE_CHECKING:
@@ -48,9 +49,14 @@ class BatchSizeSweep:
 
     def plot(self) -> Figure:
         """Ratios and overlap by batch size; nothing is shown."""
-        from laplace_debiased.diagnostics.plots import plot_sweep
-
-        return plot_sweep(self)
+        return plot_sweep(
+            self.batch_sizes,
+            self.k,
+            own_to_reference=self.own_to_reference,
+            other_to_reference=self.other_to_reference,
+            overlap=self.overlap,
+            spectrum_ratio=self.spectrum_ratio,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
