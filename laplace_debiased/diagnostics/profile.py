@@ -234,7 +234,6 @@ def directional_profile(
             matrix=which,
             solver=how,
             seed=seed,
-            role="batch",
             progress_bar=progress_bar,
         )
 
