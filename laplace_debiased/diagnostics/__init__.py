@@ -4,11 +4,12 @@ from laplace_debiased.diagnostics.eigen import Eigenpairs, eigenspace_overlap, t
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MeanEstimate
 from laplace_debiased.diagnostics.kfac_profile import KfacProfile, kfac_profile
 from laplace_debiased.diagnostics.laboratory import LinearRegressionLab, enumerate_batch_pairs
-from laplace_debiased.diagnostics.plots import plot_eigenspaces, plot_profiles
+from laplace_debiased.diagnostics.plots import plot_eigenspaces
 from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
     directional_profile,
     directional_quadratic,
+    plot_profiles,
     profile_from_directions,
 )
 from laplace_debiased.diagnostics.summary import BiasSummary

@@ -29,7 +29,11 @@ from laplace_debiased.data import split_batch
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
 from laplace_debiased.diagnostics.kfac_bands import Bands, BandWalk, bands_of, in_basis
-from laplace_debiased.diagnostics.profile import DirectionalProfile, profile_from_directions
+from laplace_debiased.diagnostics.profile import (
+    DirectionalProfile,
+    plot_profiles,
+    profile_from_directions,
+)
 from laplace_debiased.diagnostics.summary import BiasSummary
 from laplace_debiased.likelihoods import loss_model
 from laplace_debiased.network.modes import differentiable_kernels, undisturbed
@@ -81,9 +85,7 @@ class KfacBlockProfile:
         Args:
             axes: where to draw slopes and curvatures; None makes a figure.
         """
-        from laplace_debiased.diagnostics.plots import plot_profile
-
-        figure = plot_profile(self.profile, axes)
+        figure = self.profile.plot(axes)
         self._finish(axes[1] if axes is not None else figure.axes[1])
         return figure
 
@@ -149,8 +151,6 @@ class KfacProfile:
         Raises:
             ValueError: if a name is unknown, or there are none.
         """
-        from laplace_debiased.diagnostics.plots import plot_profiles
-
         chosen = self._shown() if names is None else tuple(names)
         unknown = [name for name in chosen if name not in self.blocks]
         if unknown or not chosen:

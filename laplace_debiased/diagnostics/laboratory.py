@@ -221,22 +221,6 @@ def enumerate_batch_pairs(
     )
 
 
-def expected_disjoint(own: Tensor, population: Tensor, batch_size: int, size: int) -> Tensor:
-    """Expected measurement on a disjoint batch, given the own one: (M·population − m·own)/(M − m).
-
-    A disjoint batch samples the population without the own batch, so it leans the other way. Hence
-    (m/M)·own + (1 − m/M)·other is unbiased for the population along any directions that the own
-    batch chose.
-
-    Args:
-        own: mean over the own batch, of anything.
-        population: mean over all M samples of the same.
-        batch_size: m.
-        size: M.
-    """
-    return (size * population - batch_size * own) / (size - batch_size)
-
-
 def isotropic_plane_top_curvature(batch_size: int) -> float:
     r"""E[λ_max(Σ̂)] for x ~ N(0, I) in two dimensions, where every direction's curvature is 1.
 
@@ -254,17 +238,3 @@ def isotropic_plane_top_curvature(batch_size: int) -> float:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     log_ratio = math.lgamma((batch_size + 1) / 2) - math.lgamma(batch_size / 2 + 1)
     return 1.0 + math.exp(log_ratio) * math.sqrt(math.pi) / 2.0
-
-
-def own_slope_at_optimum(own_curvature: Tensor, noise_std: float, batch_size: int) -> Tensor:
-    r"""E|uᵀĝ| at the optimum given the inputs: σ√(2λ̂/(πm)), where the population's slope is 0.
-
-    There ĝ = −1/m Σ x_n σε_n, so uᵀĝ ~ N(0, σ²λ̂/m) along an own eigenvector u: a slope that is
-    all noise, and that orienting u makes positive. On other data its mean is 0.
-
-    Args:
-        own_curvature: own eigenvalues λ̂ [k].
-        noise_std: σ.
-        batch_size: m.
-    """
-    return noise_std * (2.0 * own_curvature / (math.pi * batch_size)).sqrt()

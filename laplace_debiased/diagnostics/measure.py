@@ -81,7 +81,7 @@ def measure_directions(
         matrix: which curvature.
         derivatives: forward or reverse mode.
         chunk_size: directions at a time (forward) or samples at a time (reverse, Hessian); None:
-            chosen so that a chunk's derivatives stay near 512 MiB.
+            so that a chunk fits the byte budget.
         role: what the data are, for messages and the progress bar.
         progress_bar: show one.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,6 +14,7 @@ from laplace_debiased.diagnostics.eigen import Solver, network_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
 from laplace_debiased.diagnostics.measure import Derivatives, Matrix, measure_directions
 from laplace_debiased.diagnostics.network import LossNetwork
+from laplace_debiased.diagnostics.plots import plot_columns, plot_quadratics
 from laplace_debiased.diagnostics.summary import BiasSummary, summarise
 from laplace_debiased.network.modes import differentiable_kernels, undisturbed
 from laplace_debiased.options import parse_choice
@@ -108,9 +109,20 @@ class DirectionalProfile:
         Returns:
             The figure; nothing is shown.
         """
-        from laplace_debiased.diagnostics.plots import plot_profile
+        return plot_quadratics((self.own, self.other, self.reference), axes)
 
-        return plot_profile(self, axes)
+
+def plot_profiles(profiles: Mapping[str, DirectionalProfile]) -> Figure:
+    """Several profiles side by side, one column each, titled by their keys; nothing is shown.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not profiles:
+        raise ValueError("profiles is empty; give at least one titled profile.")
+    return plot_columns(
+        {title: (one.own, one.other, one.reference) for title, one in profiles.items()}
+    )
 
 
 def profile_from_directions(
@@ -222,7 +234,6 @@ def directional_profile(
             matrix=which,
             solver=how,
             seed=seed,
-            role="batch",
             progress_bar=progress_bar,
         )
 

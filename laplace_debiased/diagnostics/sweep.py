@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,11 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from laplace_debiased.diagnostics.eigen import eigenspace_overlap, top_eigenpairs
+from laplace_debiased.diagnostics.plots import plot_sweep
 from laplace_debiased.diagnostics.profile import directional_profile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class Indexed(Protocol):
-    """A data set with a length and items, as torch's map-style ones are."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +41,14 @@ class BatchSizeSweep:
 
     def plot(self) -> Figure:
         """Ratios and overlap by batch size; nothing is shown."""
-        from laplace_debiased.diagnostics.plots import plot_sweep
-
-        return plot_sweep(self)
+        return plot_sweep(
+            self.batch_sizes,
+            self.k,
+            own_to_reference=self.own_to_reference,
+            other_to_reference=self.other_to_reference,
+            overlap=self.overlap,
+            spectrum_ratio=self.spectrum_ratio,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -60,7 +58,7 @@ class BatchSizeSweep:
 
 
 def disjoint_batches(
-    dataset: Indexed,
+    dataset: Any,
     batch_size: int,
     generator: torch.Generator,
     collate_fn: Callable[[list[Any]], object] = default_collate,
@@ -90,7 +88,7 @@ def disjoint_batches(
 def batch_size_sweep(
     model: nn.Module,
     likelihood: str,
-    dataset: Indexed,
+    dataset: Any,
     reference_loader: Iterable[object],
     batch_sizes: Sequence[int] = (16, 64, 256),
     *,
@@ -106,7 +104,7 @@ def batch_size_sweep(
     Args:
         model: trained network, see `directional_profile`.
         likelihood: "classification" or "regression".
-        dataset: where the batches are drawn from, without replacement within a pair.
+        dataset: anything with a length and items; a pair's batches are drawn without replacement.
         reference_loader: the population's stand-in; walked once per size and pair.
         batch_sizes: sizes of each batch.
         k: directions per batch.

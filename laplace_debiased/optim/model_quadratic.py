@@ -18,9 +18,9 @@ from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.optim.matvec import Matvec
 from laplace_debiased.optim.operators import (
     flatten,
-    ggn_product,
     gradient,
-    hessian_product,
+    recorded_ggn,
+    recorded_hessian,
     unflatten,
 )
 from laplace_debiased.optim.quadratic import Quadratic
@@ -162,9 +162,9 @@ class ModelLoss:
     def _product(self, outputs: Tensor, loss: Tensor, curvature: Curvature) -> Matvec:
         match curvature:
             case Curvature.GGN:
-                return ggn_product(outputs, loss, self.params)
+                return recorded_ggn(outputs, loss, self.params)
             case Curvature.HESSIAN:
-                return hessian_product(loss, self.params)
+                return recorded_hessian(loss, self.params)
         assert_never(curvature)
 
     def _on_device(self, batch: Batch) -> Batch:

@@ -2,7 +2,9 @@
 
 The pass is recorded once and differentiated again at each product, so a product calls no model
 code and costs at most two gradients. The price is memory: the record of the batch is kept for as
-long as the operator lives.
+long as the operator lives. `curvature.lowrank.ggn_product` is another algorithm: it walks the data
+anew for each product, at the price of two forward passes more, and keeps nothing. It takes a square
+root of the loss Hessian; here the loss is the user's own, and is differentiated as it comes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,12 +26,18 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
-def gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
-    """Derivatives of ``loss`` by each of ``params``; 0 where it does not depend on one."""
+def gradient(
+    values: Tensor | Sequence[Tensor],
+    params: Sequence[Tensor],
+    cotangents: Tensor | Sequence[Tensor] | None = None,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """Derivatives of Σ values · cotangents by each of ``params``; 0 where there is none."""
     return list(
         torch.autograd.grad(
-            loss,
+            values,
             params,
+            cotangents,
             retain_graph=True,
             create_graph=create_graph,
             allow_unused=True,
@@ -38,7 +46,7 @@ def gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False)
     )
 
 
-def ggn_product(outputs: Tensor, loss: Tensor, params: Sequence[Tensor]) -> Matvec:
+def recorded_ggn(outputs: Tensor, loss: Tensor, params: Sequence[Tensor]) -> Matvec:
     """Products with G = Jᵀ (∇²_f ℓ) J, J the Jacobian of ``outputs`` f by ``params`` [P].
 
     Jv comes from differentiating uᵀJ, which is linear in u, by u. ∇²_f ℓ is that of ``loss`` as it
@@ -51,41 +59,21 @@ def ggn_product(outputs: Tensor, loss: Tensor, params: Sequence[Tensor]) -> Matv
     (slope,) = gradient(loss, [outputs], create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
-        tangents = unflatten(vector, params)
-        image = _pull(slope, outputs, _push(rows, u, tangents))
-        return flatten(
-            torch.autograd.grad(
-                outputs,
-                params,
-                image,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
+        image = _pull(slope, outputs, _push(rows, u, unflatten(vector, params)))
+        return flatten(gradient(outputs, params, image))
 
     return product
 
 
-def hessian_product(loss: Tensor, params: Sequence[Tensor]) -> Matvec:
+def recorded_hessian(loss: Tensor, params: Sequence[Tensor]) -> Matvec:
     """Products with the Hessian of ``loss`` by ``params`` [P] (Pearlmutter 1994)."""
     rows = _differentiable(gradient(loss, params, create_graph=True))
 
     def product(vector: Tensor) -> Tensor:
-        tangents = unflatten(vector, params)
-        chosen = [tangents[index] for index in rows]
         if not rows:
             return torch.zeros_like(vector)
-        return flatten(
-            torch.autograd.grad(
-                list(rows.values()),
-                params,
-                chosen,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
+        tangents = unflatten(vector, params)
+        return flatten(gradient(list(rows.values()), params, [tangents[index] for index in rows]))
 
     return product
 
@@ -106,7 +94,4 @@ def _push(rows: dict[int, Tensor], u: Tensor, tangents: Sequence[Tensor]) -> Ten
 def _pull(slope: Tensor, outputs: Tensor, tangent: Tensor) -> Tensor:
     if not slope.requires_grad:  # a loss that is linear in the outputs
         return torch.zeros_like(outputs)
-    (image,) = torch.autograd.grad(
-        slope, outputs, tangent, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return image
+    return gradient(slope, [outputs], tangent)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -94,3 +96,33 @@ class Keyed(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.body(inputs["x"]) * inputs["scale"]
+
+
+def expected_disjoint(own: Tensor, population: Tensor, batch_size: int, size: int) -> Tensor:
+    """Expected measurement on a disjoint batch, given the own one: (M·population − m·own)/(M − m).
+
+    A disjoint batch samples the population without the own batch, so it leans the other way. Hence
+    (m/M)·own + (1 − m/M)·other is unbiased for the population along any directions that the own
+    batch chose.
+
+    Args:
+        own: mean over the own batch, of anything.
+        population: mean over all M samples of the same.
+        batch_size: m.
+        size: M.
+    """
+    return (size * population - batch_size * own) / (size - batch_size)
+
+
+def own_slope_at_optimum(own_curvature: Tensor, noise_std: float, batch_size: int) -> Tensor:
+    r"""E|uᵀĝ| at the optimum given the inputs: σ√(2λ̂/(πm)), where the population's slope is 0.
+
+    There ĝ = −1/m Σ x_n σε_n, so uᵀĝ ~ N(0, σ²λ̂/m) along an own eigenvector u: a slope that is
+    all noise, and that orienting u makes positive. On other data its mean is 0.
+
+    Args:
+        own_curvature: own eigenvalues λ̂ [k].
+        noise_std: σ.
+        batch_size: m.
+    """
+    return noise_std * (2.0 * own_curvature / (math.pi * batch_size)).sqrt()

@@ -8,11 +8,10 @@ import torch
 from laplace_debiased.diagnostics import LinearRegressionLab, directional_profile
 from laplace_debiased.diagnostics.laboratory import (
     enumerate_batch_pairs,
-    expected_disjoint,
     isotropic_plane_top_curvature,
-    own_slope_at_optimum,
     quadratic_along,
 )
+from tests.diagnostics.oracles import expected_disjoint, own_slope_at_optimum
 from tests.tolerances import SIGMAS, assert_exact
 
 

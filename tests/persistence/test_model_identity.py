@@ -14,10 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.errors import ModelChangedError
-from laplace_debiased.network.identity import ModelFingerprint, fingerprint
-from laplace_debiased.network.watch import ModelWatch
 from tests.persistence.cases import INPUTS, LABELS, STRUCTURES, fitted, loader, network
-from tests.untouched import untouched
 
 Change = Callable[[nn.Module], object]
 
@@ -285,69 +282,6 @@ def test_last_layer_posterior_works_on_the_users_own_network(structure: str) -> 
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_check_reads_no_weights_and_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
-    watch = ModelWatch(fingerprint(model))
-    with untouched(model):
-        watch.check(model)
-    calls = []
-    monkeypatch.setattr(
-        "laplace_debiased.network.watch.fingerprint",
-        lambda m: calls.append(m) or fingerprint(m),
-    )
-    for _ in range(3):
-        watch.check(model)
-    assert calls == []
-    model.load_state_dict(model.state_dict())
-    watch.check(model)
-    watch.check(model)
-    assert calls == [model]
-
-
-def test_fingerprint_depends_on_names_shapes_dtypes_and_values_alone() -> None:
-    model = network()
-    print_ = fingerprint(model)
-    twin = copy.deepcopy(model).train().requires_grad_(False)
-    assert fingerprint(twin).digest == print_.digest
-    for change in (lambda m: m.half(), lambda m: m[3].bias.data.add_(1), replace_layer):
-        other = copy.deepcopy(model)
-        change(other)
-        assert fingerprint(other).digest != print_.digest
-    assert ModelFingerprint.from_state(print_.to_state()) == print_
-    with pytest.raises(ValueError, match="damaged"):
-        ModelFingerprint.from_state({"a": 1})
-
-
-def test_fingerprint_ignores_layout_and_what_a_state_dict_leaves_out() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(2, 3, 2)
-            self.again = self.conv
-            self.register_buffer("cache", torch.rand(3), persistent=False)
-            self.register_buffer("flag", torch.tensor([True, False]))
-            self.register_buffer("empty", torch.zeros(0))
-            self.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
-            self.narrow = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-
-    model = Odd()
-    watch = ModelWatch(fingerprint(model))
-    watch.check(model)
-    assert sorted(watch.reference.entries) == [
-        "conv.bias", "conv.weight", "empty", "flag", "narrow", "phase",
-    ]  # fmt: skip
-    model.cache = torch.rand(7)
-    model.to(memory_format=torch.channels_last)
-    watch.check(model)
-    watch.check(model)
-    model.conv.weight.data[0, 0, 0, 0] = model.conv.weight.data.abs().max() * 2
-    model.flag.data.zero_()
-    with pytest.raises(ModelChangedError, match=r"conv\.weight has other values, flag has other"):
-        watch.check(model)
-    with pytest.raises(ValueError, match="meta"):
-        fingerprint(nn.Linear(2, 2, device="meta"))
-
-
 def test_fitting_again_makes_the_present_weights_the_model() -> None:
     model = network()
     la = DebiasedLaplace(model)
@@ -357,10 +291,3 @@ def test_fitting_again_makes_the_present_weights_the_model() -> None:
         la(INPUTS)
     la.fit(loader())
     assert torch.isfinite(la(INPUTS)).all()
-
-
-def test_large_models_hash_as_small_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
-    expected = fingerprint(model)
-    monkeypatch.setattr("laplace_debiased.network.identity._PARALLEL_BYTES", 0)
-    assert fingerprint(model) == expected

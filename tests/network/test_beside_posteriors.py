@@ -14,8 +14,8 @@ from laplace_debiased.calibration import collect_logits
 from laplace_debiased.diagnostics import kfac_profile
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.optim import MiniBatches, NewtonCG, model_quadratic
-from tests.inputs import models
-from tests.inputs.test_structures import CASES, A, B, Items, Y, build
+from tests.network import models
+from tests.network.test_structures import CASES, A, B, Items, Y, build
 from tests.tolerances import assert_same
 from tests.untouched import untouched
 

@@ -17,7 +17,7 @@ from laplace_debiased.network.inputs import (
     tensor_shapes,
     to_device,
 )
-from tests.inputs import models
+from tests.network import models
 from tests.tolerances import assert_same
 from tests.untouched import untouched
 

@@ -1,1 +1,0 @@
-"""What a model and a loader may be."""
