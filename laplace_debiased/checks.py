@@ -133,7 +133,8 @@ def check_representable(name: str, value: float | Tensor, dtype: torch.dtype) ->
         )
 
 
-def shortened(values: Tensor) -> str:
-    """A tensor's entries, or the first of many, for messages."""
+def shortened(values: Tensor, digits: int | None = None) -> str:
+    """A tensor's entries, or the first of many, for messages; in full or with some digits."""
     flat = values.flatten()
-    return str(flat.tolist()) if flat.numel() <= 4 else f"{flat[:4].tolist()}… ({flat.numel()})"
+    shown = [v if digits is None else float(f"{v:.{digits}g}") for v in flat[:4].tolist()]
+    return str(shown) if flat.numel() <= 4 else f"{shown}… ({flat.numel()})"

@@ -18,7 +18,7 @@ import torch
 
 from laplace_debiased.checks import generator_seed
 
-__all__ = ["RngState", "derived_seed", "guarded_iter", "preserved_rng"]
+__all__ = ["RngState", "derived_seed", "guarded_iter", "preserved_rng", "undrawn_on_failure"]
 
 T = TypeVar("T")
 
@@ -150,3 +150,27 @@ def guarded_iter(
                 return
             own = RngState.capture(generators)
         yield item
+
+
+@contextmanager
+def undrawn_on_failure(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Where an exception passes through, what was drawn inside has not been drawn.
+
+    Args:
+        generator: source of the draws; None for torch's global one of the device.
+        device: where it draws.
+    """
+    source = generator
+    if source is None:
+        on_gpu = device.type == "cuda"
+        source = (
+            torch.cuda.default_generators[device.index or 0]
+            if on_gpu
+            else (torch.default_generator)
+        )
+    before = source.get_state()
+    try:
+        yield
+    except BaseException:
+        source.set_state(before)
+        raise

@@ -163,7 +163,7 @@ class DebiasedPosterior(_Host):
         if self._fit is None:
             return f"{name}({head}, not fitted)"
         fit = self._fit
-        prior = shortened(self.prior_precision.detach())
+        prior = shortened(self.prior_precision.detach(), digits=4)
         link = "" if self.tuned_link_approx is None else f", link={self.tuned_link_approx.value!r}"
         return (
             f"{name}({head}, scheme={fit.scheme.value!r}, {fit.n_samples} of N={fit.n_data} "
@@ -188,8 +188,8 @@ class DebiasedPosterior(_Host):
         value = torch.as_tensor(positive_value("temperature", temperature), dtype=torch.float64)
         if value.numel() != 1:
             raise ValueError(f"temperature must be one number; got shape {tuple(value.shape)}.")
-        self._temperature = float(value)
         check_representable("temperature", value, self._dtype)
+        self._temperature = float(value)
 
     @property
     def ignore_index(self) -> int | None:

@@ -18,6 +18,7 @@ from laplace_debiased.errors import NumericalError
 from laplace_debiased.estimation import Target
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, gaussian_samples, softmax
 from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.options import parse_choice
 from laplace_debiased.predictive import Predictive, Predictor
 
@@ -127,7 +128,6 @@ class PredictionCall:
         if self.asks_for_moments and n_samples == 1:
             raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
         samples = sampled(inputs, n_samples, self.generator, **model_kwargs)
-        require_finite_outputs(samples)
         if self.asks_for_moments:
             return samples.mean(0), samples.var(0)
         return predictive.inverse_link(samples).mean(0)
@@ -143,9 +143,9 @@ def require_finite_outputs(outputs: Tensor) -> None:
     if not bool(finite.all()):
         bad = int((~finite).nonzero()[0])
         raise NumericalError(
-            "outputs of sampled networks are NaN or infinite (first at sample "
-            f"{bad} of the batch). Check the inputs for NaN; a larger prior_precision keeps sampled weights closer to "
-            "the trained ones."
+            f"outputs of sampled networks are NaN or infinite (first at sample {bad} of the "
+            "batch). Check the inputs for NaN; a larger prior_precision keeps sampled weights "
+            "closer to the trained ones."
         )
 
 
@@ -274,9 +274,7 @@ def functional_samples(
     self._check_H_init()
     check_generator(generator, self._device)
     if checked_pred_type(pred_type) is PredType.NN:
-        outputs = sampled_outputs(self, x, checked_integer("n_samples", n_samples), generator)
-        require_finite_outputs(outputs)
-        return outputs
+        return sampled_outputs(self, x, checked_integer("n_samples", n_samples), generator)
     moments = linearised(self).host_moments(x, joint=False, diagonal_output=diagonal_output)
     return gaussian_samples(*moments, n_samples, generator)
 
@@ -301,16 +299,18 @@ def sampled_outputs(
     generator: torch.Generator | None,
     **model_kwargs: Any,
 ) -> Tensor:
-    """Outputs [n_samples, m, C] of networks at sampled weights."""
+    """Outputs [n_samples, m, C] of networks at sampled weights; a failure draws no numbers."""
     self._check_model()
-    with exact_arithmetic(self._device):
-        return self._target.sampled_outputs(
+    with exact_arithmetic(self._device), undrawn_on_failure(generator, self._device):
+        outputs = self._target.sampled_outputs(
             self.coverage,
             self.sample(n_samples, generator),
             inputs,
             differentiable=self.enable_backprop,
             **model_kwargs,
         )
+        require_finite_outputs(outputs)
+    return outputs
 
 
 def inverse_link_of(likelihood: str) -> InverseLink:

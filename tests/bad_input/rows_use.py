@@ -45,6 +45,18 @@ def option(
     return call(f"`{shown}`", lambda w: w.x, error, *names, likelihood=likelihood, **kw)
 
 
+def setting(name: str, value: Any, error: str, *names: str) -> Row:
+    """A row of an attribute that is set."""
+    shown = value if isinstance(value, str | float) else f"torch.ones({len(value)})"
+    return Row(
+        AREA,
+        f"`la.{name} = {shown!r}`" if isinstance(shown, str) else f"`la.{name} = {shown}`",
+        lambda w: setattr(w.la, name, value),
+        error,
+        (name.removeprefix("tuned_"), *names),
+    )
+
+
 def tune(
     input: str,
     error: str,
@@ -149,6 +161,23 @@ ROWS = [
         pred_type="nn",
         n_samples=1,
     ),
+    option('link_aprox="bridge"', "TypeError", "'link_aprox'", link_aprox="bridge"),
+    call(
+        "inputs with NaN, sampled networks",
+        lambda w: w.x * torch.nan,
+        "NumericalError",
+        "sample 0",
+        "NaN",
+        pred_type="nn",
+        n_samples=2,
+    ),
+    setting("prior_precision", 1e-60, "ValueError", "torch.float32"),
+    setting("temperature", torch.ones(2), "ValueError", "one number"),
+    setting("temperature", 1e60, "ValueError", "torch.float32"),
+    setting("prior_mean", float("nan"), "ValueError", "finite"),
+    setting("prior_mean", "zero", "ArgumentTypeError", "str"),
+    setting("enable_backprop", "no", "ArgumentTypeError", "True or False"),
+    setting("tuned_link_approx", "foo", "ValueError", "link_approx", "'probit'"),
     option(
         'link_approx="mc", generator=3', "ValueError", "generator", link_approx="mc", generator=3
     ),
