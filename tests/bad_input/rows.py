@@ -71,18 +71,18 @@ ELSEWHERE = (
         "the model's weights or running statistics changed after the fit",
         "ModelChangedError",
         ("what changed",),
-        "tests/persistence/test_model_identity.py",
+        "tests/posterior/test_changed_model.py",
     ),
     TestedElsewhere(
         "the state of another model, or of another kind of posterior",
         "ValueError",
         ("the entry that does not fit",),
-        "tests/persistence/test_saving.py",
+        "tests/posterior/test_saving.py",
     ),
     TestedElsewhere(
         "the process is killed while it saves",
         "none: the file is the old one or the new one",
         (),
-        "tests/persistence/test_files.py",
+        "tests/test_files.py",
     ),
 )

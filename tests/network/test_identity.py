@@ -11,7 +11,7 @@ from torch import nn
 from laplace_debiased.errors import ModelChangedError
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
 from laplace_debiased.network.watch import ModelWatch
-from tests.persistence.cases import network
+from tests.posterior.cases import network
 from tests.untouched import untouched
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.errors import ModelChangedError
-from tests.persistence.cases import INPUTS, LABELS, STRUCTURES, fitted, loader, network
+from tests.posterior.cases import INPUTS, LABELS, STRUCTURES, fitted, loader, network
 from tests.untouched import untouched
 
 Change = Callable[[nn.Module], object]

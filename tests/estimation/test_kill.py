@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from laplace_debiased import DebiasedLaplace
-from tests.persistence.cases import INPUTS, assert_equal, network
-from tests.persistence.victim import Paced
+from tests.estimation.victim import Paced
+from tests.posterior.cases import INPUTS, assert_equal, network
 
 KILLS = int(os.environ.get("LAPLACE_DEBIASED_KILLS", "5"))
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ class Nursery:
 
     def __init__(self, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.persistence.victim", str(folder)],
+            [sys.executable, "-W", "ignore", "-m", "tests.estimation.victim", str(folder)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

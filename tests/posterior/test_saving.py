@@ -13,7 +13,7 @@ from laplace.curvature import CurvlinopsEF
 import laplace_debiased
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.errors import NotFittedError, StoredFileError
-from tests.persistence.cases import (
+from tests.posterior.cases import (
     INPUTS,
     STRUCTURES,
     assert_equal,

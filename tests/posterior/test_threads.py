@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import evaluation_mode, math_attention
-from tests.persistence.cases import INPUTS, STRUCTURES, fitted, loader, network
+from tests.posterior.cases import INPUTS, STRUCTURES, fitted, loader, network
 from tests.untouched import untouched
 
 MODES = [nullcontext, torch.no_grad, torch.inference_mode, torch.enable_grad]

@@ -1,4 +1,4 @@
-"""Processes to be killed: ``python -m tests.persistence.victim folder``.
+"""Processes to be killed: ``python -m tests.estimation.victim folder``.
 
 For every line "fit" or "save" on its standard input it forks a victim and prints the victim's
 process id, then "working" when that begins to work, then "gone" with its exit status. A victim of
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from laplace_debiased import DebiasedLaplace
-from tests.persistence.cases import fitted, loader, network
+from tests.posterior.cases import fitted, loader, network
 
 PAUSE = 0.01
 """Seconds per batch, so that a fit lasts long enough to be killed in its midst."""

@@ -1,4 +1,4 @@
-"""Write the files that later versions must read: ``python -m tests.persistence.make_fixtures``.
+"""Write the files that later versions must read: ``python -m tests.posterior.make_fixtures``.
 
 Run once per format version; what is checked in is never written again.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.persistence.cases import INPUTS, STRUCTURES, fitted, network
+from tests.posterior.cases import INPUTS, STRUCTURES, fitted, network
 
 FOLDER = Path(__file__).parent / "fixtures"
 

@@ -12,7 +12,7 @@ import torch
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.errors import ModelChangedError, NotFittedError
-from tests.persistence.cases import INPUTS, STRUCTURES, assert_equal, fitted, loader, network
+from tests.posterior.cases import INPUTS, STRUCTURES, assert_equal, fitted, loader, network
 from tests.untouched import untouched
 
 COPIES: dict[str, Callable[[Any], Any]] = {

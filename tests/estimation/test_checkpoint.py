@@ -18,7 +18,7 @@ from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature.passes import BackwardPass
 from laplace_debiased.errors import StoredFileError
 from laplace_debiased.estimation import checkpoint as room
-from tests.persistence.cases import INPUTS, LABELS, STRUCTURES, assert_equal, loader, network
+from tests.posterior.cases import INPUTS, LABELS, STRUCTURES, assert_equal, loader, network
 
 
 class Crash(BaseException):

@@ -1,0 +1,1 @@
+"""Tests of the pipeline from a request to a fitted curvature."""

@@ -1,1 +1,0 @@
-"""Files, copies, fingerprints and checkpoints."""

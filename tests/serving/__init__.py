@@ -1,1 +1,0 @@
-"""Posteriors that serve: threads, gradient modes, copies."""
