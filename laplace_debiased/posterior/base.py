@@ -143,7 +143,7 @@ class DebiasedPosterior(StoredPosterior):
         pred_type: PredType | str = PredType.GLM,
         joint: bool = False,
         link_approx: LinkApprox | str | None = None,
-        n_samples: int = 100,
+        n_samples: int | None = None,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
         fitting: bool = False,
@@ -156,11 +156,13 @@ class DebiasedPosterior(StoredPosterior):
             pred_type: "glm", the linearised network, or "nn", sampled networks.
             joint: regression with "glm": covariance over all samples [m·C, m·C].
             link_approx: "probit", "mc", "bridge" or "bridge_norm". By default the one that the
-                prior precision was tuned with, else "probit" ("mc" for "nn").
-            n_samples: draws for "mc" and "nn".
+                prior precision was tuned with, else "mc".
+            n_samples: networks for "nn" (100 by default); fixed quasi-random points for "mc" (by
+                default as many as are accurate: 256, more for very uncertain outputs).
             diagonal_output: regression: variances in place of covariances; "mc": independent
                 outputs.
-            generator: source of all draws; torch's global one by default.
+            generator: source of all draws. Without one, "nn" draws from torch's global generator
+                and "mc" is deterministic.
             fitting: reward modelling: probabilities of a pair, as while fitting, in place of
                 rewards.
             model_kwargs: further arguments of the model, for "nn".
@@ -194,7 +196,9 @@ class DebiasedPosterior(StoredPosterior):
             raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
         self._check_model()
         with exact_arithmetic(self._device):
-            samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
+            samples = self._nn_functional_samples(
+                x, 100 if n_samples is None else n_samples, generator, **model_kwargs
+            )
         if moments:
             return samples.mean(0), samples.var(0)
         return self._inverse_link(samples).mean(0)
@@ -203,11 +207,11 @@ class DebiasedPosterior(StoredPosterior):
         self,
         x: Inputs,
         link: LinkApprox,
-        n_samples: int,
+        n_samples: int | None,
         diagonal_output: bool,
         generator: torch.Generator | None,
     ) -> Tensor:
-        diagonal = not needs_covariance(link, diagonal_output)
+        diagonal = not needs_covariance(link, diagonal_output, self._inverse_link)
         mean, covariance = self._glm_predictive_distribution(x, diagonal_output=diagonal)
         return class_probabilities(mean, covariance, link, n_samples, generator, self._inverse_link)
 
@@ -284,9 +288,8 @@ class DebiasedPosterior(StoredPosterior):
 
     def _link(self, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
         if link_approx is None:
-            if pred is PredType.NN:
-                return LinkApprox.MC
-            return self.tuned_link_approx or LinkApprox.PROBIT
+            tuned = self.tuned_link_approx if pred is PredType.GLM else None
+            return tuned or LinkApprox.MC
         link = self._checked_link(link_approx)
         if pred is PredType.NN and link is not LinkApprox.MC:
             raise ValueError("pred_type='nn' averages sampled networks: use link_approx='mc'.")
