@@ -8,6 +8,7 @@ from laplace_debiased.likelihoods.links import (
     gaussian_samples,
     laplace_bridge,
     monte_carlo,
+    mutual_information,
     probit,
     softmax,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "laplace_bridge",
     "loss_model",
     "monte_carlo",
+    "mutual_information",
     "probit",
     "residual_noise",
     "softmax",

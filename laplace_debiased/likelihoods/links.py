@@ -1,8 +1,8 @@
 r"""From Gaussian network outputs to predictive probabilities.
 
 Given f ~ N(μ, Σ) per sample, these approximate E[softmax(f)], or E[sigmoid(f)] for binary labels.
-They are laplace-torch's link approximations as pure functions: nothing is changed in place and
-every random draw comes from the caller's generator.
+They are laplace-torch's link approximations as pure functions: nothing is changed in place, "mc" is
+deterministic unless it is given a generator, and no global random number is drawn for it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from laplace_debiased.likelihoods.integrals import (
+    mean_sigmoid,
+    mean_softmax,
+    sigmoid_information,
+    softmax_information,
+    variances,
+)
+from laplace_debiased.likelihoods.points import POINTS
+from laplace_debiased.likelihoods.roots import symmetric_root
 
 InverseLink = Callable[[Tensor], Tensor]
 """From outputs [..., C] to probabilities [..., C]."""
@@ -40,49 +50,96 @@ def probit(mean: Tensor, variance: Tensor, inverse_link: InverseLink = softmax) 
 
 def monte_carlo(
     mean: Tensor,
-    covariance: Tensor,
-    n_samples: int,
+    covariance: Tensor | None = None,
+    n_samples: int | None = None,
     generator: torch.Generator | None = None,
     inverse_link: InverseLink = softmax,
+    *,
+    root: Tensor | None = None,
 ) -> Tensor:
-    """Mean of the inverse link over draws of f.
+    """Mean of the inverse link over f: deterministic, or over random draws of a generator.
+
+    Without a generator softmax is averaged over fixed quasi-random points (:func:`mean_softmax`),
+    the same for every sample, batch and prior precision; a sigmoid is integrated by quadrature, for
+    which ``n_samples`` does not matter.
 
     Args:
         mean: μ [..., C].
         covariance: Σ [..., C, C], or its diagonal [..., C] for independent outputs.
-        n_samples: number of draws.
-        generator: source of the draws; None for torch's global one.
+        n_samples: number of points or draws; None for 256 (more where 256 are not enough).
+        generator: source of random draws, one noise for all samples.
         inverse_link: softmax, or sigmoid.
+        root: [..., C, R] with root · rootᵀ = Σ, in place of ``covariance``.
 
     Returns:
         Probabilities [..., C].
+
+    Raises:
+        ValueError: if ``n_samples`` is not positive.
     """
-    return inverse_link(gaussian_samples(mean, covariance, n_samples, generator)).mean(0)
+    _check_count(n_samples)
+    if generator is not None:
+        draws = gaussian_samples(mean, covariance, n_samples or POINTS, generator, root=root)
+        return inverse_link(draws).mean(0)
+    if inverse_link is torch.sigmoid:
+        return mean_sigmoid(mean, variances(mean, covariance, root))
+    return mean_softmax(mean, covariance, n_samples, root=root)
+
+
+def mutual_information(
+    mean: Tensor,
+    covariance: Tensor | None = None,
+    inverse_link: InverseLink = softmax,
+    *,
+    root: Tensor | None = None,
+) -> Tensor:
+    """What the label would tell about the outputs [...]: the epistemic part of the entropy.
+
+    H(E p) − E H(p), in nats, over the deterministic link's own points; with a sigmoid summed over
+    the labels (Depeweg et al. 2018; Houlsby et al. 2011). Arguments as in :func:`monte_carlo`.
+    """
+    if inverse_link is torch.sigmoid:
+        return sigmoid_information(mean, variances(mean, covariance, root)).sum(-1)
+    return softmax_information(mean, covariance, root=root)
 
 
 def gaussian_samples(
-    mean: Tensor, covariance: Tensor, n_samples: int, generator: torch.Generator | None = None
+    mean: Tensor,
+    covariance: Tensor | None,
+    n_samples: int,
+    generator: torch.Generator | None = None,
+    *,
+    root: Tensor | None = None,
 ) -> Tensor:
     """Draws from N(μ_n, Σ_n) for every n, [n_samples, ..., C], with one noise for all n.
 
     Sharing the noise over n keeps draws of different inputs comparable, as in laplace-torch. The
     square root is a Cholesky factor, or an eigendecomposition where a covariance of low rank (more
-    outputs than weights) has none.
+    outputs than weights) has none; or it is given, as ``root`` [..., C, R].
 
     Raises:
         ValueError: if ``n_samples`` is not positive.
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1; got {n_samples}.")
-    n_outputs = mean.shape[-1]
+    _check_count(n_samples)
+    diagonal = root is None and covariance is not None and covariance.shape == mean.shape
+    if root is None and not diagonal:
+        assert covariance is not None
+        root = symmetric_root(covariance)
+    n_columns = mean.shape[-1] if root is None else root.shape[-1]
     noise = torch.randn(
-        (n_outputs, n_samples), generator=generator, device=mean.device, dtype=mean.dtype
+        (n_columns, n_samples), generator=generator, device=mean.device, dtype=mean.dtype
     )
-    if covariance.shape == mean.shape:
+    if root is None:
+        assert covariance is not None
         scaled = covariance.clamp_min(0.0).sqrt().unsqueeze(-1) * noise
     else:
-        scaled = _symmetric_root(covariance) @ noise
+        scaled = root @ noise
     return (mean.unsqueeze(-1) + scaled).movedim(-1, 0)
+
+
+def _check_count(n_samples: int | None) -> None:
+    if n_samples is not None and n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1; got {n_samples}.")
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False) -> Tensor:
@@ -111,11 +168,3 @@ def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False)
     ratio = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2 * math.log(n_classes)
     constant = torch.full_like(ratio, 1 - 2 / n_classes).log()
     return torch.softmax(torch.logaddexp(constant, ratio) - variance.log(), dim=-1)
-
-
-def _symmetric_root(covariance: Tensor) -> Tensor:
-    try:
-        return torch.linalg.cholesky(covariance)
-    except torch.linalg.LinAlgError:
-        eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-        return eigenvectors * eigenvalues.clamp_min(0.0).sqrt().unsqueeze(-2)

@@ -28,6 +28,9 @@ Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 MOMENTS = (LikelihoodName.REGRESSION, LikelihoodName.REWARD_MODELING)
 """Likelihoods whose predictions are moments of the outputs."""
 
+NETWORKS = 100
+"""Sampled networks that a prediction averages by default."""
+
 SampledOutputs = Callable[..., Tensor]
 """(inputs, n_samples, generator, **model_kwargs) to outputs of sampled networks [S, m, C]."""
 
@@ -68,7 +71,7 @@ class PredictionCall:
         link: how probabilities are approximated.
         likelihood: of the posterior.
         joint: covariance over all samples.
-        n_samples: draws; None for the link's own.
+        n_samples: draws or points; None for what the kind of prediction takes by itself.
         diagonal_output: variances in place of covariances.
         generator: source of the draws.
         fitting: reward modelling: probabilities of a pair in place of rewards.
@@ -78,7 +81,7 @@ class PredictionCall:
     link: LinkApprox
     likelihood: str
     joint: bool = False
-    n_samples: int = 100
+    n_samples: int | None = None
     diagonal_output: bool = False
     generator: torch.Generator | None = None
     fitting: bool = False
@@ -124,7 +127,8 @@ class PredictionCall:
                 diagonal_output=self.diagonal_output,
                 generator=self.generator,
             )
-        n_samples = checked_integer("n_samples", self.n_samples)
+        n_samples = NETWORKS if self.n_samples is None else self.n_samples
+        n_samples = checked_integer("n_samples", n_samples)
         if self.asks_for_moments and n_samples == 1:
             raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
         samples = sampled(inputs, n_samples, self.generator, **model_kwargs)
@@ -195,7 +199,7 @@ def predict(
     pred_type: PredType | str = PredType.GLM,
     joint: bool = False,
     link_approx: LinkApprox | str | None = None,
-    n_samples: int = 100,
+    n_samples: int | None = None,
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
     fitting: bool = False,
@@ -209,11 +213,13 @@ def predict(
         pred_type: "glm", the linearised network, or "nn", sampled networks.
         joint: regression with "glm": covariance over all samples [m·C, m·C].
         link_approx: "probit", "mc", "bridge" or "bridge_norm". By default the one that the
-            prior precision was tuned with, else "probit" ("mc" for "nn").
-        n_samples: draws for "mc" and "nn".
+            prior precision was tuned with, else "mc".
+        n_samples: networks for "nn" (100 by default); fixed quasi-random points for "mc" (by
+            default as many as are accurate: 256, more for very uncertain outputs).
         diagonal_output: regression: variances in place of covariances; "mc": independent
             outputs.
-        generator: source of all draws; torch's global one by default.
+        generator: source of all draws. Without one, "nn" draws from torch's global generator and
+            "mc" is deterministic.
         fitting: reward modelling: probabilities of a pair, as while fitting, in place of
             rewards.
         model_kwargs: further arguments of the model, for "nn".
@@ -320,9 +326,8 @@ def inverse_link_of(likelihood: str) -> InverseLink:
 
 def _link(self: Fitted, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
     if link_approx is None:
-        if pred is PredType.NN:
-            return LinkApprox.MC
-        return self.tuned_link_approx or LinkApprox.PROBIT
+        tuned = self.tuned_link_approx if pred is PredType.GLM else None
+        return tuned or LinkApprox.MC
     link = checked_link(link_approx, self.likelihood)
     if pred is PredType.NN and link is not LinkApprox.MC:
         raise ValueError("pred_type='nn' averages sampled networks: use link_approx='mc'.")

@@ -54,7 +54,7 @@ class Predictive:
         self,
         inputs: Any,
         link: LinkApprox,
-        n_samples: int,
+        n_samples: int | None,
         *,
         diagonal_output: bool,
         generator: torch.Generator | None,
@@ -64,11 +64,11 @@ class Predictive:
         Args:
             inputs: one batch of model inputs, m samples.
             link: how the inverse link is averaged over the outputs' distribution.
-            n_samples: points or draws for "mc".
+            n_samples: points or draws for "mc"; None for as many as are accurate.
             diagonal_output: independent outputs for "mc".
             generator: source of random draws.
         """
-        diagonal = not needs_covariance(link, diagonal_output)
+        diagonal = not needs_covariance(link, diagonal_output, self.inverse_link)
         kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
         mean, covariance = self.moments(inputs, kind)
         return class_probabilities(mean, covariance, link, n_samples, generator, self.inverse_link)

@@ -15,13 +15,18 @@ from laplace_debiased.likelihoods import (
 )
 
 
-def needs_covariance(link: LinkApprox, diagonal_output: bool) -> bool:
-    """Whether a link approximation reads more than the output variances."""
+def needs_covariance(
+    link: LinkApprox, diagonal_output: bool, inverse_link: InverseLink = softmax
+) -> bool:
+    """Whether a link approximation reads more than the output variances.
+
+    The probability of one binary label depends on its own logit only.
+    """
     match link:
         case LinkApprox.PROBIT:
             return False
         case LinkApprox.MC:
-            return not diagonal_output
+            return not diagonal_output and inverse_link is not torch.sigmoid
         case LinkApprox.BRIDGE | LinkApprox.BRIDGE_NORM:
             return True
     raise ValueError(f"unknown link approximation {link!r}.")
@@ -31,7 +36,7 @@ def class_probabilities(
     mean: Tensor,
     covariance: Tensor,
     link: LinkApprox,
-    n_samples: int,
+    n_samples: int | None = None,
     generator: torch.Generator | None = None,
     inverse_link: InverseLink = softmax,
 ) -> Tensor:
@@ -41,8 +46,8 @@ def class_probabilities(
         mean: μ [..., C].
         covariance: Σ [..., C, C], or variances [..., C] where the link needs no more.
         link: the approximation; the bridges are for softmax only.
-        n_samples: draws for ``mc``.
-        generator: source of these draws.
+        n_samples: points (draws) for ``mc``; None for as many as are accurate.
+        generator: source of random draws for ``mc``, in place of its fixed points.
         inverse_link: softmax, or sigmoid.
     """
     match link:

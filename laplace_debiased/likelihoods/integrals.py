@@ -1,0 +1,233 @@
+"""Means of softmax and sigmoid under a Gaussian, deterministic and accurate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.likelihoods.points import POINT_BITS, POINTS, normal_points
+from laplace_debiased.likelihoods.roots import (
+    PIVOTED_UP_TO,
+    centred,
+    pivoted_root,
+    symmetric_root,
+)
+
+_MORE_POINTS = ((2.0, 1024), (4.0, 8192))
+"""From which spread of its probabilities on a sample takes more points than 256, and how many.
+
+The spread is Σ_c Var(p_c) / p̄_c over the 256 points: N random points have an error (KL) of half of
+it over N. Measured on random problems of 3 to 100 classes, the mean KL of 256 points is below
+0.1e-3 nats up to a spread of 2, and 1e-3 at 4; that of 1,024 points is then 0.2e-3. 8,192 points
+have 0.1e-3 at 8, where predictions are next to useless. At a tuned prior few samples get there.
+"""
+
+_WORKING_BYTES = 4 * 2**20
+"""Function values that are held at a time: about what a processor's cache does."""
+
+_WIDE = 4.0
+"""Standard deviation from which on a sigmoid is integrated over its own, logistic, width."""
+
+Values = Callable[[Tensor], Tensor]
+"""From outputs [m, C, n] at n points to what is averaged over them, [m, ..., n]."""
+
+
+def mean_softmax(
+    mean: Tensor,
+    covariance: Tensor | None = None,
+    n_points: int | None = None,
+    *,
+    root: Tensor | None = None,
+) -> Tensor:
+    """E[softmax(f)] for f ~ N(μ, Σ) over fixed quasi-random points.
+
+    The points are the same for every sample, and the result of a sample does not depend on the
+    others in its batch.
+
+    Args:
+        mean: μ [..., C].
+        covariance: Σ [..., C, C], or its diagonal [..., C] for independent outputs.
+        n_points: number of points; None for 256, and 1,024 or 8,192 where the outputs of a sample
+            are so uncertain that 256 leave an error above 0.1e-3 nats.
+        root: [..., C, R] with root · rootᵀ = Σ, in place of ``covariance``; the columns that
+            matter most come first.
+
+    Returns:
+        Probabilities [..., C].
+    """
+    shape, scaling = mean.shape, _scaling(mean, covariance, root)
+    mean = mean.reshape(-1, shape[-1])
+    first = _average(mean, scaling, n_points or POINTS, _softmax_with_squares)
+    probabilities, squares = first[..., 0, :], first[..., 1, :]
+    if n_points is None:
+        tiny = torch.finfo(mean.dtype).tiny
+        spread = (squares / probabilities.clamp_min(tiny)).sum(-1).detach() - 1.0
+        probabilities = _refined(probabilities, spread, mean, scaling)
+    return probabilities.reshape(shape)
+
+
+def _refined(probabilities: Tensor, spread: Tensor, mean: Tensor, scaling: Tensor) -> Tensor:
+    """Probabilities with those of a wide spread taken from more points."""
+    bounds = [start for start, _ in _MORE_POINTS] + [math.inf]
+    for (start, n_points), end in zip(_MORE_POINTS, bounds[1:], strict=True):
+        rows = ((spread >= start) & (spread < end)).nonzero().squeeze(-1)
+        if len(rows):
+            finer = _average(mean[rows], scaling[rows], n_points, _softmax)
+            probabilities = probabilities.index_put((rows,), finer)
+    return probabilities
+
+
+def softmax_information(
+    mean: Tensor, covariance: Tensor | None = None, *, root: Tensor | None = None
+) -> Tensor:
+    """Mutual information of label and outputs [...], in nats: H(E p) − E H(p) over 256 points.
+
+    Arguments as in :func:`mean_softmax`. Both terms are over the same points, so that it is never
+    negative but for rounding.
+    """
+    shape, scaling = mean.shape, _scaling(mean, covariance, root)
+    mean = mean.reshape(-1, shape[-1])
+    averages = _average(mean, scaling, POINTS, _softmax_with_entropy)
+    total = torch.special.entr(averages[:, :-1]).sum(-1)
+    return (total - averages[:, -1]).clamp_min(0.0).reshape(shape[:-1])
+
+
+def mean_sigmoid(mean: Tensor, variance: Tensor) -> Tensor:
+    r"""E[sigmoid(f)] for f ~ N(μ, s²), one label at a time: exact to 1e-8.
+
+    By trapezoid rules, which converge exponentially for such weights: for s < 4 over the Gaussian
+    (97 points; Gauss–Hermite of that size has a hundred times the error); beyond, where the sigmoid
+    is steep against it, over the logistic distribution, E[Φ((μ − t)/s)].
+
+    Args:
+        mean: μ [...].
+        variance: s² [...].
+    """
+    return _over_labels(mean, variance, torch.sigmoid, _wide_sigmoid)
+
+
+def sigmoid_information(mean: Tensor, variance: Tensor) -> Tensor:
+    """Mutual information of each binary label and its output [...], in nats, by quadrature."""
+    within = _over_labels(mean, variance, _entropy, _wide_entropy)
+    p = mean_sigmoid(mean.double(), variance.double())
+    total = torch.special.entr(p) + torch.special.entr(1.0 - p)
+    return (total.to(mean.dtype) - within).clamp_min(0.0)
+
+
+def _over_labels(
+    mean: Tensor,
+    variance: Tensor,
+    function: Callable[[Tensor], Tensor],
+    wide: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """E[function(f)], by ``wide(standardised nodes, s)`` where f varies more than the function."""
+    # A deviation of zero would leave the wide rule 0/0, whose derivative poisons the other branch.
+    mu, deviation = mean.double(), variance.double().clamp_min(1e-60).sqrt()
+    z = torch.arange(-12.0, 12.25, 0.25, dtype=torch.float64, device=mean.device)
+    weights = torch.softmax(-0.5 * z.square(), 0)
+    narrow = (function(mu.unsqueeze(-1) + deviation.unsqueeze(-1) * z) * weights).sum(-1)
+    is_wide = deviation >= _WIDE
+    if not bool(is_wide.any()):
+        return narrow.to(mean.dtype)
+    at_least = deviation.clamp_min(_WIDE).unsqueeze(-1)
+    integral = wide((mu.unsqueeze(-1) - _wide_nodes(mu.device)) / at_least, at_least)
+    return torch.where(is_wide, integral, narrow).to(mean.dtype)
+
+
+def _wide_nodes(device: torch.device) -> Tensor:
+    return torch.arange(-40.0, 40.5, 0.5, dtype=torch.float64, device=device)
+
+
+def _wide_sigmoid(standardised: Tensor, deviation: Tensor) -> Tensor:
+    """E[sigmoid(f)] = E[Φ((μ − t)/s)] over a logistic t."""
+    t = _wide_nodes(standardised.device)
+    slopes = torch.sigmoid(t) * torch.sigmoid(-t)
+    return (torch.special.ndtr(standardised) * (slopes / slopes.sum())).sum(-1)
+
+
+def _wide_entropy(standardised: Tensor, deviation: Tensor) -> Tensor:
+    """E[H(sigmoid(f))] over t = f: the entropy vanishes within the nodes."""
+    density = (-0.5 * standardised.square()).exp() / (deviation * math.sqrt(2.0 * math.pi))
+    return (density * _entropy(_wide_nodes(standardised.device))).sum(-1) * 0.5
+
+
+def _entropy(logit: Tensor) -> Tensor:
+    p, q = torch.sigmoid(logit), torch.sigmoid(-logit)
+    return torch.special.entr(p) + torch.special.entr(q)
+
+
+def variances(mean: Tensor, covariance: Tensor | None, root: Tensor | None) -> Tensor:
+    """Variances [..., C] of outputs whose covariance, its diagonal or a root of it is given."""
+    if root is not None:
+        return root.square().sum(-1)
+    assert covariance is not None, "either the covariance or a root of it is needed"
+    diagonal = covariance.shape == mean.shape
+    return covariance if diagonal else covariance.diagonal(dim1=-2, dim2=-1)
+
+
+def _scaling(mean: Tensor, covariance: Tensor | None, root: Tensor | None) -> Tensor:
+    """A root [m, C, R] of the covariance, or deviations [m, C] of independent outputs."""
+    n_outputs = mean.shape[-1]
+    if root is not None:
+        return root.reshape(-1, n_outputs, root.shape[-1])
+    assert covariance is not None, "either the covariance or a root of it is needed"
+    if covariance.shape == mean.shape:
+        return covariance.reshape(-1, n_outputs).clamp_min(0.0).sqrt()
+    matrices = covariance.reshape(-1, n_outputs, n_outputs)
+    if n_outputs <= PIVOTED_UP_TO:
+        return pivoted_root(centred(matrices))
+    return symmetric_root(matrices)
+
+
+def _softmax(outputs: Tensor) -> Tensor:
+    return torch.softmax(outputs, dim=1)
+
+
+def _softmax_with_squares(outputs: Tensor) -> Tensor:
+    p = _softmax(outputs)
+    return torch.stack([p, p.square()], dim=1)
+
+
+def _softmax_with_entropy(outputs: Tensor) -> Tensor:
+    p = _softmax(outputs)
+    return torch.cat([p, torch.special.entr(p).sum(1, keepdim=True)], dim=1)
+
+
+def _average(mean: Tensor, scaling: Tensor, n_points: int, values: Values) -> Tensor:
+    """Mean of ``values`` over the points, in chunks of samples and of points [m, ...]."""
+    n_dimensions = scaling.shape[-1]
+    points = normal_points(n_dimensions, n_points).to(mean.device)
+    per_chunk = min(n_points, 1024)
+    step = max(1, _WORKING_BYTES // (8 * max(1, mean.shape[-1]) * per_chunk))
+    averages = []
+    for mu, scale in zip(mean.split(step), scaling.split(step), strict=True):
+        total: Tensor | None = None
+        for some in points.split(per_chunk, dim=1):
+            part = values(mu.unsqueeze(-1) + _scaled(scale, some).to(mu.dtype)).sum(-1)
+            total = part if total is None else total + part
+        assert total is not None
+        averages.append(total / n_points)
+    return torch.cat(averages)
+
+
+def _scaled(scaling: Tensor, points: Tensor) -> Tensor:
+    """Deviations from the mean [m, C, n] at the points [R, n], in float64 and without rounding.
+
+    A matrix product is rounded in an order that depends on its shape, and so on the batch. Here
+    every factor is cut to so few bits that float64 holds all sums exactly, and the order is void:
+    entries of the root keep 24 bits or more relative to the sample's largest one, up to 2,048
+    columns.
+    """
+    if scaling.ndim == 2:
+        return scaling.double().unsqueeze(-1) * points
+    wide = scaling.double()
+    largest = wide.detach().abs().amax((-2, -1), keepdim=True).clamp_min(1e-100)
+    bits = 52 - POINT_BITS - math.ceil(math.log2(max(2, scaling.shape[-1])))
+    unit = torch.exp2(torch.ceil(torch.log2(largest)) - bits)
+    exact = (wide.detach() / unit).round() * unit
+    if scaling.requires_grad:
+        exact = wide + (exact - wide.detach())
+    return torch.matmul(exact, points)
