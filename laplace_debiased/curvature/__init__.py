@@ -25,7 +25,6 @@ from laplace_debiased.curvature.passes import (
     ColumnChunk,
     CurvaturePass,
     identity_columns,
-    no_columns,
 )
 from laplace_debiased.curvature.rows import LayerRows
 
@@ -51,7 +50,6 @@ __all__ = [
     "layer_coverage",
     "layer_problems",
     "layers_of",
-    "no_columns",
     "register_layer_rule",
     "registered_rules",
     "rule_for",

@@ -101,11 +101,6 @@ def identity_columns(outputs: Tensor, rows: slice) -> Tensor:
     return eye.reshape(*shape, n_outputs).expand(m, *shape, n_outputs)
 
 
-def no_columns(outputs: Tensor, rows: slice) -> Tensor:
-    """Nothing to pull back."""
-    return outputs.new_zeros((*outputs.shape, 0))
-
-
 @dataclass(frozen=True, eq=False)
 class BackwardPass:
     """The general pass: one forward pass per chunk, one backward pass per column.

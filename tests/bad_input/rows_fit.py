@@ -123,7 +123,7 @@ ROWS = [
     batches(
         "a mapping without labels",
         lambda w: {"x": w.x[:5]},
-        "ValueError",
+        "MissingKeyError",
         "dict_key_y='labels'",
         "'x'",
     ),
