@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-import torchmetrics
 from laplace.baselaplace import ParametricLaplace
-from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,18 +25,16 @@ from laplace_debiased.likelihoods import (
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.watch import ModelWatch
-from laplace_debiased.posterior import predicting, saving, state
+from laplace_debiased.posterior import predicting, priors, saving, state
 from laplace_debiased.posterior.predicting import (
     checked_link,
-    checked_pred_type,
 )
 from laplace_debiased.posterior.priors import (
     PreparedPrecision,
     check_prior_mean,
 )
 from laplace_debiased.predictive import Predictor
-from laplace_debiased.tuning import PriorGrid, Subject, TuningResult
-from laplace_debiased.tuning.call import TuningCall, by_evidence, tuning_method
+from laplace_debiased.tuning import TuningResult
 
 if TYPE_CHECKING:
     from laplace.baselaplace import ParametricLaplace as _Host
@@ -484,137 +479,7 @@ class DebiasedPosterior(_Host):
     predictive_samples = predicting.predictive_samples
     _glm_predictive_distribution = predicting.host_moments
 
-    # -- tuning ----------------------------------------------------------------------------
-
-    def optimize_prior_precision(
-        self,
-        pred_type: PredType | str = PredType.GLM,
-        method: TuningMethod | str | None = None,
-        n_steps: int = 100,
-        lr: float = 1e-1,
-        init_prior_prec: float | Tensor = 1.0,
-        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
-        val_loader: DataLoader | None = None,
-        loss: torchmetrics.Metric | Callable[..., Tensor | float] | None = None,
-        log_prior_prec_min: float = -4,
-        log_prior_prec_max: float = 4,
-        grid_size: int = 100,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
-        n_samples: int = 100,
-        verbose: bool = False,
-        progress_bar: bool = False,
-        log_prior_prec_base: float = 10.0,
-        *,
-        refine: bool = True,
-        seed: int = 0,
-    ) -> None:
-        """Choose the prior precision on validation data, or by the marginal likelihood.
-
-        A grid search leaves ``tuning_result`` and ``tuned_link_approx``, the link that predictions
-        then use; "marglik" leaves None in both. Like the prior precision they stay through a new
-        ``fit``, which does not tune: call this again for the new curvature. The search warns where
-        its best prior predicts the validation data worse than the MAP model does (by more than
-        1e-4 nats per sample): then the posterior costs accuracy of the probabilities.
-
-        Args:
-            pred_type: prediction whose loss is compared.
-            method: "gridsearch" or "marglik"; None means "gridsearch" with a ``val_loader``, else
-                "marglik".
-            n_steps: gradient steps of "marglik".
-            lr: their step size, on log prior precision.
-            init_prior_prec: where "marglik" starts.
-            prior_structure: "scalar" or "layerwise" (one entry per covered parameter tensor).
-            val_loader: validation data for "gridsearch".
-            loss: torchmetrics metric or callable. By default the mean negative log likelihood:
-                of the probabilities in classification, of a Gaussian with variance epistemic + σ²
-                in regression.
-            log_prior_prec_min: exponent of the grid's lower end.
-            log_prior_prec_max: exponent of its upper end.
-            grid_size: number of grid points.
-            link_approx: how probabilities are approximated; remembered for predictions.
-            n_samples: draws for "mc" and "nn".
-            verbose: print the result.
-            progress_bar: show progress.
-            log_prior_prec_base: base of the grid's exponents.
-            refine: search on between the best grid point's neighbours, at no further pass.
-            seed: seed of the draws for "mc" and "nn", the same at every grid point.
-
-        Raises:
-            ValueError: for impossible arguments.
-            NumericalError: if no grid point has a finite loss. The prior is left as it was.
-            ModelChangedError: if the model is no longer the one of the fit.
-        """
-        self._check_H_init()
-        self._check_model()
-        pred = checked_pred_type(pred_type)
-        result, link = None, None
-        if tuning_method(method, val_loader) is TuningMethod.MARGLIK:
-            best = by_evidence(
-                self._evidence,
-                init_prior_prec,
-                prior_structure,
-                self.mean,
-                tuple(parameter.numel() for parameter in self.params),
-                takes_diagonal=self._takes_diagonal_prior,
-                n_steps=n_steps,
-                lr=lr,
-                progress_bar=progress_bar,
-            )
-        else:
-            link = checked_link(link_approx, self.likelihood)
-            link = LinkApprox.MC if pred is PredType.NN else link
-            call = TuningCall(val_loader, pred, link, loss, n_samples, progress_bar, refine, seed)
-            grid = PriorGrid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-            result = call.search(self._subject(), grid)
-            best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
-        self.prior_precision = best
-        self.tuning_result, self.tuned_link_approx = result, link
-        self._warned_about_link = False
-        if verbose:
-            print(f"Optimized prior precision is {self.prior_precision}.")
-
-    def _subject(self) -> Subject:
-        """What a tuning sees of the posterior."""
-        sigma = float(torch.as_tensor(self.sigma_noise).detach())
-        return Subject(
-            self.predictor,
-            self.likelihood,
-            self._arguments.loss(positions=self._structure.takes_positions),
-            torch.as_tensor(self._H_factor).detach(),
-            sigma * sigma,
-            self._device,
-            self._dtype,
-            self.dict_key_y,
-            self._target.model,
-            self._sampled_at,
-        )
-
-    def _evidence(self, prior: Tensor) -> Tensor:
-        """Log marginal likelihood of a prior precision; the posterior keeps its own."""
-        with self._prior_set_to(prior):
-            return self.log_marginal_likelihood()
-
-    def _sampled_at(
-        self, prior: float, inputs: Any, n_samples: int, generator: torch.Generator
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Prediction of sampled networks under another prior."""
-        with self._prior_set_to(torch.tensor(prior, dtype=torch.float64)):
-            return self(
-                inputs,
-                pred_type=PredType.NN,
-                n_samples=n_samples,
-                generator=generator,
-                fitting=True,
-            )
-
-    @contextmanager
-    def _prior_set_to(self, prior: Tensor) -> Iterator[None]:
-        before = self._prior_precision
-        try:
-            self.prior_precision = prior
-            yield
-        finally:
-            self._prior_precision = before
+    optimize_prior_precision = priors.optimize_prior_precision
 
     # -- files and copies ------------------------------------------------------------------
 
