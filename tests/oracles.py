@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
-from laplace_debiased.operators import EigenKron
+from laplace_debiased.operators import EigenBlock, EigenKron
 from tests.zoo import Problem
 
 
@@ -73,23 +73,53 @@ def ggn(
     return sample_ggns(part, names, fisher).mean(0)
 
 
+def completed(basis: Tensor) -> Tensor:
+    """[D, D] of a basis [D, r]: any orthonormal basis of its complement behind it."""
+    size, rank = basis.shape[-2:]
+    return basis if rank == size else torch.linalg.qr(basis, mode="complete").Q.contiguous()
+
+
+def whole(basis: Tensor | None, size: int, groups: int) -> Tensor:
+    """Bases [groups, D, D] of a side, the given directions first."""
+    if basis is None:
+        return torch.eye(size, dtype=torch.float64).expand(groups, -1, -1)
+    filled = []
+    for part in basis.reshape(-1, *basis.shape[-2:]):
+        q = completed(part)
+        filled.append(torch.cat([part, q[:, part.shape[1] :]], dim=1))
+    return torch.stack(filled).expand(groups, -1, -1)
+
+
 def dense_bases(operator: EigenKron) -> list[Tensor]:
-    """U of every block as a dense matrix, columns in the order of the flattened table."""
+    """U of every block as a dense matrix, columns in the order of :func:`tables`."""
     bases = []
     for block in operator.blocks:
         shape = block.eigenvalues.shape
         rows, columns = (shape[0], 1) if len(shape) == 1 else tuple(shape[-2:])
-        left, right = (
-            torch.eye(size, dtype=block.eigenvalues.dtype) if basis is None else basis
-            for basis, size in ((block.output_basis, rows), (block.input_basis, columns))
-        )
         groups = shape[0] if len(shape) == 3 else 1
-        left, right = left.expand(groups, -1, -1), right.expand(groups, -1, -1)
+        left = whole(block.output_basis, rows, groups).to(block.eigenvalues)
+        right = whole(block.input_basis, columns, groups).to(block.eigenvalues)
         pairs = zip(left, right, strict=True)
         bases.append(
             torch.block_diag(*(torch.kron(u.contiguous(), v.contiguous()) for u, v in pairs))
         )
     return bases
+
+
+def tables(operator: EigenKron) -> list[Tensor]:
+    """Eigenvalues of every block without prior, once for every direction of a complement."""
+    spread = []
+    for block in operator.blocks:
+        full = block.eigenvalues
+        for basis, axis in (
+            (block.output_basis, -1 if full.ndim == 1 else -2),
+            (block.input_basis, -1),
+        ):
+            if basis is not None and basis.shape[-1] < basis.shape[-2]:
+                index = torch.arange(basis.shape[-2]).clamp_max(basis.shape[-1])
+                full = full.index_select(axis % full.ndim, index)
+        spread.append(full)
+    return spread
 
 
 def dense_basis(operator: EigenKron) -> Tensor:
@@ -98,13 +128,33 @@ def dense_basis(operator: EigenKron) -> Tensor:
 
 def table(operator: EigenKron) -> Tensor:
     """All eigenvalues without prior, flattened [P]."""
-    return torch.cat([block.eigenvalues.flatten() for block in operator.blocks])
+    return torch.cat([full.flatten() for full in tables(operator)])
 
 
 def directional(operator: EigenKron, matrix: Tensor) -> Tensor:
-    """diag(Uᵀ M U) [P] along the operator's own directions."""
+    """diag(Uᵀ M U) [P] along the operator's own directions, the mean over a complement."""
     basis = dense_basis(operator)
-    return (basis * (matrix @ basis)).sum(0)
+    values = (basis * (matrix @ basis)).sum(0)
+    fulls = tables(operator)
+    averaged = [
+        averaged_over_complements(part.reshape(full.shape), block).flatten()
+        for part, full, block in zip(
+            values.split([full.numel() for full in fulls]), fulls, operator.blocks, strict=True
+        )
+    ]
+    return torch.cat(averaged)
+
+
+def averaged_over_complements(full: Tensor, block: EigenBlock) -> Tensor:
+    """A table with an entry per direction, those of a complement replaced by their mean."""
+    for basis, axis in (
+        (block.output_basis, -1 if full.ndim == 1 else -2),
+        (block.input_basis, -1),
+    ):
+        if basis is not None and basis.shape[-1] < basis.shape[-2]:
+            head, rest = full.tensor_split([basis.shape[-1]], dim=axis)
+            full = torch.cat([head, rest.mean(axis, keepdim=True).expand_as(rest)], dim=axis)
+    return full
 
 
 def dense_precision(operator: EigenKron, deltas: Tensor, scale: float = 1.0) -> Tensor:

@@ -2,11 +2,11 @@
 
 from laplace_debiased.debiasing.bases import (
     eigenbasis,
-    join_by_rank,
     kfac_magnitudes,
     own_magnitudes,
 )
 from laplace_debiased.debiasing.bias import BiasReport, bias_report
+from laplace_debiased.debiasing.joining import join_by_rank
 from laplace_debiased.debiasing.schemes import Measurement, SchemePlan, scheme_plan
 
 __all__ = [

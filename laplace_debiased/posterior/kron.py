@@ -47,7 +47,7 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         backend_kwargs: arguments of the backend.
         asdl_fisher_kwargs: arguments of every call of an ASDL backend.
         **options: ``scheme``, ``magnitudes``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
-            ``direction_fraction``, ``pool_size``, ``byte_budget``, ``strict``: see
+            ``direction_fraction``, ``pool_size``, ``byte_budget``, ``max_rank``, ``strict``: see
             :class:`~laplace_debiased.options.CurvatureOptions`. ``ignore_index``: class label that
             does not count, as of padding (often -100). ``allow_probabilities``: take class outputs
             that all sum to one for logits, in place of an error.

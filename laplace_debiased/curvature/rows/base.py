@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, vmap
+from torch.nn.functional import pad
 
 from laplace_debiased.curvature import kernels
+from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense, gram_of_rows
 from laplace_debiased.options import WeightSharing
 
 
@@ -56,14 +58,18 @@ class RotatedRows:
         values: [m, R, K]; K = P, or fewer where a sample touches some rows of the parameter only.
         shape: of the block's eigenvalue table.
         touched: rows of the table [m, L] that ``values`` [m, R, L·D] belong to; None for all.
+        spreads: for the last axes of the table, how many of the values its last entry is of: 1, or
+            D where that side is thin (see :mod:`sides`).
     """
 
     values: Tensor
     shape: tuple[int, ...]
     touched: Tensor | None = None
+    spreads: tuple[int, ...] = ()
 
     def entries(self, table: Tensor) -> Tensor:
         """Entries of a table that belong to ``values``: [K], or [m, K] where rows are touched."""
+        table = spread_last(table, self.spreads)
         return table.flatten() if self.touched is None else table[self.touched].flatten(1)
 
     def written_out(self) -> Tensor:
@@ -84,21 +90,52 @@ class RankOneRows:
         columns: [m, R, I].
         inputs: [m, J].
         transposed: whether the block's table is [J, I] and not [I, J].
+        spread: how many of the I the last entry of the table's side is of: see
+            :class:`RotatedRows`.
+        inputs_rest: what of the inputs lies outside of a thin side [m, D_in].
     """
 
     columns: Tensor
     inputs: Tensor
     transposed: bool = False
+    spread: int = 1
+    inputs_rest: Tensor | None = None
 
     def entries(self, table: Tensor) -> Tensor:
-        """The table as [I, J]."""
+        """The table as [I, J]; a thin side counts as one entry."""
         return table.mT if self.transposed else table
+
+    def input_squares(self) -> Tensor:
+        """Squares of the inputs [m, J], last those outside of a thin side."""
+        squares = self.inputs.square()
+        if self.inputs_rest is None:
+            return squares
+        return torch.cat([squares, self.inputs_rest.square().sum(-1, keepdim=True)], dim=-1)
+
+    def scales(self, entries: Tensor) -> Tensor:
+        """Σ_j a_j² / entries_ij, for every column of ``columns`` [m, I]."""
+        return spread_last(self.input_squares() @ entries.reciprocal().mT, (self.spread,))
 
     def expanded(self) -> RotatedRows:
         """Written out."""
-        rows = torch.einsum("mri,mj->mrij", self.columns, self.inputs)
-        rows = rows.mT if self.transposed else rows
-        return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]))
+        rest = self.inputs_rest
+        inputs = self.inputs if rest is None else torch.cat([self.inputs, rest], dim=-1)
+        rows = torch.einsum("mri,mj->mrij", self.columns, inputs)
+        spreads = self.spread, 1 if rest is None else rest.shape[-1]
+        if self.transposed:
+            rows, spreads = rows.mT, spreads[::-1]
+        return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]), spreads=spreads)
+
+
+def spread_last(table: Tensor, spreads: Sequence[int]) -> Tensor:
+    """A table with the last entry of its last axes repeated: ``spreads`` times in all."""
+    for axis, times in zip(range(-len(spreads), 0), spreads, strict=True):
+        if times > 1:
+            head, last = table.split([table.shape[axis] - 1, 1], dim=axis)
+            shape = list(last.shape)
+            shape[axis] = times
+            table = torch.cat([head, last.expand(shape)], dim=axis)
+    return table
 
 
 class BlockRows(Protocol):
@@ -122,7 +159,7 @@ class BlockRows(Protocol):
     def joined(self, others: Sequence[BlockRows]) -> BlockRows:
         """With the rows of further calls of the module: gradients add up."""
 
-    def column_factor(self, rule: FactorRule) -> Tensor:
+    def column_factor(self, rule: FactorRule) -> Factor:
         """Factor of the columns, summed over samples and columns."""
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
@@ -161,24 +198,49 @@ def required(inputs: Tensor | None) -> Tensor:
 
 
 def shared_columns(g: Tensor, sharing: WeightSharing) -> Tensor:
-    """Columns [m, R, T, D] as the Kronecker factor sees them (Eschenhagen et al. 2023)."""
+    """Columns [..., T, D] as the Kronecker factor sees them (Eschenhagen et al. 2023)."""
     match sharing:
         case WeightSharing.EXPAND:
             return g
         case WeightSharing.REDUCE:
-            return g.sum(2, keepdim=True)
+            return g.sum(-2, keepdim=True)
 
 
-def input_factor(a: Tensor, sharing: WeightSharing, counts: Tensor | None = None) -> Tensor:
+def input_factor(a: Tensor, sharing: WeightSharing, counts: Tensor | None = None) -> Factor:
     """Input factor [D_in, D_in] of inputs [m, T, D_in], summed over samples.
 
     Args:
-        a: the inputs.
+        a: the inputs; of G groups [G, m, T, D_in], which have a factor each.
         sharing: the mean over positions of the outer products, or the outer product of the means.
         counts: multiplicity of every sample [m]; None for ones.
+
+    Returns:
+        The factor, as its rows where they are fewer than D_in.
     """
     match sharing:
         case WeightSharing.EXPAND:
-            return kernels.input_covariance(a, counts)
+            pass
         case WeightSharing.REDUCE:
-            return kernels.input_covariance(a.mean(1, keepdim=True), counts)
+            a = a.mean(-2, keepdim=True)
+    m, positions, width = a.shape[-3:]
+    if m * positions < width:
+        scales = a.new_ones(m) if counts is None else counts.to(a)
+        rows = a * (scales / positions).sqrt().reshape(m, 1, 1)
+        return RowsFactor(rows.flatten(-3, -2))
+    if a.ndim == 3:
+        return kernels.input_covariance(a, counts)
+    return vmap(lambda part: kernels.input_covariance(part, counts))(a)
+
+
+def column_gram(columns: Tensor) -> Factor:
+    """Σ g gᵀ [D, D] of columns g [m, R, T, D]; of G groups [G, m, R, T, D], one each."""
+    return gram_of_rows(columns.flatten(-4, -2))
+
+
+def stacked(factors: Sequence[Factor]) -> Factor:
+    """Factors of one side each, as those of the groups of one parameter [G, D, D]."""
+    parts = [factor.rows for factor in factors if isinstance(factor, RowsFactor)]
+    if len(parts) < len(factors):
+        return torch.stack([dense(factor) for factor in factors])
+    length = max(part.shape[-2] for part in parts)
+    return RowsFactor(torch.stack([pad(part, (0, 0, 0, length - len(part))) for part in parts]))
