@@ -73,20 +73,22 @@ def ggn(
     return sample_ggns(part, names, fisher).mean(0)
 
 
-def completed(basis: Tensor) -> Tensor:
-    """[D, D] of a basis [D, r]: any orthonormal basis of its complement behind it."""
-    size, rank = basis.shape[-2:]
-    return basis if rank == size else torch.linalg.qr(basis, mode="complete").Q.contiguous()
-
-
 def whole(basis: Tensor | None, size: int, groups: int) -> Tensor:
-    """Bases [groups, D, D] of a side, the given directions first."""
+    """Bases [groups, D, D] of a side, the given directions first.
+
+    Behind them stands any basis of the complement; it also takes the place of zero columns.
+    """
     if basis is None:
         return torch.eye(size, dtype=torch.float64).expand(groups, -1, -1)
     filled = []
-    for part in basis.reshape(-1, *basis.shape[-2:]):
-        q = completed(part)
-        filled.append(torch.cat([part, q[:, part.shape[1] :]], dim=1))
+    for part in basis.flatten(0, -3) if basis.ndim > 2 else basis.unsqueeze(0):
+        missing = part.square().sum(0) == 0
+        known = part[:, ~missing]
+        others = torch.linalg.qr(known.double(), mode="complete").Q[:, known.shape[1] :]
+        full = torch.zeros(len(part), len(part), dtype=torch.float64)
+        place = torch.cat([~missing, torch.zeros(len(part) - part.shape[1], dtype=torch.bool)])
+        full[:, place], full[:, ~place] = known.double(), others
+        filled.append(full)
     return torch.stack(filled).expand(groups, -1, -1)
 
 
@@ -106,15 +108,18 @@ def dense_bases(operator: EigenKron) -> list[Tensor]:
     return bases
 
 
+def sides(block: EigenBlock) -> tuple[tuple[Tensor | None, int], tuple[Tensor | None, int]]:
+    """A block's bases, with their axes in its table."""
+    outputs = -1 if block.eigenvalues.ndim == 1 else -2
+    return (block.output_basis, outputs), (block.input_basis, -1)
+
+
 def tables(operator: EigenKron) -> list[Tensor]:
     """Eigenvalues of every block without prior, once for every direction of a complement."""
     spread = []
     for block in operator.blocks:
         full = block.eigenvalues
-        for basis, axis in (
-            (block.output_basis, -1 if full.ndim == 1 else -2),
-            (block.input_basis, -1),
-        ):
+        for basis, axis in sides(block):
             if basis is not None and basis.shape[-1] < basis.shape[-2]:
                 index = torch.arange(basis.shape[-2]).clamp_max(basis.shape[-1])
                 full = full.index_select(axis % full.ndim, index)
@@ -147,13 +152,14 @@ def directional(operator: EigenKron, matrix: Tensor) -> Tensor:
 
 def averaged_over_complements(full: Tensor, block: EigenBlock) -> Tensor:
     """A table with an entry per direction, those of a complement replaced by their mean."""
-    for basis, axis in (
-        (block.output_basis, -1 if full.ndim == 1 else -2),
-        (block.input_basis, -1),
-    ):
+    for basis, axis in sides(block):
         if basis is not None and basis.shape[-1] < basis.shape[-2]:
-            head, rest = full.tensor_split([basis.shape[-1]], dim=axis)
-            full = torch.cat([head, rest.mean(axis, keepdim=True).expand_as(rest)], dim=axis)
+            missing = (basis.square().sum(-2) == 0).to(full)
+            beyond = full.new_ones(*missing.shape[:-1], basis.shape[-2] - basis.shape[-1])
+            outside = torch.cat([missing, beyond], dim=-1)
+            outside = outside.unsqueeze(-1 if axis == -2 else -2) if full.ndim > 1 else outside
+            mean = (full * outside).sum(axis, keepdim=True) / outside.sum(axis, keepdim=True)
+            full = torch.where(outside > 0, mean, full)
     return full
 
 

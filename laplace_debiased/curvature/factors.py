@@ -43,8 +43,9 @@ class BlockFactors:
         input: A [D_in, D_in] = mean_{n,t} a aᵀ, for its columns; None where the parameter is a
             vector.
 
-    A factor that is a sum over fewer rows than its side is kept as these rows. Where a weight is stored as [D_in, D_out] the two change places. Weights of G groups have G
-    matrices each, [G, D, D]. A vector [D] is a diagonal factor.
+    A factor that is a sum over fewer rows than its side is kept as these rows. Where a weight is
+    stored as [D_in, D_out] the two change places. Weights of G groups have G matrices each,
+    [G, D, D]. A vector [D] is a diagonal factor.
     """
 
     name: str

@@ -20,7 +20,7 @@ def join_by_rank(
     bases: Sequence[Sequence[BlockBasis]],
     target: Sequence[BlockBasis],
 ) -> Tables:
-    """Average eigenvalue tables of several eigenbases entry by entry, for the eigenbasis ``target``.
+    """Average eigenvalue tables of several eigenbases entry by entry, for the basis ``target``.
 
     Bases list their factor eigenvectors by ascending eigenvalue, so that equal indices, counted
     from the last, are equal ranks: the average is taken over ranks, not over directions (Lam 2016;
