@@ -24,7 +24,7 @@ from laplace_debiased.curvature.rows.gram import (
     scaled,
     summed,
 )
-from laplace_debiased.curvature.rows.sides import mean_energies
+from laplace_debiased.curvature.rows.sides import mean_energies, table_multiplicities
 from laplace_debiased.curvature.tape import Calls
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.precision import full_precision
@@ -252,6 +252,11 @@ class BlockBasis:
         return (
             shape if self.input_eigenvalues is None else (*shape, self.input_eigenvalues.shape[-1])
         )
+
+    def multiplicities(self) -> Tensor:
+        """Number of directions that every entry of the table stands for."""
+        table = self.output_eigenvalues.new_ones(self.table_shape)
+        return table_multiplicities(table, self.output_basis, self.input_basis)
 
 
 class MagnitudeAccumulator:

@@ -25,7 +25,9 @@ from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
 from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.data.loaders import can_draw, sampler_indices
 from laplace_debiased.debiasing import (
+    Comparison,
     SchemePlan,
+    compared,
     eigenbasis,
     join_by_rank,
     kfac_magnitudes,
@@ -60,7 +62,6 @@ RECOMMENDED_LAST_LAYER_SAMPLES = 2_048
 """The same for a last layer: its curvature costs forward passes alone."""
 
 Tables = tuple[Tensor, ...]
-Comparison = tuple[Tables, Tables]
 Block = TypeVar("Block", BlockBasis, BlockFactors)
 
 
@@ -180,7 +181,7 @@ class KronStructure:
             "H": [_block_to_state(block) for block in curvature.basis],
             "tables": [table.detach().clone() for table in curvature.tables],
             "folds": [_factors_to_state(fold) for fold in curvature.folds],
-            "comparisons": [[list(own), list(other)] for own, other in fit.comparisons],
+            "comparisons": [comparison.to_state() for comparison in fit.comparisons],
         }
 
     def from_state(
@@ -203,10 +204,7 @@ class KronStructure:
                     f"the state's table of {block.name!r} does not fit its eigenbasis."
                 )
         folds = tuple(_factors_from_state(names, fold, device) for fold in state["folds"])
-        comparisons = tuple(
-            (tuple(t.to(device) for t in own), tuple(t.to(device) for t in other))
-            for own, other in state["comparisons"]
-        )
+        comparisons = tuple(Comparison.from_state(part) for part in state["comparisons"])
         return KronCurvature(basis, tables, folds), comparisons
 
 
@@ -240,8 +238,12 @@ def _measured(
             tables = held_out
         case Magnitudes.GGN:
             tables = estimator.exact_magnitudes(scheme.measurements, bases)
-    pairs = zip(bases, held_out, strict=True)
-    comparisons = tuple((own_magnitudes(basis), held) for basis, held in pairs)
+    comparisons: tuple[Comparison, ...] = ()
+    if options.scheme is not Scheme.SINGLE:
+        comparisons = tuple(
+            compared(own_magnitudes(basis), held, [block.multiplicities() for block in basis])
+            for basis, held in zip(bases, held_out, strict=True)
+        )
     basis = (
         bases[0]
         if scheme.posterior_basis_is_measured
@@ -251,7 +253,7 @@ def _measured(
     return _Measured(
         basis,
         join_by_rank(tables, shares, bases, basis),
-        () if options.scheme is Scheme.SINGLE else comparisons,
+        comparisons,
     )
 
 

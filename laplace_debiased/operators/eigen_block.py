@@ -110,13 +110,7 @@ class EigenBlock:
 
     def multiplicities(self) -> Tensor:
         """Number of directions that every entry of the table stands for; they sum to n_params."""
-        counts = torch.ones_like(self.eigenvalues)
-        if self.output_basis is not None and sides.is_thin(self.output_basis):
-            own = sides.multiplicities(self.output_basis)
-            counts = counts * (own if counts.ndim == 1 else own.unsqueeze(-1))
-        if self.input_basis is not None and sides.is_thin(self.input_basis):
-            counts = counts * sides.multiplicities(self.input_basis).unsqueeze(-2)
-        return counts
+        return sides.table_multiplicities(self.eigenvalues, self.output_basis, self.input_basis)
 
     def per_coordinate(self, table: Tensor) -> Tensor:
         """A table of the eigenvalues' shape as one entry per coordinate, flat."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.passes import Chunk, CurvaturePass, identity_columns
 from laplace_debiased.curvature.rows import PositionRows, RankOneRows
-from laplace_debiased.curvature.rows.base import spread_last
+from laplace_debiased.curvature.rows.rotated import spread_last
 from laplace_debiased.predictive.functional import (
     NamedBlocks,
     per_position,
@@ -62,8 +62,8 @@ def _chunk_sweep(chunk: Chunk, blocks: NamedBlocks, priors: Tensor, diagonal: bo
             table = blocks.block(name).eigenvalues
             if isinstance(jacobian, PositionRows):
                 weights = _reciprocals(table, priors).movedim(-1, 0)
-                rows = jacobian.per_position(n_outputs)
-                total += rows.covariances(weights, diagonal=diagonal)
+                apart = jacobian.per_position(n_outputs)
+                total += apart.covariances(weights, diagonal=diagonal)
                 continue
             eigenvalues = jacobian.entries(table)
             if isinstance(jacobian, RankOneRows):

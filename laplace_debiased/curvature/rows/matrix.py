@@ -13,8 +13,6 @@ from laplace_debiased.curvature.rows.base import (
     Basis,
     BlockRows,
     FactorRule,
-    RankOneRows,
-    RotatedRows,
     column_gram,
     required,
     same_kind,
@@ -22,6 +20,7 @@ from laplace_debiased.curvature.rows.base import (
 )
 from laplace_debiased.curvature.rows.gram import Factor
 from laplace_debiased.curvature.rows.positions import PositionRows, thin_weight_curvature
+from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
 from laplace_debiased.curvature.rows.sides import coordinates, is_thin, split
 
 

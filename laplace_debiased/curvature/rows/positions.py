@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature import kernels
-from laplace_debiased.curvature.rows.base import RotatedRows
+from laplace_debiased.curvature.rows.rotated import RotatedRows
 from laplace_debiased.curvature.rows.sides import energies, is_thin, split
 
 
@@ -129,6 +129,10 @@ class PositionRows:
         if self.transposed:
             rows, spreads = rows.mT, spreads[::-1]
         return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]), spreads=spreads)
+
+    def written_out(self) -> Tensor:
+        """[m, R, K]: every entry of :meth:`expanded`."""
+        return self.expanded().values
 
     def covariances(self, weights: Tensor, *, diagonal: bool) -> Tensor:
         """Σ over directions of weight · row_r · row_r', for each of K tables of weights.

@@ -83,6 +83,19 @@ def multiplicities(basis: Tensor) -> Tensor:
     return torch.cat([kept, basis.shape[-2] - kept.sum(-1, keepdim=True)], dim=-1)
 
 
+def table_multiplicities(
+    table: Tensor, output_basis: Tensor | None, input_basis: Tensor | None
+) -> Tensor:
+    """Number of directions that every entry of a table stands for."""
+    counts = torch.ones_like(table)
+    if output_basis is not None and is_thin(output_basis):
+        own = multiplicities(output_basis)
+        counts = counts * (own if counts.ndim == 1 else own.unsqueeze(-1))
+    if input_basis is not None and is_thin(input_basis):
+        counts = counts * multiplicities(input_basis).unsqueeze(-2)
+    return counts
+
+
 def mean_energies(sums: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
     """Sums of energies per value of a side as means per direction."""
     if basis is None or not is_thin(basis):

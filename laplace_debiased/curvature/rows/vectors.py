@@ -13,10 +13,10 @@ from laplace_debiased.curvature.rows.base import (
     Basis,
     BlockRows,
     FactorRule,
-    RotatedRows,
     column_gram,
 )
 from laplace_debiased.curvature.rows.gram import Factor
+from laplace_debiased.curvature.rows.rotated import RotatedRows
 from laplace_debiased.curvature.rows.sides import coordinates, energies, is_thin
 from laplace_debiased.options import WeightSharing
 
