@@ -82,7 +82,7 @@ class SubsetOfWeights(str, Enum):
     LAST_LAYER = "last_layer"
 
 
-_LEAST = {"mc_samples": 1, "byte_budget": 1, "pool_size": 1, "folds": 2}
+_LEAST = {"mc_samples": 1, "max_rank": 1, "byte_budget": 1, "pool_size": 1, "folds": 2}
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -116,6 +116,8 @@ class CurvatureOptions:
         pool_size: size of the pool from which curvature sampling draws; None for all of the data
             up to a cap.
         byte_budget: working memory of one chunk, in bytes.
+        max_rank: eigenvectors that are kept of a Kronecker factor, the leading ones; all directions
+            outside of them share one magnitude per direction of the other factor.
 
     Raises:
         ValueError: for a value out of range, or two options that exclude each other.
@@ -131,6 +133,7 @@ class CurvatureOptions:
     direction_fraction: float = 0.5
     pool_size: int | None = None
     byte_budget: int = DEFAULT_BYTE_BUDGET
+    max_rank: int = 1024
 
     def __post_init__(self) -> None:
         for name, minimum in _LEAST.items():

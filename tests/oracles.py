@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
-from laplace_debiased.operators import EigenKron
+from laplace_debiased.operators import EigenBlock, EigenKron
 from tests.zoo import Problem
 
 
@@ -73,23 +73,58 @@ def ggn(
     return sample_ggns(part, names, fisher).mean(0)
 
 
+def whole(basis: Tensor | None, size: int, groups: int) -> Tensor:
+    """Bases [groups, D, D] of a side, the given directions first.
+
+    Behind them stands any basis of the complement; it also takes the place of zero columns.
+    """
+    if basis is None:
+        return torch.eye(size, dtype=torch.float64).expand(groups, -1, -1)
+    filled = []
+    for part in basis.flatten(0, -3) if basis.ndim > 2 else basis.unsqueeze(0):
+        missing = part.square().sum(0) == 0
+        known = part[:, ~missing]
+        others = torch.linalg.qr(known.double(), mode="complete").Q[:, known.shape[1] :]
+        full = torch.zeros(len(part), len(part), dtype=torch.float64)
+        place = torch.cat([~missing, torch.zeros(len(part) - part.shape[1], dtype=torch.bool)])
+        full[:, place], full[:, ~place] = known.double(), others
+        filled.append(full)
+    return torch.stack(filled).expand(groups, -1, -1)
+
+
 def dense_bases(operator: EigenKron) -> list[Tensor]:
-    """U of every block as a dense matrix, columns in the order of the flattened table."""
+    """U of every block as a dense matrix, columns in the order of :func:`tables`."""
     bases = []
     for block in operator.blocks:
         shape = block.eigenvalues.shape
         rows, columns = (shape[0], 1) if len(shape) == 1 else tuple(shape[-2:])
-        left, right = (
-            torch.eye(size, dtype=block.eigenvalues.dtype) if basis is None else basis
-            for basis, size in ((block.output_basis, rows), (block.input_basis, columns))
-        )
         groups = shape[0] if len(shape) == 3 else 1
-        left, right = left.expand(groups, -1, -1), right.expand(groups, -1, -1)
+        left = whole(block.output_basis, rows, groups).to(block.eigenvalues)
+        right = whole(block.input_basis, columns, groups).to(block.eigenvalues)
         pairs = zip(left, right, strict=True)
         bases.append(
             torch.block_diag(*(torch.kron(u.contiguous(), v.contiguous()) for u, v in pairs))
         )
     return bases
+
+
+def sides(block: EigenBlock) -> tuple[tuple[Tensor | None, int], tuple[Tensor | None, int]]:
+    """A block's bases, with their axes in its table."""
+    outputs = -1 if block.eigenvalues.ndim == 1 else -2
+    return (block.output_basis, outputs), (block.input_basis, -1)
+
+
+def tables(operator: EigenKron) -> list[Tensor]:
+    """Eigenvalues of every block without prior, once for every direction of a complement."""
+    spread = []
+    for block in operator.blocks:
+        full = block.eigenvalues
+        for basis, axis in sides(block):
+            if basis is not None and basis.shape[-1] < basis.shape[-2]:
+                index = torch.arange(basis.shape[-2]).clamp_max(basis.shape[-1])
+                full = full.index_select(axis % full.ndim, index)
+        spread.append(full)
+    return spread
 
 
 def dense_basis(operator: EigenKron) -> Tensor:
@@ -98,13 +133,34 @@ def dense_basis(operator: EigenKron) -> Tensor:
 
 def table(operator: EigenKron) -> Tensor:
     """All eigenvalues without prior, flattened [P]."""
-    return torch.cat([block.eigenvalues.flatten() for block in operator.blocks])
+    return torch.cat([full.flatten() for full in tables(operator)])
 
 
 def directional(operator: EigenKron, matrix: Tensor) -> Tensor:
-    """diag(Uᵀ M U) [P] along the operator's own directions."""
+    """diag(Uᵀ M U) [P] along the operator's own directions, the mean over a complement."""
     basis = dense_basis(operator)
-    return (basis * (matrix @ basis)).sum(0)
+    values = (basis * (matrix @ basis)).sum(0)
+    fulls = tables(operator)
+    averaged = [
+        averaged_over_complements(part.reshape(full.shape), block).flatten()
+        for part, full, block in zip(
+            values.split([full.numel() for full in fulls]), fulls, operator.blocks, strict=True
+        )
+    ]
+    return torch.cat(averaged)
+
+
+def averaged_over_complements(full: Tensor, block: EigenBlock) -> Tensor:
+    """A table with an entry per direction, those of a complement replaced by their mean."""
+    for basis, axis in sides(block):
+        if basis is not None and basis.shape[-1] < basis.shape[-2]:
+            missing = (basis.square().sum(-2) == 0).to(full)
+            beyond = full.new_ones(*missing.shape[:-1], basis.shape[-2] - basis.shape[-1])
+            outside = torch.cat([missing, beyond], dim=-1)
+            outside = outside.unsqueeze(-1 if axis == -2 else -2) if full.ndim > 1 else outside
+            mean = (full * outside).sum(axis, keepdim=True) / outside.sum(axis, keepdim=True)
+            full = torch.where(outside > 0, mean, full)
+    return full
 
 
 def dense_precision(operator: EigenKron, deltas: Tensor, scale: float = 1.0) -> Tensor:

@@ -24,7 +24,7 @@ def applies_to(module: nn.Conv2d, inputs: Tensor) -> bool:
     It covers kernel sizes 1 and 3 at stride 1 with zeros around that keep the size. On CPU the
     correlation is the library's weight gradient, 2 to 8 times as fast as im2col on images of
     16×16 pixels and more, slower on small ones. Elsewhere its reduced-precision kernels could
-    cost digits.
+    cost digits. Patches that are fewer than their entries are kept as they are.
     """
     same = module.padding == "same" or all(
         pad == size // 2 for pad, size in zip(module.padding, module.kernel_size, strict=True)
@@ -36,6 +36,7 @@ def applies_to(module: nn.Conv2d, inputs: Tensor) -> bool:
         and module.kernel_size != (1, 1)
         and min(inputs.shape[2:]) >= 3
         and inputs.shape[2] * inputs.shape[3] >= _MIN_PIXELS
+        and len(inputs) * inputs.shape[2] * inputs.shape[3] >= module.weight[0].numel()
         and module.padding_mode == "zeros"
         and module.stride == (1, 1)
         and module.dilation == (1, 1)

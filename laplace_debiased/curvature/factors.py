@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,18 @@ from torch import Tensor
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import map_calls
 from laplace_debiased.curvature.rows import FactorRule, LayerRows, same_column_factor
+from laplace_debiased.curvature.rows.gram import (
+    Factor,
+    FactorSum,
+    RowsFactor,
+    dense,
+    divided,
+    factor_from_state,
+    factor_to_state,
+    scaled,
+    summed,
+)
+from laplace_debiased.curvature.rows.sides import mean_energies, table_multiplicities
 from laplace_debiased.curvature.tape import Calls
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.precision import full_precision
@@ -30,18 +43,19 @@ class BlockFactors:
         input: A [D_in, D_in] = mean_{n,t} a aᵀ, for its columns; None where the parameter is a
             vector.
 
-    Where a weight is stored as [D_in, D_out] the two change places. Weights of G groups have G
-    matrices each, [G, D, D]. A vector [D] is a diagonal factor.
+    A factor that is a sum over fewer rows than its side is kept as these rows. Where a weight is
+    stored as [D_in, D_out] the two change places. Weights of G groups have G matrices each,
+    [G, D, D]. A vector [D] is a diagonal factor.
     """
 
     name: str
-    output: Tensor
-    input: Tensor | None = None
+    output: Factor
+    input: Factor | None = None
 
     @property
     def numel(self) -> int:
         """Number of parameter entries of the block."""
-        groups = len(self.output) if self.output.ndim == 3 else 1
+        groups = self.output.shape[0] if self.output.ndim == 3 else 1
         return groups * self.output.shape[-1] * (1 if self.input is None else self.input.shape[-1])
 
 
@@ -85,12 +99,9 @@ class KroneckerFactors:
         return KroneckerFactors(blocks, total)
 
 
-def sum_weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ_k weights_k tensors_k."""
-    total = weights[0] * tensors[0]
-    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-        total = total + weight * tensor
-    return total
+def sum_weighted(factors: Sequence[Factor], weights: Sequence[float]) -> Factor:
+    """Σ_k weights_k factors_k."""
+    return summed([scaled(f, weight) for f, weight in zip(factors, weights, strict=True)])
 
 
 def column_rows(
@@ -115,6 +126,7 @@ class FactorAccumulator:
         names: covered parameters, in order.
         summed_bias: whether a bias factor sums over positions before the outer product.
         sharing: how positions that share a weight enter its factors.
+        thin: whether factors of few rows are kept as these rows.
     """
 
     def __init__(
@@ -123,11 +135,13 @@ class FactorAccumulator:
         *,
         summed_bias: bool,
         sharing: WeightSharing = WeightSharing.EXPAND,
+        thin: bool = False,
     ) -> None:
         self._names = tuple(names)
         self._rule = FactorRule(summed_bias, sharing)
-        self._of_columns: dict[str, Tensor] = {}
-        self._of_inputs: dict[str, Tensor] = {}
+        self._thin = thin
+        self._of_columns: dict[str, FactorSum] = defaultdict(FactorSum)
+        self._of_inputs: dict[str, FactorSum] = defaultdict(FactorSum)
         self._transposed: dict[str, bool] = {}
 
     def add_inputs(self, layer: Layer, inputs: Calls, counts: Tensor | None = None) -> None:
@@ -144,8 +158,8 @@ class FactorAccumulator:
             factor = layer.rule.input_factor(layer.module, call, self._rule.sharing, counts)
             if factor is None:
                 continue
-            mean = factor / len(inputs) if len(inputs) > 1 else factor
-            _add_to(self._of_inputs, layer.weight, mean)
+            mean = scaled(factor, 1 / len(inputs)) if len(inputs) > 1 else factor
+            self._add(self._of_inputs, layer.weight, mean)
             if layer.rule.transposed:
                 self._transposed[layer.weight] = True
 
@@ -162,24 +176,27 @@ class FactorAccumulator:
         factor = None
         if rows.weight is not None:
             factor = rows.weight.column_factor(self._rule)
-            _add_to(self._of_columns, layer.parameter_of("weight"), factor)
+            self._add(self._of_columns, layer.parameter_of("weight"), factor)
         if rows.bias is not None:
             if factor is None or not same_column_factor(rows, self._rule):
                 factor = rows.bias.column_factor(self._rule)
-            _add_to(self._of_columns, layer.parameter_of("bias"), factor)
+            self._add(self._of_columns, layer.parameter_of("bias"), factor)
+
+    def _add(self, sums: dict[str, FactorSum], name: str, factor: Factor) -> None:
+        sums[name].add(factor if self._thin else dense(factor))
 
     def state(self) -> dict[str, Any]:
         """The sums so far: tensors and plain values, to be given to :meth:`restore`."""
         return {
-            "columns": dict(self._of_columns),
-            "inputs": dict(self._of_inputs),
+            "columns": _sums_to_state(self._of_columns),
+            "inputs": _sums_to_state(self._of_inputs),
             "transposed": dict(self._transposed),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`."""
-        self._of_columns = dict(state["columns"])
-        self._of_inputs = dict(state["inputs"])
+        self._of_columns = _sums_from_state(state["columns"])
+        self._of_inputs = _sums_from_state(state["inputs"])
         self._transposed = dict(state["transposed"])
 
     def means(self, n_samples: float) -> KroneckerFactors:
@@ -195,10 +212,10 @@ class FactorAccumulator:
                     f"parameter {name!r} did not affect the model's outputs on any sample of a "
                     "fold; freeze it with requires_grad_(False)."
                 )
-            columns = self._of_columns[name] / n_samples
-            inputs = self._of_inputs.get(name)
-            if inputs is not None:
-                inputs = inputs / n_samples
+            columns = divided(self._of_columns[name].value(), n_samples)
+            inputs = None
+            if name in self._of_inputs:
+                inputs = divided(self._of_inputs[name].value(), n_samples)
                 if name in self._transposed:
                     columns, inputs = inputs, columns
             blocks.append(BlockFactors(name, columns, inputs))
@@ -216,6 +233,10 @@ class BlockBasis:
         output_eigenvalues: [D_out] or [G, D_out], of the mean factor B.
         input_basis: U_A [D_in, D_in] or [G, D_in, D_in]; None for the identity, or for a vector.
         input_eigenvalues: [D_in] or [G, D_in], of the mean factor A; None for a vector.
+
+    A side is thin where its basis has r < D columns (see :mod:`curvature.rows.sides`). Its
+    eigenvalues, and its side of the table, then have r + 1 entries: the last is the mean over all
+    directions outside of the basis.
     """
 
     name: str
@@ -231,6 +252,11 @@ class BlockBasis:
         return (
             shape if self.input_eigenvalues is None else (*shape, self.input_eigenvalues.shape[-1])
         )
+
+    def multiplicities(self) -> Tensor:
+        """Number of directions that every entry of the table stands for."""
+        table = self.output_eigenvalues.new_ones(self.table_shape)
+        return table_multiplicities(table, self.output_basis, self.input_basis)
 
 
 class MagnitudeAccumulator:
@@ -255,23 +281,40 @@ class MagnitudeAccumulator:
         self._tables = dict(state["tables"])
 
     def tables(self) -> tuple[Tensor, ...]:
-        """One eigenvalue table per block, in the order of the basis."""
-        return tuple(
-            self._tables.get(name, block.output_eigenvalues.new_zeros(block.table_shape))
-            for name, block in self._basis.items()
-        )
+        """One eigenvalue table per block, in the order of the basis; means over complements."""
+        return tuple(self._table(name, block) for name, block in self._basis.items())
+
+    def _table(self, name: str, block: BlockBasis) -> Tensor:
+        if name not in self._tables:
+            return block.output_eigenvalues.new_zeros(block.table_shape)
+        sums = self._tables[name]
+        if block.input_eigenvalues is None:
+            return mean_energies(sums, block.output_basis)
+        return mean_energies(mean_energies(sums, block.input_basis), block.output_basis, dim=-2)
+
+
+def _sums_to_state(sums: Mapping[str, FactorSum]) -> dict[str, Any]:
+    return {name: factor_to_state(total.value()) for name, total in sums.items()}
+
+
+def _sums_from_state(state: Mapping[str, Any]) -> dict[str, FactorSum]:
+    sums: dict[str, FactorSum] = defaultdict(FactorSum)
+    for name, total in state.items():
+        sums[name].add(factor_from_state(total))
+    return sums
 
 
 def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = value if name not in sums else sums[name] + value
 
 
-def require_finite(name: str, tensor: Tensor, what: str) -> None:
+def require_finite(name: str, factor: Factor, what: str) -> None:
     """Check a curvature before it is decomposed.
 
     Raises:
         NumericalError: naming the layer, if it holds NaN or infinity.
     """
+    tensor = factor.rows if isinstance(factor, RowsFactor) else factor
     if not bool(torch.isfinite(tensor).all()):
         raise NumericalError(
             f"the {what} of parameter {name!r} is NaN or infinite. Check the data and the weights; "

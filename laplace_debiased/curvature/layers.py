@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.rows import BiasRows, LayerRows, MatrixRows, input_factor
+from laplace_debiased.curvature.rows import BiasRows, Factor, LayerRows, MatrixRows, input_factor
 from laplace_debiased.options import WeightSharing
 
 
@@ -67,7 +67,7 @@ class LayerRule(Protocol):
         inputs: tuple[Tensor, ...],
         sharing: WeightSharing,
         counts: Tensor | None = None,
-    ) -> Tensor | None:
+    ) -> Factor | None:
         """Kronecker factor of the inputs of one call, summed over samples.
 
         Args:
@@ -126,7 +126,7 @@ class LinearMapRule(RuleDefaults):
         inputs: tuple[Tensor, ...],
         sharing: WeightSharing,
         counts: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Factor:
         """From the inputs of the map."""
         return input_factor(self.input_positions(module, inputs[0]), sharing, counts)
 

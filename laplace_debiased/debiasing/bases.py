@@ -12,26 +12,48 @@ from laplace_debiased.curvature.factors import (
     BlockFactors,
     KroneckerFactors,
     require_finite,
-    sum_weighted,
 )
+from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
+from laplace_debiased.curvature.rows.sides import energies, is_thin, mean_energies
+from laplace_debiased.debiasing.thin import leading, thin_eigenpairs
 from laplace_debiased.errors import NumericalError
 
 
-def eigenbasis(factors: KroneckerFactors) -> tuple[BlockBasis, ...]:
+def eigenbasis(factors: KroneckerFactors, max_rank: int | None = None) -> tuple[BlockBasis, ...]:
     """Eigendecompose every factor.
+
+    A factor that is kept as k < D rows gives a thin side of its rank.
+
+    Args:
+        factors: the factors.
+        max_rank: at most so many directions per side, the leading ones; None for all.
 
     Raises:
         NumericalError: naming the parameter, if a factor is not finite or does not converge.
     """
-    return tuple(_block_basis(block) for block in factors.blocks)
+    return tuple(_block_basis(block, max_rank) for block in factors.blocks)
 
 
-def _block_basis(block: BlockFactors) -> BlockBasis:
-    output_values, output_vectors = _eigh(block.name, block.output, "output-gradient covariance")
+def _block_basis(block: BlockFactors, max_rank: int | None) -> BlockBasis:
+    what = "output-gradient covariance"
+    output_values, output_vectors = _side(block.name, block.output, what, max_rank)
     if block.input is None:
         return BlockBasis(block.name, output_vectors, output_values)
-    input_values, input_vectors = _eigh(block.name, block.input, "input covariance")
+    input_values, input_vectors = _side(block.name, block.input, "input covariance", max_rank)
     return BlockBasis(block.name, output_vectors, output_values, input_vectors, input_values)
+
+
+def _side(
+    name: str, factor: Factor, what: str, max_rank: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues and basis of a factor, thin where it lacks rank or has more than ``max_rank``."""
+    require_finite(name, factor, what)
+    if isinstance(factor, RowsFactor):
+        return thin_eigenpairs(factor, max_rank, lambda dense: _eigh(name, dense, what))
+    values, vectors = _eigh(name, factor, what)
+    if vectors is None or max_rank is None or vectors.shape[-1] <= max_rank:
+        return values, vectors
+    return leading(values, vectors, max_rank)
 
 
 def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
@@ -39,7 +61,6 @@ def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
 
     A diagonal factor [D] is its own eigenvalues, in its own order; its eigenbasis is None.
     """
-    require_finite(name, factor, what)
     if factor.ndim == 1:
         return factor, None
     symmetric = 0.5 * (factor + factor.mT)
@@ -92,11 +113,21 @@ def _kfac_table(basis: BlockBasis, factors: BlockFactors) -> Tensor:
     return _outer(outputs, _quadratic_forms(basis.input_basis, factors.input))
 
 
-def _quadratic_forms(basis: Tensor | None, factor: Tensor) -> Tensor:
-    """diag(Uᵀ M U), clamped at zero against round-off; a diagonal M [D] comes with U = I."""
+def _quadratic_forms(basis: Tensor | None, factor: Factor) -> Tensor:
+    """diag(Uᵀ M U), clamped at zero against round-off; a diagonal M [D] comes with U = I.
+
+    Of a thin side last the mean over its complement.
+    """
     if basis is None:
-        return factor
-    return (basis * (factor @ basis)).sum(-2).clamp_min(0.0)
+        return dense(factor)
+    if isinstance(factor, RowsFactor):
+        return mean_energies(energies(factor.rows, basis).sum(-2), basis)
+    forms = (basis * (factor @ basis)).sum(-2).clamp_min(0.0)
+    if not is_thin(basis):
+        return forms
+    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    outside = (trace - forms.sum(-1, keepdim=True)).clamp_min(0.0)
+    return mean_energies(torch.cat([forms, outside], dim=-1), basis)
 
 
 def _outer(outputs: Tensor, inputs: Tensor) -> Tensor:
@@ -112,17 +143,3 @@ def own_magnitudes(basis: Sequence[BlockBasis]) -> tuple[Tensor, ...]:
         else _outer(block.output_eigenvalues, block.input_eigenvalues)
         for block in basis
     )
-
-
-def join_by_rank(tables: Sequence[Sequence[Tensor]], shares: Sequence[float]) -> tuple[Tensor, ...]:
-    """Average eigenvalue tables of several eigenbases entry by entry.
-
-    Bases list their factor eigenvectors by ascending eigenvalue, so that equal indices are equal
-    ranks: the average is taken over ranks, not over directions (Lam 2016; Bartz 2016). Where a
-    factor is a diagonal all bases are the identity, and equal indices are equal directions.
-
-    Args:
-        tables: per fold, one table per block.
-        shares: weight of every fold; they sum to 1.
-    """
-    return tuple(sum_weighted(list(group), shares) for group in zip(*tables, strict=True))

@@ -3,13 +3,92 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Tables = tuple[Tensor, ...]
+N_PARTS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a bias report needs of one measured eigenbasis; all tensors float64, on the CPU.
+
+    Attributes:
+        own: sums of the own batch's magnitudes [10] over each tenth of the directions, from those
+            of largest own magnitude to those of smallest.
+        other: sums of the held-out magnitudes over the same directions [10].
+        own_tops: the largest own magnitude of every block.
+        other_tops: the held-out magnitude of the same direction.
+    """
+
+    own: Tensor
+    other: Tensor
+    own_tops: Tensor
+    other_tops: Tensor
+
+    def to_state(self) -> dict[str, Tensor]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_state(cls, state: Any) -> Comparison:
+        """Of :meth:`to_state`, or of tables as files of versions 1 and 2 hold them."""
+        if isinstance(state, Mapping):
+            return cls(**state)
+        own, other = ((s,) if isinstance(s, Tensor) else tuple(s) for s in state)
+        return compared(own, other)
+
+
+def compared(
+    own: Sequence[Tensor], other: Sequence[Tensor], counts: Sequence[Tensor] | None = None
+) -> Comparison:
+    """Summarise a pair of magnitude tables.
+
+    Args:
+        own: magnitudes as the directions' own batch reports them, one table per block.
+        other: as held-out samples measure them.
+        counts: how many directions every entry stands for; None for one.
+    """
+    of_own = _flat(own)
+    order = of_own.argsort(descending=True)
+    of_own, of_other = of_own[order], _flat(other)[order]
+    n = torch.ones_like(of_own) if counts is None else _flat(counts)[order]
+    parts = list(_tenths(n))
+    tops = [int(table.argmax()) for table in own]
+    return Comparison(
+        torch.stack([of_own[at] @ shares for at, shares in parts]),
+        torch.stack([of_other[at] @ shares for at, shares in parts]),
+        _picked(own, tops),
+        _picked(other, tops),
+    )
+
+
+def _flat(tables: Sequence[Tensor]) -> Tensor:
+    return torch.cat([table.flatten() for table in tables]).cpu().double()
+
+
+def _picked(tables: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    pairs = zip(tables, indices, strict=True)
+    return torch.stack([table.flatten()[index].cpu().double() for table, index in pairs])
+
+
+def _tenths(counts: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Entries of each tenth of the directions, with how many of each one's directions lie in it."""
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    least, more = divmod(int(ends[-1]), N_PARTS)
+    low = 0
+    for part in range(N_PARTS):
+        high = low + least + (part < more)
+        first = int(torch.searchsorted(ends, low, right=True))
+        last = max(first, int(torch.searchsorted(starts, high)))
+        at = slice(first, last)
+        yield at, (ends[at].clamp_max(high) - starts[at].clamp_min(low)).clamp_min(0.0)
+        low = high
 
 
 @dataclass(frozen=True)
@@ -45,11 +124,11 @@ class BiasReport:
         return "\n".join(lines)
 
 
-def bias_report(comparisons: Sequence[tuple[Tables, Tables]], names: Sequence[str]) -> BiasReport:
-    """Summarise pairs of magnitude tables.
+def bias_report(comparisons: Sequence[Comparison], names: Sequence[str]) -> BiasReport:
+    """Put comparisons together.
 
     Args:
-        comparisons: per measured eigenbasis, (own, other) tables, one per block.
+        comparisons: one per measured eigenbasis.
         names: parameter name of every block.
 
     Raises:
@@ -60,25 +139,15 @@ def bias_report(comparisons: Sequence[tuple[Tables, Tables]], names: Sequence[st
             "bias_report compares a batch with others, but scheme='single' has one batch only. "
             "Fit with scheme='two_batch' or 'cross_fit'."
         )
-    deciles, scales = [], []
-    for own, other in comparisons:
-        own_flat = torch.cat([table.flatten() for table in own]).double()
-        other_flat = torch.cat([table.flatten() for table in other]).double()
-        order = own_flat.argsort(descending=True)
-        parts = zip(
-            own_flat[order].tensor_split(10), other_flat[order].tensor_split(10), strict=True
-        )
-        deciles.append([_ratio(a, b) for a, b in parts])
-        scales.append(_ratio(own_flat, other_flat))
+    deciles = [_ratios(part.own, part.other) for part in comparisons]
+    scales = [_ratio(float(part.own.sum()), float(part.other.sum())) for part in comparisons]
     means, errors = zip(
         *(_mean_and_error(column) for column in zip(*deciles, strict=True)), strict=True
     )
     scale, scale_error = _mean_and_error(scales)
-    tops = {
-        name: sum(_top_ratio(own[i], other[i]) for own, other in comparisons) / len(comparisons)
-        for i, name in enumerate(names)
-    }
-    return BiasReport(means, errors, scale, scale_error, tops)
+    tops = [_ratios(part.own_tops, part.other_tops) for part in comparisons]
+    by_block = [sum(ratios) / len(tops) for ratios in zip(*tops, strict=True)]
+    return BiasReport(means, errors, scale, scale_error, dict(zip(names, by_block, strict=True)))
 
 
 def _stated(ratio: float, error: float) -> str:
@@ -87,17 +156,14 @@ def _stated(ratio: float, error: float) -> str:
     return f"{ratio:>9.3g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
 
 
-def _ratio(own: Tensor, other: Tensor) -> float:
-    denominator = float(other.sum())
-    numerator = float(own.sum())
-    if denominator > 0:
-        return numerator / denominator
-    return math.inf if numerator > 0 else math.nan
+def _ratios(own: Tensor, other: Tensor) -> list[float]:
+    return [_ratio(a, b) for a, b in zip(own.tolist(), other.tolist(), strict=True)]
 
 
-def _top_ratio(own: Tensor, other: Tensor) -> float:
-    index = int(own.argmax())
-    return _ratio(own.flatten()[index : index + 1], other.flatten()[index : index + 1])
+def _ratio(own: float, other: float) -> float:
+    if other > 0:
+        return own / other
+    return math.inf if own > 0 else math.nan
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

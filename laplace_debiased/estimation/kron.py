@@ -21,10 +21,13 @@ from laplace_debiased.curvature import (
     layers_of,
 )
 from laplace_debiased.curvature.factors import BlockBasis
+from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
 from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.data.loaders import can_draw, sampler_indices
 from laplace_debiased.debiasing import (
+    Comparison,
     SchemePlan,
+    compared,
     eigenbasis,
     join_by_rank,
     kfac_magnitudes,
@@ -59,7 +62,6 @@ RECOMMENDED_LAST_LAYER_SAMPLES = 2_048
 """The same for a last layer: its curvature costs forward passes alone."""
 
 Tables = tuple[Tensor, ...]
-Comparison = tuple[Tables, Tables]
 Block = TypeVar("Block", BlockBasis, BlockFactors)
 
 
@@ -179,7 +181,7 @@ class KronStructure:
             "H": [_block_to_state(block) for block in curvature.basis],
             "tables": [table.detach().clone() for table in curvature.tables],
             "folds": [_factors_to_state(fold) for fold in curvature.folds],
-            "comparisons": [[list(own), list(other)] for own, other in fit.comparisons],
+            "comparisons": [comparison.to_state() for comparison in fit.comparisons],
         }
 
     def from_state(
@@ -202,10 +204,7 @@ class KronStructure:
                     f"the state's table of {block.name!r} does not fit its eigenbasis."
                 )
         folds = tuple(_factors_from_state(names, fold, device) for fold in state["folds"])
-        comparisons = tuple(
-            (tuple(t.to(device) for t in own), tuple(t.to(device) for t in other))
-            for own, other in state["comparisons"]
-        )
+        comparisons = tuple(Comparison.from_state(part) for part in state["comparisons"])
         return KronCurvature(basis, tables, folds), comparisons
 
 
@@ -226,7 +225,10 @@ def _measured(
 ) -> _Measured:
     """Directions and magnitudes of a scheme, with a second walk if they are exact."""
     scheme = scheme_plan(options.scheme, plan.fold_sizes)
-    bases = [eigenbasis(statistics.merged(step.direction_folds)) for step in scheme.measurements]
+    bases = [
+        eigenbasis(statistics.merged(step.direction_folds), options.max_rank)
+        for step in scheme.measurements
+    ]
     held_out = [
         kfac_magnitudes(basis, statistics.merged(step.magnitude_folds))
         for basis, step in zip(bases, scheme.measurements, strict=True)
@@ -236,14 +238,22 @@ def _measured(
             tables = held_out
         case Magnitudes.GGN:
             tables = estimator.exact_magnitudes(scheme.measurements, bases)
-    pairs = zip(bases, held_out, strict=True)
-    comparisons = tuple((own_magnitudes(basis), held) for basis, held in pairs)
-    return _Measured(
+    comparisons: tuple[Comparison, ...] = ()
+    if options.scheme is not Scheme.SINGLE:
+        comparisons = tuple(
+            compared(own_magnitudes(basis), held, [block.multiplicities() for block in basis])
+            for basis, held in zip(bases, held_out, strict=True)
+        )
+    basis = (
         bases[0]
         if scheme.posterior_basis_is_measured
-        else eigenbasis(statistics.merged(scheme.posterior_folds)),
-        join_by_rank(tables, [step.share for step in scheme.measurements]),
-        () if options.scheme is Scheme.SINGLE else comparisons,
+        else eigenbasis(statistics.merged(scheme.posterior_folds), options.max_rank)
+    )
+    shares = [step.share for step in scheme.measurements]
+    return _Measured(
+        basis,
+        join_by_rank(tables, shares, bases, basis),
+        comparisons,
     )
 
 
@@ -257,7 +267,7 @@ def _added(
     scheme = scheme_plan(task.options.scheme, task.plan.fold_sizes)
     if earlier.same_data and task.options.sampling is Sampling.CURVATURE:
         measured = _measured(new, estimator, task.options, task.plan)
-        basis = eigenbasis(merged.merged(scheme.posterior_folds))
+        basis = eigenbasis(merged.merged(scheme.posterior_folds), task.options.max_rank)
         comparisons = (*earlier.fit.comparisons, *measured.comparisons)
     else:
         measured = _measured(merged, estimator, task.options, task.plan)
@@ -265,7 +275,8 @@ def _added(
     tables = measured.tables
     if task.options.magnitudes is Magnitudes.GGN:
         share = earlier.share(task.plan)
-        tables = join_by_rank([old.tables, tables], [1 - share, share])
+        bases = [old.basis, measured.basis]
+        tables = join_by_rank([old.tables, tables], [1 - share, share], bases, basis)
     weights = sum(earlier.weights(task.plan))
     n_samples = earlier.fit.n_samples + sum(task.plan.fold_sizes)
     folds = tuple(
@@ -306,21 +317,32 @@ def posterior_factors(fit: Fit) -> list[list[Tensor]]:
     scheme: SchemePlan = scheme_plan(fit.scheme, tuple(int(fold.n_samples) for fold in folds))
     merged = KroneckerFactors.merge([folds[index] for index in scheme.posterior_folds])
     return [
-        [block.output * fit.n_data]
+        [dense(block.output) * fit.n_data]
         if block.input is None
-        else [block.output * fit.n_data, block.input]
+        else [dense(block.output) * fit.n_data, dense(block.input)]
         for block in merged.blocks
     ]
 
 
 def _block_to_state(block: BlockBasis | BlockFactors) -> dict[str, Any]:
-    """Every field but the name, tensors as copies; what is None or a plain value stays."""
-    values = ((field.name, getattr(block, field.name)) for field in fields(block))
+    """Every field but the name, tensors as copies, factors of few rows as these; None stays."""
     return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in values
-        if name != "name"
+        field.name: _value_to_state(getattr(block, field.name))
+        for field in fields(block)
+        if field.name != "name"
     }
+
+
+def _value_to_state(value: Factor | None) -> Tensor | dict[str, Tensor] | None:
+    if isinstance(value, RowsFactor):
+        return {"rows": value.rows.detach().clone()}
+    return None if value is None else value.detach().clone()
+
+
+def _value_from_state(value: Any, device: torch.device) -> Factor | None:
+    if isinstance(value, Mapping):
+        return RowsFactor(value["rows"].to(device))
+    return None if value is None else value.to(device)
 
 
 def _block_from_state(
@@ -332,7 +354,7 @@ def _block_from_state(
     if not isinstance(entry, Mapping):  # version 1: tensors in the order of the fields
         keys = [field.name for field in fields(kind)][1:]
         entry = dict(zip(keys, entry, strict=False))
-    values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry.items()}
+    values: dict[str, Any] = {k: _value_from_state(v, device) for k, v in entry.items()}
     return kind(name=name, **values)
 
 

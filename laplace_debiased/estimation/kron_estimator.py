@@ -88,7 +88,7 @@ class KronEstimator:
         summed_bias = self.task.options.magnitudes is not Magnitudes.KFAC
         sharing = self.task.options.weight_sharing
         sums = [
-            FactorAccumulator(self.task.names, summed_bias=summed_bias, sharing=sharing)
+            FactorAccumulator(self.task.names, summed_bias=summed_bias, sharing=sharing, thin=True)
             for _ in plan.fold_sizes
         ]
         tally = Tally()

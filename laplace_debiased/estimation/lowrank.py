@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.coverage import parameter_coverage
@@ -19,6 +18,7 @@ from laplace_debiased.curvature.lowrank import (
     matrix_average,
 )
 from laplace_debiased.data import CurvaturePlan, loader_length
+from laplace_debiased.debiasing import Comparison, compared
 from laplace_debiased.estimation.arguments import Arguments
 from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator
 from laplace_debiased.estimation.plan import first_inputs_of_loader, first_inputs_of_plan
@@ -31,8 +31,6 @@ from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.options import Scheme
 from laplace_debiased.predictive import LowRankPredictor, Predictor
-
-Comparison = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +89,7 @@ class LowRankStructure:
         biased = task.options.scheme is Scheme.SINGLE
         comparisons: tuple[Comparison, ...] = ()
         if not biased:
-            comparisons = tuple(((part.own,), (part.held_out,)) for part in measured)
+            comparisons = tuple(compared((part.own,), (part.held_out,)) for part in measured)
         if earlier is not None:
             old, share = earlier.fit.curvature, earlier.share(plan)
             parts = [
@@ -114,7 +112,7 @@ class LowRankStructure:
         pairs: Eigenpairs = fit.curvature
         return {
             "H": [pairs.basis.clone(), pairs.eigenvalues.clone()],
-            "comparisons": [[own.clone(), other.clone()] for (own,), (other,) in fit.comparisons],
+            "comparisons": [comparison.to_state() for comparison in fit.comparisons],
         }
 
     def from_state(
@@ -131,7 +129,5 @@ class LowRankStructure:
                 f"the state's basis {list(basis.shape)} does not fit its {len(eigenvalues)} "
                 f"eigenvalues and {len(state['mean'])} parameter entries."
             )
-        comparisons = tuple(
-            ((own.to(device),), (other.to(device),)) for own, other in state["comparisons"]
-        )
+        comparisons = tuple(Comparison.from_state(part) for part in state["comparisons"])
         return Eigenpairs(basis, eigenvalues), comparisons

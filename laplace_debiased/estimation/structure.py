@@ -11,6 +11,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.data import CurvaturePlan, Supply
+from laplace_debiased.debiasing import Comparison
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
 from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.target import Target
@@ -62,7 +63,7 @@ class Task:
     def result(
         self,
         curvature: Any,
-        comparisons: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
+        comparisons: Sequence[Comparison],
         mean_loss: float,
         n_outputs: int,
         effective_samples: float | None,
@@ -81,7 +82,7 @@ class Task:
         last_layer = self.target.last_layer
         return Fit(
             curvature,
-            tuple((tuple(own), tuple(other)) for own, other in comparisons),
+            tuple(comparisons),
             mean_loss if earlier is None else earlier.mean_loss(plan, mean_loss),
             n_outputs,
             sum(plan.fold_sizes) + (0 if earlier is None else earlier.fit.n_samples),

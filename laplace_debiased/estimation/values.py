@@ -10,6 +10,7 @@ from torch import Tensor
 from laplace_debiased.curvature import Coverage, KroneckerFactors
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.data import CurvaturePlan
+from laplace_debiased.debiasing import Comparison
 from laplace_debiased.errors import ModelChangedError
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.options import Scheme
@@ -37,9 +38,9 @@ class Fit:
     Attributes:
         curvature: of the structure: :class:`KronCurvature`, or low-rank eigenpairs; per-sample
             means.
-        comparisons: for the bias report, per set of directions that was measured: magnitudes as
-            the directions' own samples report them and as held-out samples measure them, one
-            tensor per block each. Empty under ``single``.
+        comparisons: for the bias report, per set of directions that was measured: sums of
+            magnitudes as the directions' own samples report them and as held-out samples measure
+            them. Empty under ``single``.
         mean_loss: mean loss over the draws, in nats.
         n_outputs: C.
         n_samples: draws over which all this was estimated.
@@ -56,7 +57,7 @@ class Fit:
     """
 
     curvature: Any
-    comparisons: tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...]
+    comparisons: tuple[Comparison, ...]
     mean_loss: float
     n_outputs: int
     n_samples: int

@@ -1,10 +1,12 @@
 """One diagonal block of a curvature: a Kronecker eigenbasis with a full table of eigenvalues."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.rows import sides
 from laplace_debiased.operators._validate import (
     as_scalar,
     require_finite,
@@ -33,6 +35,10 @@ class EigenBlock:
 
     A weight of G groups is W [G, D_out, D_in], G blocks of the same size in one: the bases are then
     [G, D_out, D_out] and [G, D_in, D_in], and Λ is [G, D_out, D_in].
+
+    A side may be thin: a basis of r < D columns, and r + 1 entries in Λ, the last of which belongs
+    to every direction outside of the basis. Its *coordinates* are then r + D numbers: those along
+    the basis, and what is left of the vector (see :mod:`curvature.rows.sides`).
 
     Raises:
         TypeError: something is not a float32 or float64 tensor, or dtypes differ.
@@ -81,44 +87,88 @@ class EigenBlock:
     @property
     def n_params(self) -> int:
         """Number of parameters of the block, D_out · D_in (of all groups) or D_out."""
-        return self.eigenvalues.numel()
+        return math.prod(self._shape)
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether a side has fewer directions than dimensions."""
+        return sides.is_thin(self.output_basis) or sides.is_thin(self.input_basis)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of the parameter: the table's, with the dimensions of thin sides."""
+        shape = list(self.eigenvalues.shape)
+        if self.output_basis is not None:
+            shape[self._output_axis] = self.output_basis.shape[-2]
+        if self.input_basis is not None:
+            shape[-1] = self.input_basis.shape[-2]
+        return tuple(shape)
+
+    @property
+    def _output_axis(self) -> int:
+        return -1 if self.eigenvalues.ndim == 1 else -2
+
+    def multiplicities(self) -> Tensor:
+        """Number of directions that every entry of the table stands for; they sum to n_params."""
+        return sides.table_multiplicities(self.eigenvalues, self.output_basis, self.input_basis)
+
+    def per_coordinate(self, table: Tensor) -> Tensor:
+        """A table of the eigenvalues' shape as one entry per coordinate, flat."""
+        table = sides.spread(table, self.output_basis, dim=self._output_axis)
+        return sides.spread(table, self.input_basis).flatten()
 
     def to_eigenbasis(self, vectors: Tensor) -> Tensor:
         """Uᵀ v for each v [n_params] in `vectors` [..., n_params]; same shape out.
 
-        Coordinates are in the order of `eigenvalues.flatten()`.
+        Coordinates are in the order of `eigenvalues.flatten()`; see `per_coordinate` for thin
+        sides, where they are more than the parameters.
         """
         if self.eigenvalues.ndim == 1:
-            return vectors if self.output_basis is None else vectors @ self.output_basis
-        matrices = vectors.unflatten(-1, self.eigenvalues.shape)
-        if self.output_basis is not None:
+            return sides.coordinates(vectors, self.output_basis)
+        matrices = vectors.unflatten(-1, self._shape)
+        if sides.is_thin(self.output_basis):
+            matrices = sides.coordinates(matrices.mT, self.output_basis).mT
+        elif self.output_basis is not None:
             matrices = self.output_basis.mT @ matrices
-        if self.input_basis is not None:
-            matrices = matrices @ self.input_basis
-        return matrices.flatten(-self.eigenvalues.ndim)
+        return sides.coordinates(matrices, self.input_basis).flatten(-self.eigenvalues.ndim)
 
     def from_eigenbasis(self, coordinates: Tensor) -> Tensor:
-        """U c for each c [n_params] in `coordinates` [..., n_params]; same shape out."""
+        """U c for each c in `coordinates` [..., n]; parameters [..., n_params] out."""
         if self.eigenvalues.ndim == 1:
-            return coordinates if self.output_basis is None else coordinates @ self.output_basis.mT
-        matrices = coordinates.unflatten(-1, self.eigenvalues.shape)
-        if self.output_basis is not None:
+            return sides.from_coordinates(coordinates, self.output_basis)
+        matrices = coordinates.unflatten(-1, self._coordinate_shape)
+        if sides.is_thin(self.output_basis):
+            matrices = sides.from_coordinates(matrices.mT, self.output_basis).mT
+        elif self.output_basis is not None:
             matrices = self.output_basis @ matrices
-        if self.input_basis is not None:
-            matrices = matrices @ self.input_basis.mT
-        return matrices.flatten(-self.eigenvalues.ndim)
+        return sides.from_coordinates(matrices, self.input_basis).flatten(-self.eigenvalues.ndim)
+
+    @property
+    def _coordinate_shape(self) -> tuple[int, ...]:
+        shape = list(self.eigenvalues.shape)
+        for basis, axis in ((self.output_basis, self._output_axis), (self.input_basis, -1)):
+            if basis is not None and sides.is_thin(basis):
+                shape[axis] = basis.shape[-1] + basis.shape[-2]
+        return tuple(shape)
 
     def diagonal_of(self, table: Tensor) -> Tensor:
         """Return the diagonal [n_params] of U diag(vec T) Uᵀ for a T of the eigenvalues' shape."""
-        diagonal = table if self.output_basis is None else self.output_basis.square() @ table
+        diagonal = table
+        if self.output_basis is not None:
+            diagonal = sides.entry_squares(self.output_basis) @ table
         if self.input_basis is not None:
-            diagonal = diagonal @ self.input_basis.square().mT
+            diagonal = diagonal @ sides.entry_squares(self.input_basis).mT
         return diagonal.flatten()
 
     def dense_basis(self) -> Tensor:
-        """U = U_B ⊗ U_A as a dense [n_params, n_params] matrix, for tests and tiny models."""
+        """U = U_B ⊗ U_A as a dense [n_params, n_params] matrix, for tests and tiny models.
+
+        With thin sides it has one column per coordinate; U Uᵀ = I still.
+        """
         identity = torch.eye(
-            self.n_params, dtype=self.eigenvalues.dtype, device=self.eigenvalues.device
+            math.prod(self._coordinate_shape),
+            dtype=self.eigenvalues.dtype,
+            device=self.eigenvalues.device,
         )
         return self.from_eigenbasis(identity).mT
 
@@ -148,7 +198,8 @@ def _check_basis(name: str, basis: Tensor, table: Tensor, axis: int) -> None:
     require_floating(name, basis)
     size = table.shape[axis]
     shape = [*table.shape[:-2], size, size]
-    if list(basis.shape) != shape:
+    thin = sides.is_thin(basis) and list(basis.shape) == [*shape[:-2], basis.shape[-2], size - 1]
+    if list(basis.shape) != shape and not thin:
         raise ValueError(
             f"{name} must be {shape} to fit the eigenvalues {list(table.shape)}, got the "
             f"shape {list(basis.shape)}."

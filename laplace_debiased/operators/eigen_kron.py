@@ -72,7 +72,10 @@ class EigenKron:
 
     @property
     def eigenvectors(self) -> list[list[Tensor | None]]:
-        """Per block [U_B, U_A], or [U_B] without an input factor; None for an identity."""
+        """Per block [U_B, U_A], or [U_B] without an input factor; None for an identity.
+
+        A thin side has fewer columns than rows.
+        """
         return [
             [block.output_basis, block.input_basis][: min(2, block.eigenvalues.ndim)]
             for block in self.blocks
@@ -82,7 +85,8 @@ class EigenKron:
     def eigenvalues(self) -> list[list[Tensor]]:
         """Per block one entry: the table Λ [(G,) D_out, D_in] or [D_out], without deltas.
 
-        Where laplace-torch lists the eigenvalues of each factor, this lists their full table.
+        Where laplace-torch lists the eigenvalues of each factor, this lists their full table. With
+        a thin side it has one row or column for all directions outside of the basis.
         """
         return [[block.eigenvalues] for block in self.blocks]
 
@@ -115,7 +119,12 @@ class EigenKron:
         """
         tables = self._tables()
         _require_sign(tables, "logdet", strict=True)
-        return torch.stack([table.log().sum() for table in tables]).sum()
+        return torch.stack(
+            [
+                (table.log() * block.multiplicities() if block.is_thin else table.log()).sum()
+                for block, table in zip(self.blocks, tables, strict=True)
+            ]
+        ).sum()
 
     def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
         """The operator to the power `exponent`, times each vector in W.
@@ -137,7 +146,7 @@ class EigenKron:
         if W.ndim > 3:
             raise ValueError(f"W must be [P], [n, P] or [n, C, P], got {list(W.shape)}.")
         parts = [
-            block.from_eigenbasis(block.to_eigenbasis(part) * table.flatten())
+            block.from_eigenbasis(block.to_eigenbasis(part) * block.per_coordinate(table))
             for block, part, table in zip(
                 self.blocks, self._split(W), self._powers(exponent), strict=True
             )
@@ -158,7 +167,7 @@ class EigenKron:
         roots = self._powers(-0.5)
         for block, part, root in zip(self.blocks, self._split(W), roots, strict=True):
             # A product of one matrix with itself is positive semi-definite whatever the rounding.
-            whitened = block.to_eigenbasis(part) * root.flatten()
+            whitened = block.to_eigenbasis(part) * block.per_coordinate(root)
             variance = variance + whitened @ whitened.mT
         return variance
 
@@ -181,7 +190,7 @@ class EigenKron:
         dense = []
         for block, table in zip(self.blocks, self._powers(exponent), strict=True):
             basis = block.dense_basis()
-            dense.append((basis * table.flatten()) @ basis.mT)
+            dense.append((basis * block.per_coordinate(table)) @ basis.mT)
         return torch.block_diag(*dense)
 
     def detach(self) -> "EigenKron":

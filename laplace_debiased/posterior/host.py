@@ -410,7 +410,7 @@ class DebiasedPosterior(_Host):
             ValueError: under ``scheme="single"``, which has no other batch.
         """
         fit = self.fitted
-        blocks = max((len(own) for own, _ in fit.comparisons), default=0)
+        blocks = max((len(part.own_tops) for part in fit.comparisons), default=0)
         names = fit.coverage.covered
         return bias_report(fit.comparisons, names if blocks == len(names) else ("lowrank",))
 

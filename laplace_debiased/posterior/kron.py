@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,24 @@ from laplace_debiased.posterior.arguments import arguments_from, backend_from
 from laplace_debiased.posterior.host import DebiasedPosterior
 from laplace_debiased.posterior.priors import check_kron_prior
 from laplace_debiased.predictive import KronPredictor
+
+
+class FactorsOnDemand(Kron):
+    """A fit's factors as laplace-torch keeps them, formed when they are first asked for.
+
+    Nothing here uses them; of a fit of few samples they are larger by far than all that it holds.
+
+    Args:
+        fit: the fit.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self._fit = fit
+
+    @cached_property
+    def kfacs(self) -> list[list[Tensor]]:
+        """[N·B, A] of every weight, [N·B] of every vector."""
+        return posterior_factors(self._fit)
 
 
 class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
@@ -47,7 +66,7 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         backend_kwargs: arguments of the backend.
         asdl_fisher_kwargs: arguments of every call of an ASDL backend.
         **options: ``scheme``, ``magnitudes``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
-            ``direction_fraction``, ``pool_size``, ``byte_budget``, ``strict``: see
+            ``direction_fraction``, ``pool_size``, ``byte_budget``, ``max_rank``, ``strict``: see
             :class:`~laplace_debiased.options.CurvatureOptions`. ``ignore_index``: class label that
             does not count, as of padding (often -100). ``allow_probabilities``: take class outputs
             that all sum to one for logits, in place of an error.
@@ -105,7 +124,7 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         check_kron_prior(value, coverage)
 
     def _host_curvature(self, fit: Fit, predictor: KronPredictor) -> dict[str, Any]:
-        return {"H": predictor.curvature, "H_facs": Kron(posterior_factors(fit))}
+        return {"H": predictor.curvature, "H_facs": FactorsOnDemand(fit)}
 
     @property
     def posterior_precision(self) -> EigenKron:

@@ -18,8 +18,9 @@ from laplace_debiased.network.identity import ModelFingerprint, fingerprint
 from laplace_debiased.options import Scheme, parse_choice
 from laplace_debiased.tuning import TuningResult
 
-STATE_VERSION = 2
-"""1: no fingerprint of the model, no tuning result, blocks as lists. 2: as below."""
+STATE_VERSION = 3
+"""1: no fingerprint of the model, no tuning result, blocks as lists. 2: comparisons as tables, and
+factors as matrices. 3: as below."""
 
 HYPER_PARAMETERS = (
     "mean",

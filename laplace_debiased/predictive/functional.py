@@ -25,7 +25,12 @@ from laplace_debiased.curvature.passes import (
     CurvaturePass,
     identity_columns,
 )
-from laplace_debiased.curvature.rows import LayerRows, RankOneRows, RotatedRows
+from laplace_debiased.curvature.rows import (
+    LayerRows,
+    PositionRows,
+    RankOneRows,
+    RotatedRows,
+)
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.predictive.predictor import OutputCovariance
@@ -48,13 +53,13 @@ class NamedBlocks:
         return self.precision.blocks[self.names.index(name)]
 
     def output_basis(self, name: str) -> Tensor:
-        """U_B [D_out, D_out] of a parameter's block."""
+        """U_B [D_out, D_out], or thin, of a parameter's block."""
         basis = self.block(name).output_basis
         assert basis is not None
         return basis
 
     def input_basis(self, name: str) -> Tensor:
-        """U_A [D_in, D_in] of a weight's block."""
+        """U_A [D_in, D_in], or thin, of a weight's block."""
         basis = self.block(name).input_basis
         assert basis is not None
         return basis
@@ -69,32 +74,29 @@ class NamedBlocks:
 
 def rotated_jacobians(
     layer: Layer, rows: LayerRows, blocks: NamedBlocks
-) -> Iterator[tuple[str, RotatedRows | RankOneRows]]:
+) -> Iterator[tuple[str, RotatedRows | RankOneRows | PositionRows]]:
     """Jacobian rows of a layer's blocks in their eigenbases, by parameter name.
 
     Where J̃ is a product of two factors g̃ [m, C, D_out] and ã [m, D_in] (a weight with a single
-    position) these are given instead; where a sample touches few rows of a table, only those.
+    position) these are given instead; where a sample touches few rows of a table, only those;
+    where a basis is thin, what J̃ is made of.
     """
     for part, block in rows.blocks():
         name = layer.parameter_of(part)
         yield name, block.rotated(blocks.block(name))
 
 
-def whitened_jacobians(
-    layer: Layer, rows: LayerRows, blocks: NamedBlocks
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Rows X with X Xᵀ the layer's share of the covariance, per block.
+def whitened(jacobian: RotatedRows | RankOneRows, table: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows X with X Xᵀ the block's share of the covariance.
 
-    Yields:
+    Returns:
         (X [m, C, K], None) in general; (g̃ [m, C, K], s [m, K]) where the covariance is
         g̃ diag(s) g̃ᵀ (single position).
     """
-    for name, jacobian in rotated_jacobians(layer, rows, blocks):
-        entries = jacobian.entries(blocks.table(name))
-        if isinstance(jacobian, RankOneRows):
-            yield jacobian.columns, jacobian.inputs.square() @ entries.reciprocal().mT
-        else:
-            yield jacobian.values * _per_sample(entries.rsqrt()), None
+    entries = jacobian.entries(table)
+    if isinstance(jacobian, RankOneRows):
+        return jacobian.columns, jacobian.scales(entries)
+    return jacobian.values * _per_sample(entries.rsqrt()), None
 
 
 def _per_sample(entries: Tensor) -> Tensor:
@@ -143,17 +145,30 @@ def _chunk_covariance(chunk: Chunk, blocks: NamedBlocks, diagonal: bool) -> Tens
     shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
     total = chunk.outputs.new_zeros(shape)
     for layer in chunk.layers:
-        for rows, scale in whitened_jacobians(layer, chunk.layer_rows(layer), blocks):
-            rows = per_position(rows, n_outputs)
-            scale = None if scale is None else repeated(scale, m)
-            if diagonal:
-                squares = rows.square()
-                part = squares.sum(-1) if scale is None else squares @ scale.unsqueeze(-1)
-                total = total + part.reshape(shape)
-            else:
-                left = rows if scale is None else rows * scale.unsqueeze(1)
-                total = total + left @ rows.transpose(1, 2)
+        for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
+            part = _block_covariance(jacobian, blocks.table(name), shape, diagonal)
+            total = total + part.reshape(shape)
     return total.reshape(*lead, *shape[1:])
+
+
+def _block_covariance(
+    jacobian: RotatedRows | RankOneRows | PositionRows,
+    table: Tensor,
+    shape: tuple[int, ...],
+    diagonal: bool,
+) -> Tensor:
+    m, n_outputs = shape[:2]
+    if isinstance(jacobian, PositionRows):
+        weights = table.reciprocal().unsqueeze(0)
+        return jacobian.per_position(n_outputs).covariances(weights, diagonal=diagonal)[0]
+    rows, scale = whitened(jacobian, table)
+    rows = per_position(rows, n_outputs)
+    scale = None if scale is None else repeated(scale, m)
+    if diagonal:
+        squares = rows.square()
+        return squares.sum(-1) if scale is None else squares @ scale.unsqueeze(-1)
+    left = rows if scale is None else rows * scale.unsqueeze(1)
+    return left @ rows.transpose(1, 2)
 
 
 def per_position(rows: Tensor, n_outputs: int) -> Tensor:
@@ -244,6 +259,6 @@ def _joint_rows(chunk: Chunk, blocks: NamedBlocks) -> list[JointRows]:
     rows = []
     for layer in chunk.layers:
         for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
-            written = jacobian.expanded() if isinstance(jacobian, RankOneRows) else jacobian
+            written = jacobian if isinstance(jacobian, RotatedRows) else jacobian.expanded()
             rows.append(JointRows.of(written, blocks.table(name)))
     return rows

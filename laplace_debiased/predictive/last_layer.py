@@ -2,7 +2,9 @@ r"""The last-layer predictive in closed form: features in, no Jacobian.
 
 With features φ of an input and a weight block of precision table τ [C, D],
 
-    Cov[f] = U_B diag_i(Σ_j (φᵀ u_A,j)² / τ_ij) U_Bᵀ + U_b diag(1/τ_b) U_bᵀ.
+    Cov[f] = U_B diag_i(Σ_j (φᵀ u_A,j)² / τ_ij) U_Bᵀ + U_b diag(1/τ_b) U_bᵀ,
+
+and with thin sides the same in their coordinates (:mod:`laplace_debiased.curvature.rows.sides`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.features import FeaturePass
+from laplace_debiased.curvature.rows import sides
 from laplace_debiased.operators import EigenKron
 from laplace_debiased.predictive.functional import NamedBlocks
 from laplace_debiased.predictive.predictor import OutputCovariance, Sweep
@@ -86,21 +89,30 @@ def covariance_of_features(
             return _joint_covariance(feature_pass, blocks, features)
 
 
-def _rotated_features(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
-    assert feature_pass.layer.weight is not None
-    return features @ blocks.input_basis(feature_pass.layer.weight)
+def _output_scales(blocks: NamedBlocks, name: str, features: Tensor) -> Tensor:
+    """Σ_j (φᵀ u_A,j)² / τ_ij [m, I], one entry for all directions outside of a thin side."""
+    squares = sides.energies(features, blocks.input_basis(name))
+    return squares @ blocks.table(name).reciprocal().T
+
+
+def _turned_back(basis: Tensor, scales: Tensor) -> Tensor:
+    """U diag(s) Uᵀ [..., C, C] of s [..., I]."""
+    if sides.is_thin(basis):
+        scales = sides.spread(scales, basis)
+        identity = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+        basis = sides.coordinates(identity, basis)
+    return (basis * scales.unsqueeze(-2)) @ basis.T
 
 
 def _variance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
     layer = feature_pass.layer
     total = features.new_zeros(())
     if layer.weight is not None:
-        rotated = _rotated_features(feature_pass, blocks, features)
-        scale = rotated.square() @ blocks.table(layer.weight).reciprocal().T
-        total = total + scale @ blocks.output_basis(layer.weight).square().T
+        scale = _output_scales(blocks, layer.weight, features)
+        total = total + scale @ sides.entry_squares(blocks.output_basis(layer.weight)).T
     if layer.bias is not None:
         basis = blocks.output_basis(layer.bias)
-        total = total + basis.square() @ blocks.table(layer.bias).reciprocal()
+        total = total + sides.entry_squares(basis) @ blocks.table(layer.bias).reciprocal()
     return total.expand(len(features), -1)
 
 
@@ -108,8 +120,7 @@ def _bias_covariance(feature_pass: FeaturePass, blocks: NamedBlocks) -> Tensor |
     bias = feature_pass.layer.bias
     if bias is None:
         return None
-    basis = blocks.output_basis(bias)
-    return (basis * blocks.table(bias).reciprocal()) @ basis.T
+    return _turned_back(blocks.output_basis(bias), blocks.table(bias).reciprocal())
 
 
 def _covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
@@ -118,10 +129,8 @@ def _covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor
     if layer.weight is None:
         assert bias is not None
         return bias.expand(len(features), -1, -1)
-    rotated = _rotated_features(feature_pass, blocks, features)
-    scale = rotated.square() @ blocks.table(layer.weight).reciprocal().T
-    basis = blocks.output_basis(layer.weight)
-    weight = (basis * scale.unsqueeze(1)) @ basis.T
+    scale = _output_scales(blocks, layer.weight, features)
+    weight = _turned_back(blocks.output_basis(layer.weight), scale)
     return weight if bias is None else weight + bias
 
 
@@ -133,11 +142,12 @@ def _joint_covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: 
     if layer.weight is None:
         assert bias is not None
         return bias.repeat(m, m)
-    rotated = _rotated_features(feature_pass, blocks, features)
-    basis = blocks.output_basis(layer.weight)
+    inputs, basis = blocks.input_basis(layer.weight), blocks.output_basis(layer.weight)
     n_outputs = len(basis)
-    scale = torch.einsum("nj,kj,ij->nki", rotated, rotated, blocks.table(layer.weight).reciprocal())
-    joint = torch.einsum("ci,nki,di->nckd", basis, scale, basis)
+    rotated = sides.coordinates(features, inputs)
+    table = sides.spread(blocks.table(layer.weight).reciprocal(), inputs)
+    scale = torch.einsum("nj,kj,ij->nki", rotated, rotated, table)
+    joint = _turned_back(basis, scale).transpose(1, 2)
     if bias is not None:
         joint = joint + bias.reshape(1, n_outputs, 1, n_outputs)
     return joint.reshape(m * n_outputs, m * n_outputs)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.passes import Chunk, CurvaturePass, identity_columns
-from laplace_debiased.curvature.rows import RankOneRows
+from laplace_debiased.curvature.rows import PositionRows, RankOneRows
+from laplace_debiased.curvature.rows.rotated import spread_last
 from laplace_debiased.predictive.functional import (
     NamedBlocks,
     per_position,
@@ -58,10 +59,17 @@ def _chunk_sweep(chunk: Chunk, blocks: NamedBlocks, priors: Tensor, diagonal: bo
     total = chunk.outputs.new_zeros(len(priors) + 1, *shape)
     for layer in chunk.layers:
         for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
-            eigenvalues = jacobian.entries(blocks.block(name).eigenvalues)
+            table = blocks.block(name).eigenvalues
+            if isinstance(jacobian, PositionRows):
+                weights = _reciprocals(table, priors).movedim(-1, 0)
+                apart = jacobian.per_position(n_outputs)
+                total += apart.covariances(weights, diagonal=diagonal)
+                continue
+            eigenvalues = jacobian.entries(table)
             if isinstance(jacobian, RankOneRows):
-                squares = repeated(jacobian.inputs.square(), m)
+                squares = repeated(jacobian.input_squares(), m)
                 scale = _reciprocal_products(squares, eigenvalues, priors)  # [G + 1, m, D_out]
+                scale = spread_last(scale, (jacobian.spread,))
                 total += _scaled_grams(per_position(jacobian.columns, n_outputs), scale, diagonal)
             else:
                 rows = per_position(jacobian.values, n_outputs)
@@ -69,6 +77,12 @@ def _chunk_sweep(chunk: Chunk, blocks: NamedBlocks, priors: Tensor, diagonal: bo
                     eigenvalues = repeated(eigenvalues, m)
                 total += _table_grams(rows, eigenvalues, priors, diagonal)
     return total.reshape(len(total), *lead, *shape[1:])
+
+
+def _reciprocals(eigenvalues: Tensor, priors: Tensor) -> Tensor:
+    """1 / (λ + δ_g), and last 1: [..., G + 1]."""
+    swept = (eigenvalues.unsqueeze(-1) + priors).reciprocal()
+    return torch.cat([swept, torch.ones_like(swept[..., :1])], dim=-1)
 
 
 def _reciprocal_products(squares: Tensor, eigenvalues: Tensor, priors: Tensor) -> Tensor:
@@ -94,8 +108,7 @@ def _table_grams(rows: Tensor, eigenvalues: Tensor, priors: Tensor, diagonal: bo
     [m, K, G + 1] where rows are of other entries for every sample. The last column is one.
     """
     m, n_outputs, _ = rows.shape
-    swept = (eigenvalues.unsqueeze(-1) + priors).reciprocal()
-    table = torch.cat([swept, torch.ones_like(swept[..., :1])], dim=-1)
+    table = _reciprocals(eigenvalues, priors)
     if diagonal:
         return (rows.square() @ table).permute(2, 0, 1)
     result = rows.new_empty(m, n_outputs, n_outputs, table.shape[-1])

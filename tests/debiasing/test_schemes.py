@@ -97,10 +97,11 @@ def test_merging_is_the_mean_over_the_union() -> None:
 
 
 def test_join_averages_equal_ranks() -> None:
-    tables = [(torch.full((2, 2), 1.0), torch.zeros(2)), (torch.full((2, 2), 5.0), torch.ones(2))]
-    joined = join_by_rank(tables, [0.25, 0.75])
-    assert_exact(joined[0], torch.full((2, 2), 4.0))
-    assert_exact(joined[1], torch.full((2,), 0.75))
+    tables = [(torch.full((3, 4), 1.0), torch.zeros(3)), (torch.full((3, 4), 5.0), torch.ones(3))]
+    bases = [eigenbasis(factors(seed)) for seed in range(3)]
+    joined = join_by_rank(tables, [0.25, 0.75], bases[:2], bases[2])
+    assert_exact(joined[0], torch.full((3, 4), 4.0))
+    assert_exact(joined[1], torch.full((3,), 0.75))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

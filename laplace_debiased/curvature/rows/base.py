@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, vmap
+from torch.nn.functional import pad
 
 from laplace_debiased.curvature import kernels
+from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense, gram_of_rows
+from laplace_debiased.curvature.rows.positions import PositionRows
+from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
 from laplace_debiased.options import WeightSharing
 
 
@@ -48,59 +52,6 @@ class FactorRule:
     sharing: WeightSharing = WeightSharing.EXPAND
 
 
-@dataclass(frozen=True, eq=False)
-class RotatedRows:
-    """Rows of a block in an eigenbasis.
-
-    Attributes:
-        values: [m, R, K]; K = P, or fewer where a sample touches some rows of the parameter only.
-        shape: of the block's eigenvalue table.
-        touched: rows of the table [m, L] that ``values`` [m, R, L·D] belong to; None for all.
-    """
-
-    values: Tensor
-    shape: tuple[int, ...]
-    touched: Tensor | None = None
-
-    def entries(self, table: Tensor) -> Tensor:
-        """Entries of a table that belong to ``values``: [K], or [m, K] where rows are touched."""
-        return table.flatten() if self.touched is None else table[self.touched].flatten(1)
-
-    def written_out(self) -> Tensor:
-        """[m, R, P], zero where a sample touches nothing."""
-        if self.touched is None:
-            return self.values
-        rows = self.values.unflatten(2, (self.touched.shape[1], -1))
-        full = rows.new_zeros(*rows.shape[:2], *self.shape)
-        index = self.touched[:, None, :, None].expand_as(rows)
-        return full.scatter_add(2, index, rows).flatten(2)
-
-
-@dataclass(frozen=True, eq=False)
-class RankOneRows:
-    """Rows of a block in an eigenbasis that are outer products g_{n,r} a_nᵀ (single position).
-
-    Attributes:
-        columns: [m, R, I].
-        inputs: [m, J].
-        transposed: whether the block's table is [J, I] and not [I, J].
-    """
-
-    columns: Tensor
-    inputs: Tensor
-    transposed: bool = False
-
-    def entries(self, table: Tensor) -> Tensor:
-        """The table as [I, J]."""
-        return table.mT if self.transposed else table
-
-    def expanded(self) -> RotatedRows:
-        """Written out."""
-        rows = torch.einsum("mri,mj->mrij", self.columns, self.inputs)
-        rows = rows.mT if self.transposed else rows
-        return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]))
-
-
 class BlockRows(Protocol):
     """Rows of one parameter tensor for m samples and R columns."""
 
@@ -122,13 +73,13 @@ class BlockRows(Protocol):
     def joined(self, others: Sequence[BlockRows]) -> BlockRows:
         """With the rows of further calls of the module: gradients add up."""
 
-    def column_factor(self, rule: FactorRule) -> Tensor:
+    def column_factor(self, rule: FactorRule) -> Factor:
         """Factor of the columns, summed over samples and columns."""
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         """Σ_n c_n Σ_r (uᵀ G_{n,r})² along every direction, in the shape of the table."""
 
-    def rotated(self, basis: Basis) -> RotatedRows | RankOneRows:
+    def rotated(self, basis: Basis) -> RotatedRows | RankOneRows | PositionRows:
         """Rows in the eigenbasis."""
 
     def gradients(self) -> Tensor:
@@ -161,24 +112,49 @@ def required(inputs: Tensor | None) -> Tensor:
 
 
 def shared_columns(g: Tensor, sharing: WeightSharing) -> Tensor:
-    """Columns [m, R, T, D] as the Kronecker factor sees them (Eschenhagen et al. 2023)."""
+    """Columns [..., T, D] as the Kronecker factor sees them (Eschenhagen et al. 2023)."""
     match sharing:
         case WeightSharing.EXPAND:
             return g
         case WeightSharing.REDUCE:
-            return g.sum(2, keepdim=True)
+            return g.sum(-2, keepdim=True)
 
 
-def input_factor(a: Tensor, sharing: WeightSharing, counts: Tensor | None = None) -> Tensor:
+def input_factor(a: Tensor, sharing: WeightSharing, counts: Tensor | None = None) -> Factor:
     """Input factor [D_in, D_in] of inputs [m, T, D_in], summed over samples.
 
     Args:
-        a: the inputs.
+        a: the inputs; of G groups [G, m, T, D_in], which have a factor each.
         sharing: the mean over positions of the outer products, or the outer product of the means.
         counts: multiplicity of every sample [m]; None for ones.
+
+    Returns:
+        The factor, as its rows where they are fewer than D_in.
     """
     match sharing:
         case WeightSharing.EXPAND:
-            return kernels.input_covariance(a, counts)
+            pass
         case WeightSharing.REDUCE:
-            return kernels.input_covariance(a.mean(1, keepdim=True), counts)
+            a = a.mean(-2, keepdim=True)
+    m, positions, width = a.shape[-3:]
+    if m * positions < width:
+        scales = a.new_ones(m) if counts is None else counts.to(a)
+        rows = a * (scales / positions).sqrt().reshape(m, 1, 1)
+        return RowsFactor(rows.flatten(-3, -2))
+    if a.ndim == 3:
+        return kernels.input_covariance(a, counts)
+    return vmap(lambda part: kernels.input_covariance(part, counts))(a)
+
+
+def column_gram(columns: Tensor) -> Factor:
+    """Σ g gᵀ [D, D] of columns g [m, R, T, D]; of G groups [G, m, R, T, D], one each."""
+    return gram_of_rows(columns.flatten(-4, -2))
+
+
+def stacked(factors: Sequence[Factor]) -> Factor:
+    """Factors of one side each, as those of the groups of one parameter [G, D, D]."""
+    parts = [factor.rows for factor in factors if isinstance(factor, RowsFactor)]
+    if len(parts) < len(factors):
+        return torch.stack([dense(factor) for factor in factors])
+    length = max(part.shape[-2] for part in parts)
+    return RowsFactor(torch.stack([pad(part, (0, 0, 0, length - len(part))) for part in parts]))

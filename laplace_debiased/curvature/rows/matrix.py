@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +13,15 @@ from laplace_debiased.curvature.rows.base import (
     Basis,
     BlockRows,
     FactorRule,
-    RankOneRows,
-    RotatedRows,
+    column_gram,
     required,
     same_kind,
     shared_columns,
 )
+from laplace_debiased.curvature.rows.gram import Factor
+from laplace_debiased.curvature.rows.positions import PositionRows, thin_weight_curvature
+from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
+from laplace_debiased.curvature.rows.sides import coordinates, is_thin, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,30 @@ class _MapRows:
         assert rows is not None
         assert columns is not None
         return (columns, rows) if self.transposed else (rows, columns)
+
+    def _as_stored(
+        self, rows: Tensor, outputs: Tensor, inputs: Tensor
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Rows [..., I, J] and what thin sides repeat, in the order of the parameter."""
+        if self.transposed:
+            return rows.mT, (_spread(inputs), _spread(outputs))
+        return rows, (_spread(outputs), _spread(inputs))
+
+
+def _spread(basis: Tensor) -> int:
+    return basis.shape[-2] if is_thin(basis) else 1
+
+
+def _curvature_kernel(outputs: Tensor, inputs: Tensor) -> Callable[..., Tensor]:
+    thin = is_thin(outputs) or is_thin(inputs)
+    return thin_weight_curvature if thin else kernels.weight_curvature
+
+
+def _rotated(a: Tensor, g: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """U_Bᵀ G U_A, in the coordinates of thin sides where there are any."""
+    if is_thin(outputs) or is_thin(inputs):
+        return kernels.weight_gradients(coordinates(a, inputs), coordinates(g, outputs))
+    return kernels.rotated_gradients(a, g, outputs, inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,28 +98,33 @@ class MatrixRows(_MapRows):
             columns=torch.cat([part.columns for part in parts], 2),
         )
 
-    def column_factor(self, rule: FactorRule) -> Tensor:
-        return kernels.output_covariance(shared_columns(self.columns, rule.sharing))
+    def column_factor(self, rule: FactorRule) -> Factor:
+        return column_gram(shared_columns(self.columns, rule.sharing))
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)
-        table = kernels.weight_curvature(self.read, self.columns, outputs, inputs, coefficients)
+        kernel = _curvature_kernel(outputs, inputs)
+        table = kernel(self.read, self.columns, outputs, inputs, coefficients)
         return table.mT if self.transposed else table
 
-    def rotated(self, basis: Basis) -> RotatedRows | RankOneRows:
+    def rotated(self, basis: Basis) -> RotatedRows | RankOneRows | PositionRows:
         outputs, inputs = self._bases(basis)
-        if self.read.shape[1] == 1:
-            a, g = self.read[:, 0] @ inputs, self.columns[:, :, 0] @ outputs
-            return RankOneRows(g, a, self.transposed)
-        rows = kernels.rotated_gradients(self.read, self.columns, outputs, inputs)
-        return self._written(rows)
+        positions = self.read.shape[1]
+        if positions == 1:
+            a, rest = split(self.read[:, 0], inputs)
+            g = coordinates(self.columns[:, :, 0], outputs)
+            return RankOneRows(g, a, self.transposed, _spread(outputs), rest)
+        if PositionRows.pays(positions, outputs, inputs):
+            return PositionRows.of(self.read, self.columns, outputs, inputs, self.transposed)
+        return self._written(_rotated(self.read, self.columns, outputs, inputs), outputs, inputs)
 
     def gradients(self) -> Tensor:
-        return self._written(kernels.weight_gradients(self.read, self.columns)).values
+        rows = kernels.weight_gradients(self.read, self.columns)
+        return (rows.mT if self.transposed else rows).flatten(2)
 
-    def _written(self, rows: Tensor) -> RotatedRows:
-        rows = rows.mT if self.transposed else rows
-        return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]))
+    def _written(self, rows: Tensor, outputs: Tensor, inputs: Tensor) -> RotatedRows:
+        rows, spreads = self._as_stored(rows, outputs, inputs)
+        return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]), spreads=spreads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,26 +153,22 @@ class GroupedRows(_MapRows):
             columns=torch.cat([part.columns for part in parts], 3),
         )
 
-    def column_factor(self, rule: FactorRule) -> Tensor:
-        return vmap(lambda g: kernels.output_covariance(shared_columns(g, rule.sharing)))(
-            self.columns
-        )
+    def column_factor(self, rule: FactorRule) -> Factor:
+        return column_gram(shared_columns(self.columns, rule.sharing))
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)
-        kernel = vmap(kernels.weight_curvature, (0, 0, 0, 0, None))
+        kernel = vmap(_curvature_kernel(outputs, inputs), (0, 0, 0, 0, None))
         table = kernel(self.read, self.columns, outputs, inputs, coefficients)
         return table.mT if self.transposed else table
 
     def rotated(self, basis: Basis) -> RotatedRows:
         outputs, inputs = self._bases(basis)
-        return self._written(
-            vmap(kernels.rotated_gradients)(self.read, self.columns, outputs, inputs)
-        )
+        rows = vmap(_rotated)(self.read, self.columns, outputs, inputs)
+        rows, spreads = self._as_stored(rows, outputs, inputs)
+        rows = rows.movedim(0, 2)
+        return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]), spreads=spreads)
 
     def gradients(self) -> Tensor:
-        return self._written(vmap(kernels.weight_gradients)(self.read, self.columns)).values
-
-    def _written(self, rows: Tensor) -> RotatedRows:
-        rows = (rows.mT if self.transposed else rows).movedim(0, 2)
-        return RotatedRows(rows.flatten(2), tuple(rows.shape[2:]))
+        rows = vmap(kernels.weight_gradients)(self.read, self.columns)
+        return (rows.mT if self.transposed else rows).movedim(0, 2).flatten(2)

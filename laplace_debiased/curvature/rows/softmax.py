@@ -27,6 +27,7 @@ from laplace_debiased.curvature.rows.base import (
     FactorRule,
 )
 from laplace_debiased.curvature.rows.matrix import MatrixRows
+from laplace_debiased.curvature.rows.sides import energies, is_thin
 from laplace_debiased.curvature.rows.vectors import BiasRows
 
 
@@ -78,7 +79,8 @@ def softmax_curvature(q: Tensor, basis: Tensor) -> Tensor:
 
     Args:
         q: √(w p) [m, C].
-        basis: directions u_i as columns [C, I].
+        basis: directions u_i as columns [C, I]; where they are fewer than C, a last entry is the
+            sum over what lies outside of them, from the trace.
     """
     left = _leftover(q.double())
     u = basis.double()
@@ -87,7 +89,12 @@ def softmax_curvature(q: Tensor, basis: Tensor) -> Tensor:
     first, second = left.rest @ u, left.rest @ u.square()
     spread = second - 2.0 * at_top * first + at_top.square() * mass
     shift = first - at_top * mass
-    return left.weights.unsqueeze(-1) * (spread - shift.square()).clamp_min(0.0)
+    along = (spread - shift.square()).clamp_min(0.0)
+    if is_thin(basis):
+        whole = (left.rest * (1.0 - left.rest)).sum(-1) + left.mass * (1.0 - left.mass)
+        outside = (whole - along.sum(-1)).clamp_min(0.0)
+        along = torch.cat([along, outside.unsqueeze(-1)], dim=-1)
+    return left.weights.unsqueeze(-1) * along
 
 
 def _written_out(q: Tensor) -> Tensor:
@@ -130,7 +137,7 @@ class SoftmaxMatrixRows(_SoftmaxRows, MatrixRows):
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)
-        rotated = (self.read[:, 0] @ inputs).square()
+        rotated = energies(self.read[:, 0], inputs)
         curvature = softmax_curvature(self.columns[:, 0, 0], outputs)
         return (curvature * coefficients.double().unsqueeze(-1)).to(rotated).T @ rotated
 

@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature import kernels
 from laplace_debiased.curvature.rows.base import (
     Basis,
     BlockRows,
     FactorRule,
-    RotatedRows,
+    column_gram,
     same_kind,
     shared_columns,
 )
+from laplace_debiased.curvature.rows.gram import Factor
+from laplace_debiased.curvature.rows.rotated import RotatedRows
+from laplace_debiased.curvature.rows.sides import coordinates, energies, is_thin
 from laplace_debiased.options import WeightSharing
 
 
@@ -56,28 +58,27 @@ class TokenRows:
             columns=torch.cat([part.columns for part in parts], 2),
         )
 
-    def column_factor(self, rule: FactorRule) -> Tensor:
+    def column_factor(self, rule: FactorRule) -> Factor:
         kept = self.columns * (self.tokens >= 0)[:, None, :, None]
-        return kernels.output_covariance(shared_columns(kept, rule.sharing))
+        return column_gram(shared_columns(kept, rule.sharing))
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
-        touched, rows = self._touched_rows(basis)
-        squares = rows.square().sum(1) * coefficients.to(rows)[:, None, None]
+        touched, rows = per_token(self.tokens, self.columns)
+        rows = energies(rows, basis.input_basis)
+        squares = rows.sum(1) * coefficients.to(rows)[:, None, None]
         table = rows.new_zeros(self.size, rows.shape[-1])
         return table.index_add_(0, touched.flatten(), squares.flatten(0, 1))
 
     def rotated(self, basis: Basis) -> RotatedRows:
-        touched, rows = self._touched_rows(basis)
-        return RotatedRows(rows.flatten(2), (self.size, rows.shape[-1]), touched)
+        touched, rows = per_token(self.tokens, self.columns)
+        spread = rows.shape[-1] if is_thin(basis.input_basis) else 1
+        rows = coordinates(rows, basis.input_basis)
+        shape = (self.size, rows.shape[-1])
+        return RotatedRows(rows.flatten(2), shape, touched, spreads=(spread,))
 
     def gradients(self) -> Tensor:
         touched, rows = per_token(self.tokens, self.columns)
         return RotatedRows(rows.flatten(2), (self.size, rows.shape[-1]), touched).written_out()
-
-    def _touched_rows(self, basis: Basis) -> tuple[Tensor, Tensor]:
-        assert basis.input_basis is not None
-        touched, rows = per_token(self.tokens, self.columns)
-        return touched, rows @ basis.input_basis
 
 
 def token_factor(tokens: Tensor, size: int, counts: Tensor, rule: FactorRule) -> Tensor:

@@ -9,8 +9,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature import kernels
-from laplace_debiased.curvature.rows.base import Basis, BlockRows, FactorRule, RotatedRows
+from laplace_debiased.curvature.rows.base import (
+    Basis,
+    BlockRows,
+    FactorRule,
+    column_gram,
+)
+from laplace_debiased.curvature.rows.gram import Factor
+from laplace_debiased.curvature.rows.rotated import RotatedRows
+from laplace_debiased.curvature.rows.sides import coordinates, energies, is_thin
 from laplace_debiased.options import WeightSharing
 
 
@@ -32,6 +39,12 @@ class _ColumnRows:
     def patches(self) -> int:
         return 0
 
+    def _turned(self, rows: Tensor, basis: Tensor | None) -> RotatedRows:
+        """Rows [m, R, D] in an eigenbasis."""
+        turned = coordinates(rows, basis)
+        spread = rows.shape[-1] if is_thin(basis) else 1
+        return RotatedRows(turned, tuple(turned.shape[2:]), spreads=(spread,))
+
     def select(self, index: Tensor | slice) -> Self:
         return replace(self, columns=self.columns[index])
 
@@ -47,21 +60,17 @@ class BiasRows(_ColumnRows):
     def joined(self, others: Sequence[BlockRows]) -> BiasRows:
         return BiasRows(torch.cat([self.columns, *(p.columns for p in others)], 2))
 
-    def column_factor(self, rule: FactorRule) -> Tensor:
+    def column_factor(self, rule: FactorRule) -> Factor:
         summed = rule.summed_bias or rule.sharing is WeightSharing.REDUCE
         summed = summed and self.columns.shape[2] > 1
-        return kernels.output_covariance(
-            self.columns.sum(2, keepdim=True) if summed else self.columns
-        )
+        return column_gram(self.columns.sum(2, keepdim=True) if summed else self.columns)
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
-        assert basis.output_basis is not None
-        return kernels.bias_curvature(self.columns, basis.output_basis, coefficients)
+        squares = energies(self.columns.sum(2), basis.output_basis).sum(1)
+        return coefficients.to(squares) @ squares
 
     def rotated(self, basis: Basis) -> RotatedRows:
-        assert basis.output_basis is not None
-        rows = self.columns.sum(2) @ basis.output_basis
-        return RotatedRows(rows, tuple(rows.shape[2:]))
+        return self._turned(self.columns.sum(2), basis.output_basis)
 
     def gradients(self) -> Tensor:
         return self.columns.sum(2)
@@ -85,20 +94,16 @@ class VectorRows(_ColumnRows):
     def joined(self, others: Sequence[BlockRows]) -> VectorRows:
         return VectorRows(self.columns + sum(part.columns for part in others))
 
-    def column_factor(self, rule: FactorRule) -> Tensor:
+    def column_factor(self, rule: FactorRule) -> Factor:
         if self.columns.shape[-1] > MAX_DENSE_VECTOR:
             return self.columns.square().sum((0, 1))
-        return kernels.output_covariance(self.columns.unsqueeze(2))
+        return column_gram(self.columns.unsqueeze(2))
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
-        return coefficients.to(self.columns) @ self._turned(basis).square().sum(1)
+        return coefficients.to(self.columns) @ energies(self.columns, basis.output_basis).sum(1)
 
     def rotated(self, basis: Basis) -> RotatedRows:
-        rows = self._turned(basis)
-        return RotatedRows(rows, tuple(rows.shape[2:]))
+        return self._turned(self.columns, basis.output_basis)
 
     def gradients(self) -> Tensor:
         return self.columns
-
-    def _turned(self, basis: Basis) -> Tensor:
-        return self.columns if basis.output_basis is None else self.columns @ basis.output_basis

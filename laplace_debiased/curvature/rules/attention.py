@@ -18,7 +18,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from laplace_debiased.curvature.layers import LayerCall
-from laplace_debiased.curvature.rows import BiasRows, GroupedRows, LayerRows, input_factor
+from laplace_debiased.curvature.rows import (
+    BiasRows,
+    Factor,
+    GroupedRows,
+    LayerRows,
+    input_factor,
+    stacked,
+)
 from laplace_debiased.options import WeightSharing
 
 Recorder = Callable[[str, tuple[Tensor, ...], tuple[Tensor, ...]], None]
@@ -58,9 +65,9 @@ class AttentionRule:
         inputs: tuple[Tensor, ...],
         sharing: WeightSharing,
         counts: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Factor:
         """[3, E, E], each over its own positions."""
-        return torch.stack([input_factor(a, sharing, counts) for a in inputs])
+        return stacked([input_factor(a, sharing, counts) for a in inputs])
 
 
 def _padded(positions: Tensor, length: int) -> Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn, vmap
+from torch import Tensor, nn
 
 from laplace_debiased.curvature.autocorrelation import applies_to, patch_covariance
 from laplace_debiased.curvature.layers import LayerCall, RuleDefaults, require_equal_positions
 from laplace_debiased.curvature.rows import (
     BiasRows,
     BlockRows,
+    Factor,
     GroupedRows,
     LayerRows,
     MatrixRows,
@@ -63,10 +64,8 @@ def _weight_rows(a: Tensor | None, g: Tensor, groups: int, *, transposed: bool) 
     return GroupedRows(None if a is None else _grouped(a, groups), _grouped(g, groups), transposed)
 
 
-def _input_factor(a: Tensor, groups: int, sharing: WeightSharing, counts: Tensor | None) -> Tensor:
-    if groups == 1:
-        return input_factor(a, sharing, counts)
-    return vmap(lambda part: input_factor(part, sharing, counts))(_grouped(a, groups))
+def _input_factor(a: Tensor, groups: int, sharing: WeightSharing, counts: Tensor | None) -> Factor:
+    return input_factor(a if groups == 1 else _grouped(a, groups), sharing, counts)
 
 
 class ConvRule(RuleDefaults):
@@ -91,7 +90,7 @@ class ConvRule(RuleDefaults):
         inputs: tuple[Tensor, ...],
         sharing: WeightSharing,
         counts: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Factor:
         """Of the patches; from the image's autocorrelation where that is faster."""
         conv: Any = module
         if (
@@ -144,7 +143,7 @@ class ConvTransposeRule(RuleDefaults):
         inputs: tuple[Tensor, ...],
         sharing: WeightSharing,
         counts: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Factor:
         """Of the input's pixels."""
         conv: Any = module
         pixels = inputs[0].flatten(2).transpose(1, 2)

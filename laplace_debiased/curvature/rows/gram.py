@@ -1,0 +1,116 @@
+"""Kronecker factors that are kept as the rows that they are sums of, while these are few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RowsFactor:
+    """The factor Rᵀ R [D, D], or [G, D, D], of fewer rows than columns; never formed.
+
+    Attributes:
+        rows: R [k, D] or [G, k, D], scaled by the square roots of their weights.
+    """
+
+    rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the factor as a matrix."""
+        return (*self.rows.shape[:-2], self.rows.shape[-1], self.rows.shape[-1])
+
+    @property
+    def ndim(self) -> int:
+        """Of the factor as a matrix."""
+        return self.rows.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self.rows.dtype
+
+    def dense(self) -> Tensor:
+        """Rᵀ R."""
+        return self.rows.mT @ self.rows
+
+    def scaled(self, scale: float) -> RowsFactor:
+        """The factor times a number ≥ 0."""
+        return RowsFactor(self.rows * scale**0.5)
+
+
+Factor = Tensor | RowsFactor
+
+
+def gram_of_rows(rows: Tensor) -> Factor:
+    """Rᵀ R of rows [k, D] or [G, k, D]: as its rows if they are fewer than D."""
+    return RowsFactor(rows) if rows.shape[-2] < rows.shape[-1] else rows.mT @ rows
+
+
+def dense(factor: Factor) -> Tensor:
+    """The factor as a tensor."""
+    return factor.dense() if isinstance(factor, RowsFactor) else factor
+
+
+def scaled(factor: Factor, scale: float) -> Factor:
+    """The factor times a number ≥ 0."""
+    return factor.scaled(scale) if isinstance(factor, RowsFactor) else scale * factor
+
+
+def divided(factor: Factor, divisor: float) -> Factor:
+    """The factor over a number > 0."""
+    if isinstance(factor, RowsFactor):
+        return RowsFactor(factor.rows / divisor**0.5)
+    return factor / divisor
+
+
+class FactorSum:
+    """A sum of factors, kept as rows as long as they are fewer than the side."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._dense: Tensor | None = None
+
+    def add(self, factor: Factor) -> None:
+        """Add a factor; with enough rows the sum becomes a matrix."""
+        if self._dense is None and isinstance(factor, RowsFactor):
+            self._parts.append(factor.rows)
+            if sum(part.shape[-2] for part in self._parts) >= factor.shape[-1]:
+                whole = torch.cat(self._parts, dim=-2)
+                self._dense, self._parts = whole.mT @ whole, []
+            return
+        total = dense(factor)
+        if self._parts:
+            total = total + RowsFactor(torch.cat(self._parts, dim=-2)).dense()
+        self._dense = total if self._dense is None else self._dense + total
+        self._parts = []
+
+    def value(self) -> Factor:
+        """The sum so far; something was added."""
+        if self._dense is not None:
+            return self._dense
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts, dim=-2)]
+        return RowsFactor(self._parts[0])
+
+
+def summed(factors: Sequence[Factor]) -> Factor:
+    """Sum of one or more factors."""
+    total = FactorSum()
+    for factor in factors:
+        total.add(factor)
+    return total.value()
+
+
+def factor_to_state(factor: Factor) -> Tensor | dict[str, Tensor]:
+    """As tensors: the matrix, or the rows by name."""
+    return {"rows": factor.rows} if isinstance(factor, RowsFactor) else factor
+
+
+def factor_from_state(state: Tensor | dict[str, Tensor]) -> Factor:
+    """Of :func:`factor_to_state`."""
+    return state if isinstance(state, Tensor) else RowsFactor(state["rows"])
