@@ -58,16 +58,6 @@ class Fisher(str, Enum):
     """Outer products of the gradients at the observed labels."""
 
 
-class WeightSharing(str, Enum):
-    """How positions that share a weight enter its Kronecker factors (Eschenhagen et al. 2023)."""
-
-    EXPAND = "expand"
-    """Every position counts as a sample of its own."""
-
-    REDUCE = "reduce"
-    """Inputs are averaged and gradients summed over positions before the outer product."""
-
-
 class HessianStructure(str, Enum):
     """Structure of the posterior precision."""
 
@@ -110,7 +100,6 @@ class CurvatureOptions:
         sampling: how a budget is drawn; see ``posterior/arguments.py`` for its default.
         fisher: which second moment stands for the loss Hessian.
         mc_samples: label draws per sample for ``Fisher.MC``.
-        weight_sharing: how positions that share a weight enter its Kronecker factors.
         folds: number of folds of ``Scheme.CROSS_FIT``.
         direction_fraction: share of a budget that gives the directions in ``Scheme.TWO_BATCH``.
         pool_size: size of the pool from which curvature sampling draws; None for all of the data
@@ -128,7 +117,6 @@ class CurvatureOptions:
     sampling: Sampling = field(kw_only=True)
     fisher: Fisher = Fisher.TYPE2
     mc_samples: int = 1
-    weight_sharing: WeightSharing = WeightSharing.EXPAND
     folds: int = 2
     direction_fraction: float = 0.5
     pool_size: int | None = None

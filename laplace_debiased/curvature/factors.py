@@ -28,7 +28,6 @@ from laplace_debiased.curvature.rows.sides import mean_energies, table_multiplic
 from laplace_debiased.curvature.tape import Calls
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.precision import full_precision
-from laplace_debiased.options import WeightSharing
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +124,6 @@ class FactorAccumulator:
     Args:
         names: covered parameters, in order.
         summed_bias: whether a bias factor sums over positions before the outer product.
-        sharing: how positions that share a weight enter its factors.
         thin: whether factors of few rows are kept as these rows.
     """
 
@@ -134,11 +132,10 @@ class FactorAccumulator:
         names: Sequence[str],
         *,
         summed_bias: bool,
-        sharing: WeightSharing = WeightSharing.EXPAND,
         thin: bool = False,
     ) -> None:
         self._names = tuple(names)
-        self._rule = FactorRule(summed_bias, sharing)
+        self._rule = FactorRule(summed_bias)
         self._thin = thin
         self._of_columns: dict[str, FactorSum] = defaultdict(FactorSum)
         self._of_inputs: dict[str, FactorSum] = defaultdict(FactorSum)
@@ -155,7 +152,7 @@ class FactorAccumulator:
         if layer.weight is None:
             return
         for call in inputs:
-            factor = layer.rule.input_factor(layer.module, call, self._rule.sharing, counts)
+            factor = layer.rule.input_factor(layer.module, call, counts)
             if factor is None:
                 continue
             mean = scaled(factor, 1 / len(inputs)) if len(inputs) > 1 else factor

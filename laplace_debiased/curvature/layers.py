@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.rows import BiasRows, Factor, LayerRows, MatrixRows, input_factor
-from laplace_debiased.options import WeightSharing
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +64,6 @@ class LayerRule(Protocol):
         self,
         module: nn.Module,
         inputs: tuple[Tensor, ...],
-        sharing: WeightSharing,
         counts: Tensor | None = None,
     ) -> Factor | None:
         """Kronecker factor of the inputs of one call, summed over samples.
@@ -73,7 +71,6 @@ class LayerRule(Protocol):
         Args:
             module: the layer.
             inputs: what was recorded, m samples.
-            sharing: how positions enter it.
             counts: multiplicity of every sample [m]; None for ones.
 
         Returns:
@@ -124,11 +121,10 @@ class LinearMapRule(RuleDefaults):
         self,
         module: nn.Module,
         inputs: tuple[Tensor, ...],
-        sharing: WeightSharing,
         counts: Tensor | None = None,
     ) -> Factor:
         """From the inputs of the map."""
-        return input_factor(self.input_positions(module, inputs[0]), sharing, counts)
+        return input_factor(self.input_positions(module, inputs[0]), counts)
 
 
 def require_equal_positions(module: nn.Module, a: Tensor | None, g: Tensor) -> None:

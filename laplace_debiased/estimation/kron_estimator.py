@@ -86,9 +86,8 @@ class KronEstimator:
         """First walk: factors of every fold, and the loss."""
         plan, loss = self.task.plan, self.task.loss
         summed_bias = self.task.options.magnitudes is not Magnitudes.KFAC
-        sharing = self.task.options.weight_sharing
         sums = [
-            FactorAccumulator(self.task.names, summed_bias=summed_bias, sharing=sharing, thin=True)
+            FactorAccumulator(self.task.names, summed_bias=summed_bias, thin=True)
             for _ in plan.fold_sizes
         ]
         tally = Tally()

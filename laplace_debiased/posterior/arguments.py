@@ -21,7 +21,6 @@ from laplace_debiased.options import (
     Magnitudes,
     Sampling,
     Scheme,
-    WeightSharing,
     parse_choice,
 )
 
@@ -33,7 +32,6 @@ _ENUMS: dict[str, type[Enum]] = {
     "magnitudes": Magnitudes,
     "sampling": Sampling,
     "fisher": Fisher,
-    "weight_sharing": WeightSharing,
 }
 
 

@@ -12,7 +12,6 @@ from laplace_debiased.curvature.autocorrelation import applies_to, patch_covaria
 from laplace_debiased.curvature.kernels import input_covariance
 from laplace_debiased.curvature.layers import rule_for
 from laplace_debiased.curvature.rules import ConvRule
-from laplace_debiased.options import WeightSharing
 
 SAME_3X3 = {"kernel_size": 3, "padding": 1}
 
@@ -85,5 +84,5 @@ def test_a_layer_uses_it_and_agrees_with_its_own_patches():
     assert isinstance(rule, ConvRule)
     assert applies_to(layer, x)
     expected = input_covariance(rule.patches(layer, x))
-    actual = rule.input_factor(layer, (x,), WeightSharing.EXPAND)
+    actual = rule.input_factor(layer, (x,))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

@@ -16,8 +16,6 @@ from laplace_debiased.curvature import (
     rule_for,
 )
 from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR, token_factor
-from laplace_debiased.curvature.rows.base import FactorRule
-from laplace_debiased.options import WeightSharing
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
 from tests.fuzz.networks import LENGTH, WIDTH, Attention, Tokens
@@ -160,18 +158,13 @@ def test_large_scales_get_a_diagonal_block() -> None:
     assert_exact(oracles.table(la.H), expected)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_kfac_factors_of_shared_weights_are_the_papers(sharing: str) -> None:
+def test_kfac_factors_of_shared_weights_are_the_papers() -> None:
     p = problem("head_positions", "regression", n=12)
-    la = DebiasedKronLaplace(
-        p.model, "regression", scheme="single", magnitudes="kfac", weight_sharing=sharing
-    )
+    la = DebiasedKronLaplace(p.model, "regression", scheme="single", magnitudes="kfac")
     la.fit(p.loader(), n_data=1)
     a = torch.tanh(p.model.inner(p.x)).detach().flatten(1, 2)  # the head's inputs
     positions = a.shape[1]
     g = torch.eye(3, dtype=torch.float64).expand(12, positions, 3, 3) / positions
-    if sharing == "reduce":
-        a, g = a.mean(1, keepdim=True), g.sum(1, keepdim=True)
     inputs = torch.einsum("nti,ntj->ij", a, a) / (12 * a.shape[1])
     outputs = torch.einsum("ntri,ntrj->ij", g, g) / 12
     block = dict(zip(la.coverage.covered, la.H_facs.kfacs, strict=True))["head.weight"]
@@ -179,20 +172,12 @@ def test_kfac_factors_of_shared_weights_are_the_papers(sharing: str) -> None:
     assert_exact(block[1], inputs)
 
 
-@pytest.mark.parametrize("sharing", list(WeightSharing))
-def test_token_factor_is_the_diagonal_of_one_hot_inputs(sharing: WeightSharing) -> None:
+def test_token_factor_is_the_diagonal_of_one_hot_inputs() -> None:
     tokens = torch.tensor([[0, 2, 2, -1], [1, 1, 1, 1], [-1, -1, 3, 0]])
     counts = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     hot = torch.eye(5, dtype=torch.float64)[tokens.clamp_min(0)] * (tokens >= 0).unsqueeze(-1)
-    if sharing is WeightSharing.REDUCE:
-        hot = hot.mean(1, keepdim=True)
     expected = torch.einsum("n,ntv,ntv->v", counts, hot, hot) / hot.shape[1]
-    assert_exact(token_factor(tokens, 5, counts, FactorRule(sharing=sharing)), expected)
-
-
-def test_weight_sharing_is_for_our_own_kronecker_factors() -> None:
-    with pytest.raises(ValueError, match="weight_sharing must be one of"):
-        DebiasedKronLaplace(nn.Linear(2, 2), weight_sharing="sum")
+    assert_exact(token_factor(tokens, 5, counts), expected)
 
 
 class Halving(nn.Linear):

@@ -54,10 +54,7 @@ def problems(case: Case) -> list[str]:
     expected = frozen | case.gaps
     options = {"prior_precision": 0.7, "byte_budget": (1, 2**28)[case.seed % 2]}
     magnitudes = ("ggn", "ggn", "kfac")[case.seed % 3]
-    sharing = ("expand", "expand", "reduce")[case.seed // 3 % 3]
-    la = DebiasedKronLaplace(
-        case.model, case.likelihood, magnitudes=magnitudes, weight_sharing=sharing, **options
-    )
+    la = DebiasedKronLaplace(case.model, case.likelihood, magnitudes=magnitudes, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         la.fit(loader(case, B), magnitude_loader=loader(case, OTHER), n_data=1)

@@ -24,7 +24,6 @@ from laplace_debiased.curvature import kernels
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense, gram_of_rows
 from laplace_debiased.curvature.rows.positions import PositionRows
 from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
-from laplace_debiased.options import WeightSharing
 
 
 class Basis(Protocol):
@@ -45,11 +44,9 @@ class FactorRule:
 
     Attributes:
         summed_bias: whether a bias factor sums over positions before the outer product.
-        sharing: how positions that share a weight enter its Kronecker factors.
     """
 
     summed_bias: bool = True
-    sharing: WeightSharing = WeightSharing.EXPAND
 
 
 class BlockRows(Protocol):
@@ -111,31 +108,18 @@ def required(inputs: Tensor | None) -> Tensor:
     return inputs
 
 
-def shared_columns(g: Tensor, sharing: WeightSharing) -> Tensor:
-    """Columns [..., T, D] as the Kronecker factor sees them (Eschenhagen et al. 2023)."""
-    match sharing:
-        case WeightSharing.EXPAND:
-            return g
-        case WeightSharing.REDUCE:
-            return g.sum(-2, keepdim=True)
-
-
-def input_factor(a: Tensor, sharing: WeightSharing, counts: Tensor | None = None) -> Factor:
+def input_factor(a: Tensor, counts: Tensor | None = None) -> Factor:
     """Input factor [D_in, D_in] of inputs [m, T, D_in], summed over samples.
+
+    Every position counts as a sample of its own (K-FAC "expand", Eschenhagen et al. 2023).
 
     Args:
         a: the inputs; of G groups [G, m, T, D_in], which have a factor each.
-        sharing: the mean over positions of the outer products, or the outer product of the means.
         counts: multiplicity of every sample [m]; None for ones.
 
     Returns:
         The factor, as its rows where they are fewer than D_in.
     """
-    match sharing:
-        case WeightSharing.EXPAND:
-            pass
-        case WeightSharing.REDUCE:
-            a = a.mean(-2, keepdim=True)
     m, positions, width = a.shape[-3:]
     if m * positions < width:
         scales = a.new_ones(m) if counts is None else counts.to(a)

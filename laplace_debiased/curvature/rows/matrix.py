@@ -16,7 +16,6 @@ from laplace_debiased.curvature.rows.base import (
     column_gram,
     required,
     same_kind,
-    shared_columns,
 )
 from laplace_debiased.curvature.rows.gram import Factor
 from laplace_debiased.curvature.rows.positions import PositionRows, thin_weight_curvature
@@ -99,7 +98,7 @@ class MatrixRows(_MapRows):
         )
 
     def column_factor(self, rule: FactorRule) -> Factor:
-        return column_gram(shared_columns(self.columns, rule.sharing))
+        return column_gram(self.columns)
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)
@@ -154,7 +153,7 @@ class GroupedRows(_MapRows):
         )
 
     def column_factor(self, rule: FactorRule) -> Factor:
-        return column_gram(shared_columns(self.columns, rule.sharing))
+        return column_gram(self.columns)
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)

@@ -14,12 +14,10 @@ from laplace_debiased.curvature.rows.base import (
     FactorRule,
     column_gram,
     same_kind,
-    shared_columns,
 )
 from laplace_debiased.curvature.rows.gram import Factor
 from laplace_debiased.curvature.rows.rotated import RotatedRows
 from laplace_debiased.curvature.rows.sides import coordinates, energies, is_thin
-from laplace_debiased.options import WeightSharing
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +58,7 @@ class TokenRows:
 
     def column_factor(self, rule: FactorRule) -> Factor:
         kept = self.columns * (self.tokens >= 0)[:, None, :, None]
-        return column_gram(shared_columns(kept, rule.sharing))
+        return column_gram(kept)
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         touched, rows = per_token(self.tokens, self.columns)
@@ -81,15 +79,9 @@ class TokenRows:
         return RotatedRows(rows.flatten(2), (self.size, rows.shape[-1]), touched).written_out()
 
 
-def token_factor(tokens: Tensor, size: int, counts: Tensor, rule: FactorRule) -> Tensor:
-    """Diagonal input factor [V] of tokens [m, T]: :func:`input_factor` of one-hot vectors.
-
-    Under ``REDUCE`` the factor is no diagonal; its diagonal is taken.
-    """
+def token_factor(tokens: Tensor, size: int, counts: Tensor) -> Tensor:
+    """Diagonal input factor [V] of tokens [m, T]: :func:`input_factor` of one-hot vectors."""
     shares = (tokens >= 0).to(counts) / tokens.shape[1]
-    if rule.sharing is WeightSharing.REDUCE:
-        tokens, means = per_token(tokens, shares[:, None, :, None])
-        shares = means[:, 0, :, 0].square()
     weighted = counts[:, None] * shares
     return counts.new_zeros(size).index_add_(0, tokens.clamp_min(0).flatten(), weighted.flatten())
 

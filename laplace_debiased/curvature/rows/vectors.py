@@ -18,7 +18,6 @@ from laplace_debiased.curvature.rows.base import (
 from laplace_debiased.curvature.rows.gram import Factor
 from laplace_debiased.curvature.rows.rotated import RotatedRows
 from laplace_debiased.curvature.rows.sides import coordinates, energies, is_thin
-from laplace_debiased.options import WeightSharing
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +60,7 @@ class BiasRows(_ColumnRows):
         return BiasRows(torch.cat([self.columns, *(p.columns for p in others)], 2))
 
     def column_factor(self, rule: FactorRule) -> Factor:
-        summed = rule.summed_bias or rule.sharing is WeightSharing.REDUCE
-        summed = summed and self.columns.shape[2] > 1
+        summed = rule.summed_bias and self.columns.shape[2] > 1
         return column_gram(self.columns.sum(2, keepdim=True) if summed else self.columns)
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from laplace_debiased.curvature.rows import (
     input_factor,
     stacked,
 )
-from laplace_debiased.options import WeightSharing
 
 Recorder = Callable[[str, tuple[Tensor, ...], tuple[Tensor, ...]], None]
 """Takes a layer's name, its inputs and its outputs."""
@@ -63,11 +62,10 @@ class AttentionRule:
         self,
         module: nn.Module,
         inputs: tuple[Tensor, ...],
-        sharing: WeightSharing,
         counts: Tensor | None = None,
     ) -> Factor:
         """[3, E, E], each over its own positions."""
-        return stacked([input_factor(a, sharing, counts) for a in inputs])
+        return stacked([input_factor(a, counts) for a in inputs])
 
 
 def _padded(positions: Tensor, length: int) -> Tensor:

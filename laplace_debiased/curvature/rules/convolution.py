@@ -24,7 +24,6 @@ from laplace_debiased.curvature.rows import (
     MatrixRows,
     input_factor,
 )
-from laplace_debiased.options import WeightSharing
 
 
 def windows(
@@ -64,8 +63,8 @@ def _weight_rows(a: Tensor | None, g: Tensor, groups: int, *, transposed: bool) 
     return GroupedRows(None if a is None else _grouped(a, groups), _grouped(g, groups), transposed)
 
 
-def _input_factor(a: Tensor, groups: int, sharing: WeightSharing, counts: Tensor | None) -> Factor:
-    return input_factor(a if groups == 1 else _grouped(a, groups), sharing, counts)
+def _input_factor(a: Tensor, groups: int, counts: Tensor | None) -> Factor:
+    return input_factor(a if groups == 1 else _grouped(a, groups), counts)
 
 
 class ConvRule(RuleDefaults):
@@ -88,19 +87,14 @@ class ConvRule(RuleDefaults):
         self,
         module: nn.Module,
         inputs: tuple[Tensor, ...],
-        sharing: WeightSharing,
         counts: Tensor | None = None,
     ) -> Factor:
         """Of the patches; from the image's autocorrelation where that is faster."""
         conv: Any = module
-        if (
-            isinstance(conv, nn.Conv2d)
-            and sharing is WeightSharing.EXPAND
-            and applies_to(conv, inputs[0])
-        ):
+        if isinstance(conv, nn.Conv2d) and applies_to(conv, inputs[0]):
             height, width = conv.kernel_size
             return patch_covariance(inputs[0], (height, width), counts)
-        return _input_factor(self.patches(conv, inputs[0]), conv.groups, sharing, counts)
+        return _input_factor(self.patches(conv, inputs[0]), conv.groups, counts)
 
     def patches(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
         """Patches [m, T, C_in·k], channels outermost, so that groups are slices."""
@@ -141,13 +135,12 @@ class ConvTransposeRule(RuleDefaults):
         self,
         module: nn.Module,
         inputs: tuple[Tensor, ...],
-        sharing: WeightSharing,
         counts: Tensor | None = None,
     ) -> Factor:
         """Of the input's pixels."""
         conv: Any = module
         pixels = inputs[0].flatten(2).transpose(1, 2)
-        return _input_factor(pixels, conv.groups, sharing, counts)
+        return _input_factor(pixels, conv.groups, counts)
 
     def patches(
         self,

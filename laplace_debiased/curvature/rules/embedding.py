@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.layers import LayerCall, RuleDefaults
-from laplace_debiased.curvature.rows import FactorRule, LayerRows, TokenRows, token_factor
-from laplace_debiased.options import WeightSharing
+from laplace_debiased.curvature.rows import LayerRows, TokenRows, token_factor
 
 
 class EmbeddingRule(RuleDefaults):
@@ -38,7 +37,6 @@ class EmbeddingRule(RuleDefaults):
         self,
         module: nn.Module,
         inputs: tuple[Tensor, ...],
-        sharing: WeightSharing,
         counts: Tensor | None = None,
     ) -> Tensor:
         """How often each token is read: the covariance of one-hot vectors is diagonal."""
@@ -47,7 +45,7 @@ class EmbeddingRule(RuleDefaults):
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
             counts = torch.ones(len(inputs[0]), dtype=dtype, device=inputs[0].device)
         tokens = _tokens(module, inputs[0])
-        return token_factor(tokens, module.num_embeddings, counts, FactorRule(sharing=sharing))
+        return token_factor(tokens, module.num_embeddings, counts)
 
 
 def _tokens(module: nn.Embedding, tokens: Tensor) -> Tensor:

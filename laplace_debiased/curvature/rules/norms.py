@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from laplace_debiased.curvature.layers import LayerCall, RuleDefaults
 from laplace_debiased.curvature.rows import LayerRows, VectorRows
-from laplace_debiased.options import WeightSharing
 
 
 class _ScaleRule(RuleDefaults):
@@ -35,7 +34,6 @@ class _ScaleRule(RuleDefaults):
         self,
         module: nn.Module,
         inputs: tuple[Tensor, ...],
-        sharing: WeightSharing,
         counts: Tensor | None = None,
     ) -> None:
         """A scale is a vector: its one factor is that of the columns."""
