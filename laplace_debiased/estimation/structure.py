@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.data import CurvaturePlan, Supply
@@ -145,7 +144,7 @@ class Structure(Protocol):
 
     def from_state(
         self, state: Mapping[str, Any], device: torch.device
-    ) -> tuple[Any, tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...]]:
+    ) -> tuple[Any, tuple[Comparison, ...]]:
         """Curvature and comparisons from a state.
 
         Raises:
