@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
+from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.operators import EigenBlock, EigenKron
 from tests.zoo import Problem
 
@@ -136,29 +137,50 @@ def table(operator: EigenKron) -> Tensor:
     return torch.cat([full.flatten() for full in tables(operator)])
 
 
-def directional(operator: EigenKron, matrix: Tensor) -> Tensor:
-    """diag(Uᵀ M U) [P] along the operator's own directions, the mean over a complement."""
+def directional(
+    operator: EigenKron, matrix: Tensor, bases: Sequence[BlockBasis | None] | None = None
+) -> Tensor:
+    """diag(Uᵀ M U) [P] along the operator's own directions, the mean over a complement.
+
+    Args:
+        operator: whose directions.
+        matrix: M [P, P].
+        bases: with the factors' eigenvalues, to take the mean where a factor vanishes as well.
+    """
     basis = dense_basis(operator)
     values = (basis * (matrix @ basis)).sum(0)
     fulls = tables(operator)
     averaged = [
-        averaged_over_complements(part.reshape(full.shape), block).flatten()
-        for part, full, block in zip(
-            values.split([full.numel() for full in fulls]), fulls, operator.blocks, strict=True
+        averaged_over_complements(part.reshape(full.shape), block, known).flatten()
+        for part, full, block, known in zip(
+            values.split([full.numel() for full in fulls]),
+            fulls,
+            operator.blocks,
+            bases or [None] * len(fulls),
+            strict=True,
         )
     ]
     return torch.cat(averaged)
 
 
-def averaged_over_complements(full: Tensor, block: EigenBlock) -> Tensor:
+def averaged_over_complements(
+    full: Tensor, block: EigenBlock, known: BlockBasis | None = None
+) -> Tensor:
     """A table with an entry per direction, those of a complement replaced by their mean."""
     for basis, axis in sides(block):
-        if basis is not None and basis.shape[-1] < basis.shape[-2]:
-            missing = (basis.square().sum(-2) == 0).to(full)
-            beyond = full.new_ones(*missing.shape[:-1], basis.shape[-2] - basis.shape[-1])
-            outside = torch.cat([missing, beyond], dim=-1)
+        if basis is None:
+            continue
+        missing = (basis.square().sum(-2) == 0).to(full)
+        if known is not None and basis.shape[-1] == basis.shape[-2]:
+            is_input = basis is block.input_basis
+            values = known.input_eigenvalues if is_input else known.output_eigenvalues
+            missing = (values <= 1e-13 * values.amax(-1, keepdim=True)).to(full)
+        beyond = full.new_ones(*missing.shape[:-1], basis.shape[-2] - basis.shape[-1])
+        outside = torch.cat([missing, beyond], dim=-1)
+        if bool(outside.any()):
             outside = outside.unsqueeze(-1 if axis == -2 else -2) if full.ndim > 1 else outside
-            mean = (full * outside).sum(axis, keepdim=True) / outside.sum(axis, keepdim=True)
+            counts = outside.sum(axis, keepdim=True).clamp_min(1.0)
+            mean = (full * outside).sum(axis, keepdim=True) / counts
             full = torch.where(outside > 0, mean, full)
     return full
 

@@ -74,7 +74,7 @@ def _one_batch(model: nn.Module, train: Split, n_samples: int, seed: int) -> tup
     def curvatures(scheme: str, data: Split, **fit_options: Any) -> Tensor:
         la = DebiasedLaplace(model, scheme=scheme, magnitudes="ggn")
         la.fit(data.loader(), **fit_options)
-        return torch.cat([block.eigenvalues.flatten() for block in la.H.blocks]) / la.n_data
+        return torch.cat([block.per_direction().flatten() for block in la.H.blocks]) / la.n_data
 
     def held_out(data: Split) -> Tensor:
         return curvatures(

@@ -117,6 +117,11 @@ class EigenBlock:
         table = sides.spread(table, self.output_basis, dim=self._output_axis)
         return sides.spread(table, self.input_basis).flatten()
 
+    def per_direction(self) -> Tensor:
+        """Eigenvalues of all directions in the parameter's shape, equal along a complement."""
+        table = sides.per_direction(self.eigenvalues, self.output_basis, dim=self._output_axis)
+        return sides.per_direction(table, self.input_basis)
+
     def to_eigenbasis(self, vectors: Tensor) -> Tensor:
         """Uᵀ v for each v [n_params] in `vectors` [..., n_params]; same shape out.
 

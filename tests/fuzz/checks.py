@@ -67,7 +67,7 @@ def problems(case: Case) -> list[str]:
         found.append("coverage does not add up")
     jac = jacobian(case.model, case.x, la.coverage.covered)
     if magnitudes == "ggn":
-        expected_table = oracles.directional(la.H, ggn(case, jac, OTHER))
+        expected_table = oracles.directional(la.H, ggn(case, jac, OTHER), la.fitted.curvature.basis)
         found += _different("table", oracles.table(la.H), expected_table)
     return found + _prediction_problems(la, case, jac)
 

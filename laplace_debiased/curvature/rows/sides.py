@@ -51,12 +51,23 @@ def from_coordinates(c: Tensor, basis: Tensor | None) -> Tensor:
 
 
 def spread(values: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
-    """Values per direction, as values per column of E: the complement's D times."""
-    if basis is None or not is_thin(basis):
+    """Values of a side, as values per column of E: the complement's D times."""
+    return values if basis is None else _repeated(values, basis, basis.shape[-2], dim)
+
+
+def per_direction(values: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
+    """Values of a side, as D values of as many directions: the complement's D − r times."""
+    if basis is None:
+        return values
+    return _repeated(values, basis, basis.shape[-2] - basis.shape[-1], dim)
+
+
+def _repeated(values: Tensor, basis: Tensor, times: int, dim: int) -> Tensor:
+    if not is_thin(basis):
         return values
     head, last = values.split([basis.shape[-1], 1], dim=dim)
     shape = list(last.shape)
-    shape[dim] = basis.shape[-2]
+    shape[dim] = times
     return torch.cat([head, last.expand(shape)], dim=dim)
 
 

@@ -79,8 +79,7 @@ def softmax_curvature(q: Tensor, basis: Tensor) -> Tensor:
 
     Args:
         q: √(w p) [m, C].
-        basis: directions u_i as columns [C, I]; where they are fewer than C, a last entry is the
-            sum over what lies outside of them, from the trace.
+        basis: directions u_i as columns [C, I].
     """
     left = _leftover(q.double())
     u = basis.double()
@@ -89,12 +88,18 @@ def softmax_curvature(q: Tensor, basis: Tensor) -> Tensor:
     first, second = left.rest @ u, left.rest @ u.square()
     spread = second - 2.0 * at_top * first + at_top.square() * mass
     shift = first - at_top * mass
-    along = (spread - shift.square()).clamp_min(0.0)
-    if is_thin(basis):
-        whole = (left.rest * (1.0 - left.rest)).sum(-1) + left.mass * (1.0 - left.mass)
-        outside = (whole - along.sum(-1)).clamp_min(0.0)
-        along = torch.cat([along, outside.unsqueeze(-1)], dim=-1)
-    return left.weights.unsqueeze(-1) * along
+    return left.weights.unsqueeze(-1) * (spread - shift.square()).clamp_min(0.0)
+
+
+def _softmax_energies(q: Tensor, basis: Tensor) -> Tensor:
+    """:func:`softmax_curvature`; of a thin basis last what is left of the trace."""
+    along = softmax_curvature(q, basis)
+    if not is_thin(basis):
+        return along
+    left = _leftover(q.double())
+    trace = (left.rest * (1.0 - left.rest)).sum(-1) + left.mass * (1.0 - left.mass)
+    outside = (left.weights * trace - along.sum(-1)).clamp_min(0.0)
+    return torch.cat([along, outside.unsqueeze(-1)], dim=-1)
 
 
 def _written_out(q: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class SoftmaxMatrixRows(_SoftmaxRows, MatrixRows):
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)
         rotated = energies(self.read[:, 0], inputs)
-        curvature = softmax_curvature(self.columns[:, 0, 0], outputs)
+        curvature = _softmax_energies(self.columns[:, 0, 0], outputs)
         return (curvature * coefficients.double().unsqueeze(-1)).to(rotated).T @ rotated
 
     def _expanded(self) -> MatrixRows:
@@ -155,7 +160,7 @@ class SoftmaxBiasRows(_SoftmaxRows, BiasRows):
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         assert basis.output_basis is not None
-        curvature = softmax_curvature(self.columns[:, 0, 0], basis.output_basis)
+        curvature = _softmax_energies(self.columns[:, 0, 0], basis.output_basis)
         return (coefficients.double() @ curvature).to(self.columns)
 
     def _expanded(self) -> BiasRows:
