@@ -55,7 +55,7 @@ class OurPosterior:
 
     def predict(self, batch: int) -> dict[str, Any]:
         """Probabilities [batch, C] of the first validation inputs."""
-        return {"probabilities": self.posterior(self._inputs(batch))}
+        return {"probabilities": self.posterior(self._inputs(batch), link_approx="probit")}
 
     def grid_search(self, batch: int, images: int, points: int) -> dict[str, Any]:
         """Tune on the first validation images, and say what was found."""
@@ -81,7 +81,9 @@ class OurPosterior:
             self.posterior.prior_precision = prior
             total = torch.zeros((), dtype=torch.float64)
             for inputs, labels in self.case.validation_loader(batch, images):
-                chosen = self.posterior(inputs).gather(-1, labels.unsqueeze(-1))
+                chosen = self.posterior(inputs, link_approx="probit").gather(
+                    -1, labels.unsqueeze(-1)
+                )
                 total -= chosen.double().log().sum()
             losses.append(float(total) / images)
         return {"losses": losses}

@@ -333,7 +333,7 @@ ROWS = [
         "`prior_mean` of the wrong length",
         lambda w: w.posterior(prior_mean=torch.zeros(3)).fit(w.loader()),
         "ValueError",
-        ("prior mean",),
+        ("prior_mean",),
     ),
     Row(
         AREA,
