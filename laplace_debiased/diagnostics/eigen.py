@@ -37,7 +37,7 @@ from laplace_debiased.curvature.lowrank import (
     significant_pairs,
     span_eigenpairs,
 )
-from laplace_debiased.diagnostics.measure import Matrix
+from laplace_debiased.diagnostics.measure import Matrix, pieces
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import select_rows
@@ -233,7 +233,7 @@ def _ggn_product(network: LossNetwork, inputs: Any, targets: Tensor, root: Tenso
     positions = torch.arange(len(root), device=root.device)
 
     def walk() -> Iterator[tuple[Any, Tensor]]:
-        for piece in _pieces(targets):
+        for piece in pieces(len(targets), _LANCZOS_CHUNK_SAMPLES):
             yield select_rows(inputs, piece), positions[piece]
 
     return ggn_product(network.functional, walk, lambda at: scaled[at])
@@ -251,7 +251,7 @@ def _hessian_product(network: LossNetwork, inputs: Any, targets: Tensor, _: Tens
     def product(columns: Tensor) -> Tensor:
         parameters, tangents = functional.parameters(), functional.split(columns)
         total = torch.zeros_like(columns)
-        for piece in _pieces(targets):
+        for piece in pieces(len(targets), _LANCZOS_CHUNK_SAMPLES):
             loss = _summed_loss(network, select_rows(inputs, piece), targets[piece])
 
             def times(
@@ -271,8 +271,3 @@ def _summed_loss(
 ) -> Callable[[Parameters], Tensor]:
     call = network.functional.function_of(inputs)
     return lambda parameters: network.loss.losses(call(parameters), targets).sum()
-
-
-def _pieces(targets: Tensor) -> list[slice]:
-    size = _LANCZOS_CHUNK_SAMPLES
-    return [slice(i, i + size) for i in range(0, len(targets), size)]

@@ -151,7 +151,7 @@ def _reverse(
     directions = directions.to(outputs)
     slopes = directions.new_zeros(m, directions.shape[1])
     curvatures = torch.zeros_like(slopes)
-    for chosen in _pieces(m, chunk_size or m):
+    for chosen in pieces(m, chunk_size or m):
         part = select_rows(inputs, chosen)
         for tile, rows in network.row_pass.walk(part, columns[chosen]):
             along = rows.to(directions.dtype) @ directions
@@ -199,17 +199,18 @@ def _hessian(
     size = min(chunk_size or _HESSIAN_CHUNK_SAMPLES, n_rows)
     wide = max(1, n_rows // size)
     slopes, curvatures = [], []
-    for chosen in _pieces(len(targets), size):
-        pieces = [
-            _hessian_chunk(network, select_rows(inputs, chosen), targets[chosen], piece)
-            for piece in directions.split(wide, dim=1)
+    for chosen in pieces(len(targets), size):
+        parts = [
+            _hessian_chunk(network, select_rows(inputs, chosen), targets[chosen], part)
+            for part in directions.split(wide, dim=1)
         ]
-        slopes.append(torch.cat([piece[0] for piece in pieces], 1))
-        curvatures.append(torch.cat([piece[1] for piece in pieces], 1))
+        slopes.append(torch.cat([part[0] for part in parts], 1))
+        curvatures.append(torch.cat([part[1] for part in parts], 1))
     return torch.cat(slopes), torch.cat(curvatures)
 
 
-def _pieces(m: int, size: int) -> list[slice]:
+def pieces(m: int, size: int) -> list[slice]:
+    """Slices of at most ``size`` that cover m samples in order."""
     return [slice(i, i + size) for i in range(0, m, size)]
 
 

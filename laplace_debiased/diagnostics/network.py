@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.lowrank import RowPass
+from laplace_debiased.data import split_batch
 from laplace_debiased.likelihoods import LossModel, loss_model
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import batch_length
@@ -87,25 +87,7 @@ class LossNetwork:
             TypeError: if it is neither.
             ValueError: if the key of the targets is missing, or the batch is empty.
         """
-        if isinstance(batch, Mapping):
-            if self.label_key not in batch:
-                raise ValueError(
-                    f"{role} has no entry {self.label_key!r}; its keys are "
-                    f"{sorted(map(str, batch))}. Name "
-                    "the targets' key with dict_key_y."
-                )
-            inputs, targets = batch, batch[self.label_key]
-        elif isinstance(batch, tuple | list) and len(batch) == 2:
-            inputs, targets = batch
-        else:
-            raise TypeError(
-                f"{role} must be a pair (inputs, targets) or a mapping with the targets at "
-                f"{self.label_key!r}; got {type(batch).__name__}."
-            )
-        if not isinstance(targets, Tensor):
-            raise TypeError(
-                f"the targets of {role} must be a tensor; got {type(targets).__name__}."
-            )
+        inputs, targets = split_batch(batch, self.label_key)
         if batch_length(inputs) == 0:
             raise ValueError(f"{role} is empty; it needs at least one sample.")
         functional = self.functional
