@@ -8,13 +8,14 @@ What goes in and comes out:
 
 The network as a function of its parameters:
 
-* ``calls``: a model called with other weights, without a write to its own.
+* ``substitution``: a model run with other weights, without a write to its own.
 * ``functional``: its outputs as a function of the covered parameters.
 * ``transforms``: derivatives of such a function, per sample and along directions.
 * ``samples``: its outputs at sampled weights.
 
 What the user has stays as it is:
 
+* ``interrupts``: guards that no Ctrl-C cuts in two.
 * ``modes``: evaluation mode, attention kernels, compiled code; ``undisturbed`` is the whole of it.
 * ``precision``: float32 or better, without automatic casts.
 * ``rng``: random generators.

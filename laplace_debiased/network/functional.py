@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.network.calls import call_with
 from laplace_debiased.network.inputs import (
     AttributeDict,
     batch_length,
@@ -22,6 +21,7 @@ from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import HALF_DTYPES, full_precision
+from laplace_debiased.network.substitution import call_with
 from laplace_debiased.network.transforms import Parameters, plain_inputs, split_directions
 
 

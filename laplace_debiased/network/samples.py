@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.network.calls import call_with
 from laplace_debiased.network.inputs import call_arguments, explained_failure, logits_of, to_device
 from laplace_debiased.network.modes import evaluation_mode
+from laplace_debiased.network.substitution import call_with
 
 
 def network_samples(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.network.calls import call_with
 from laplace_debiased.network.inputs import batch_length, call_arguments, logits_of, to_device
 from laplace_debiased.network.modes import differentiable_kernels, undisturbed
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.substitution import call_with
 from laplace_debiased.optim.matvec import Matvec
 from laplace_debiased.optim.operators import (
     flatten,

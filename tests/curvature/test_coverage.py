@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.curvature import layer_coverage
 from laplace_debiased.errors import CoverageError
-from laplace_debiased.network.calls import call_with
+from laplace_debiased.network.substitution import call_with
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
 from tests.tolerances import assert_exact

@@ -1,0 +1,106 @@
+"""A model run with other tensors in place of its own, without a write to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from laplace_debiased.network.interrupts import unbroken
+
+
+class _StandIns(TorchFunctionMode):
+    """Hands every torch function the stand-in where it is given the tensor itself.
+
+    Attribute access is a torch function too: ``weight.T``, ``weight.dtype`` and ``weight.data`` are
+    the stand-in's. What torch cannot see keeps the tensor: a scripted function, a kernel of another
+    library that takes it by its pointer from C++, and a view that the model made of it earlier.
+
+    Args:
+        stand_ins: by tensor.
+    """
+
+    def __init__(self, stand_ins: Mapping[Tensor, Tensor]) -> None:
+        super().__init__()
+        self._kept = tuple(stand_ins)  # as long as they live, their ids are theirs alone
+        self._stand_ins = {id(tensor): value for tensor, value in stand_ins.items()}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        args = self._replaced(args)
+        return func(*args, **self._replaced(kwargs)) if kwargs else func(*args)
+
+    def _replaced(self, value: Any) -> Any:
+        """The value with every tensor that has a stand-in replaced, however deep it lies."""
+        if isinstance(value, Tensor):
+            return self._stand_ins.get(id(value), value)
+        if isinstance(value, tuple | list):
+            found = [self._replaced(entry) for entry in value]
+            if all(new is old for new, old in zip(found, value, strict=True)):
+                return value
+            return value._make(found) if hasattr(value, "_make") else type(value)(found)
+        if isinstance(value, dict):
+            return {key: self._replaced(entry) for key, entry in value.items()}
+        return value
+
+
+@unbroken
+def substituted(stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Every torch function in the block computes with the stand-ins; this thread's only.
+
+    Args:
+        stand_ins: by the tensor that each stands in for: parameters and buffers, which are neither
+            written to nor asked for a gradient.
+    """
+    with _StandIns(stand_ins):
+        yield
+
+
+def call_with(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """``model(*args, **kwargs)`` with other parameters and buffers; tied ones move together.
+
+    Unlike ``torch.func.functional_call`` it does not put the values into the model for the time of
+    the call, where an interrupt, another thread or a second name of the same module may find them.
+
+    Args:
+        model: the module; never written to.
+        values: tensors by the name of the entry that they replace.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Raises:
+        TypeError: if one of them belongs to a scripted module, whose code torch functions do not
+            reach.
+    """
+    entries = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    stand_ins = {entries[name]: value for name, value in values.items()}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            _refuse_scripted(module, stand_ins)
+    with substituted(stand_ins):
+        return model(*args, **(kwargs or {}))
+
+
+def _refuse_scripted(module: nn.Module, stand_ins: Mapping[Tensor, Tensor]) -> None:
+    for name, entry in (*module.named_parameters(), *module.named_buffers()):
+        if entry in stand_ins:
+            raise TypeError(
+                f"{name!r} belongs to a scripted module, which runs with its own weights only; use "
+                "the module that was scripted."
+            )
