@@ -169,11 +169,11 @@ def optimize_prior_precision(
     prior_structure: PriorStructure | str = PriorStructure.SCALAR,
     val_loader: DataLoader | None = None,
     loss: torchmetrics.Metric | Callable[..., Tensor | float] | None = None,
-    log_prior_prec_min: float = -4,
-    log_prior_prec_max: float = 4,
-    grid_size: int = 100,
-    link_approx: LinkApprox | str = LinkApprox.PROBIT,
-    n_samples: int = 100,
+    log_prior_prec_min: float | None = None,
+    log_prior_prec_max: float | None = None,
+    grid_size: int | None = None,
+    link_approx: LinkApprox | str | None = None,
+    n_samples: int | None = None,
     verbose: bool = False,
     progress_bar: bool = False,
     log_prior_prec_base: float = 10.0,
@@ -181,13 +181,15 @@ def optimize_prior_precision(
     refine: bool = True,
     seed: int = 0,
 ) -> None:
-    """Choose the prior precision on validation data, or by the marginal likelihood.
+    """Choose prior precision and link on validation data, or the prior by the marginal likelihood.
 
-    A grid search leaves ``tuning_result`` and ``tuned_link_approx``, the link that predictions
-    then use; "marglik" leaves None in both. Like the prior precision they stay through a new
-    ``fit``, which does not tune: call this again for the new curvature. The search warns where
-    its best prior predicts the validation data worse than the MAP model does (by more than
-    1e-4 nats per sample): then the posterior costs accuracy of the probabilities.
+    A grid search scores every prior precision under every link, in one pass over the validation
+    data, and goes as far beyond 1e-4 and 1e4 as the loss asks. It leaves ``tuning_result`` (which
+    also has the MAP model's loss, and that of a posterior without curvature) and
+    ``tuned_link_approx``, the link that predictions then use; "marglik" leaves None in both. Like
+    the prior precision they stay through a new ``fit``, which does not tune: call this again for
+    the new curvature. The search warns where no prior predicts the validation data better than the
+    MAP model does (by 1e-4 nats per sample).
 
     Args:
         self: a fitted posterior.
@@ -202,16 +204,18 @@ def optimize_prior_precision(
         loss: torchmetrics metric or callable. By default the mean negative log likelihood:
             of the probabilities in classification, of a Gaussian with variance epistemic + σ²
             in regression.
-        log_prior_prec_min: exponent of the grid's lower end.
-        log_prior_prec_max: exponent of its upper end.
-        grid_size: number of grid points.
-        link_approx: how probabilities are approximated; remembered for predictions.
-        n_samples: draws for "mc" and "nn".
+        log_prior_prec_min: exponent of the grid's lower end; None for -4 and as far below as the
+            loss asks (sampled networks: -4).
+        log_prior_prec_max: exponent of its upper end; None for 4 and as far above.
+        grid_size: grid points between these ends; None for two per decade.
+        link_approx: how probabilities are approximated; None for the better one of "mc" and
+            "probit".
+        n_samples: points of "mc" (as many as are accurate by default), networks of "nn" (100).
         verbose: print the result.
         progress_bar: show progress.
         log_prior_prec_base: base of the grid's exponents.
         refine: search on between the best grid point's neighbours, at no further pass.
-        seed: seed of the draws for "mc" and "nn", the same at every grid point.
+        seed: seed of the sampled networks, the same at every grid point.
 
     Raises:
         ValueError: for impossible arguments.
@@ -235,17 +239,31 @@ def optimize_prior_precision(
             progress_bar=progress_bar,
         )
     else:
-        link = checked_link(link_approx, self.likelihood)
-        link = LinkApprox.MC if pred is PredType.NN else link
-        call = TuningCall(val_loader, pred, link, loss, n_samples, progress_bar, refine, seed)
+        links = _links(self, link_approx, pred)
+        call = TuningCall(val_loader, pred, links, loss, n_samples, progress_bar, refine, seed)
         grid = PriorGrid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
         result = call.search(_subject(self), grid)
+        link = links[0] if result.link is None else LinkApprox(result.link)
         best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
     self.prior_precision = best
     self.tuning_result, self.tuned_link_approx = result, link
     self._warned_about_link = False
     if verbose:
         print(f"Optimized prior precision is {self.prior_precision}.")
+
+
+_LINKS = LinkApprox.MC, LinkApprox.PROBIT
+"""Links that a tuning chooses from; of two equals the exact one."""
+
+
+def _links(
+    self: Tunable, link_approx: LinkApprox | str | None, pred: PredType
+) -> tuple[LinkApprox, ...]:
+    """The links that a tuning may choose from."""
+    given = None if link_approx is None else checked_link(link_approx, self.likelihood)
+    if pred is PredType.NN:
+        return (LinkApprox.MC,)
+    return _LINKS if given is None else (given,)
 
 
 def _subject(self: Tunable) -> Subject:

@@ -18,7 +18,8 @@ class CovarianceCurve:
     """Covariance of the outputs as a function of log prior precision, by cubic splines.
 
     Variances are interpolated in their logarithm and covariances as correlations, so that
-    variances stay positive. Between nodes 0.2 apart the relative error is of order 1e-6.
+    variances stay positive. Between nodes half a decade apart the relative error is of order 1e-4
+    (a public ResNet-20, all weights; 1e-3 at worst), between nodes 0.2 apart in the logarithm 1e-6.
     """
 
     log_deviations: CubicSpline

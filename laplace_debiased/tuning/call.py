@@ -22,6 +22,7 @@ from laplace_debiased.tuning import (
     PriorGrid,
     Subject,
     TuningResult,
+    Validation,
     maximise_marginal_likelihood,
 )
 
@@ -32,9 +33,9 @@ class TuningCall:
 
     val_loader: Any
     pred_type: PredType
-    link: LinkApprox
+    links: tuple[LinkApprox, ...]
     loss: torchmetrics.Metric | Callable[..., Tensor | float] | None
-    n_samples: int
+    n_samples: int | None
     progress_bar: bool
     refine: bool
     seed: int
@@ -54,12 +55,11 @@ class TuningCall:
                 f"{type(self.val_loader).__name__}."
             )
         search = GridSearch(
-            subject,
+            Validation(subject, self.val_loader, self.loss),
             grid,
             self.pred_type,
-            self.link,
+            self.links,
             self.n_samples,
-            self.loss,
             self.refine,
             self.seed,
         )
@@ -67,7 +67,7 @@ class TuningCall:
             preserved_rng(None, generators=loader_generators(self.val_loader)),
             exact_arithmetic(subject.device),
         ):
-            result = search.run(self.val_loader, self.progress_bar)
+            result = search.run(self.progress_bar)
         result.warn_on_edge()
         result.warn_if_worse()
         return result

@@ -148,8 +148,7 @@ def test_fit_and_predictions_work_in_any_grad_mode(context) -> None:
         la(p.x, link_approx="bridge")
         la.optimize_prior_precision(n_steps=2)
         la.log_marginal_likelihood()
-        with pytest.warns(UserWarning, match="end of the grid"):
-            la.optimize_prior_precision(val_loader=p.loader(), grid_size=5)
+        la.optimize_prior_precision(val_loader=p.loader())
         la.prior_precision = 1.0
         state = la.state_dict()
     la.load_state_dict(state)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.posterior import DebiasedKronLaplace
+from laplace_debiased.tuning import search
 from tests.tolerances import INTERPOLATED
 from tests.zoo import Problem, problem
 
@@ -43,13 +44,10 @@ def quietly(la: DebiasedKronLaplace, **kwargs: object) -> None:
         la.optimize_prior_precision(**kwargs)
 
 
-@pytest.mark.parametrize("link", ["probit", "bridge", "bridge_norm"])
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-def test_losses_of_the_grid_are_those_of_la_x(likelihood: str, link: str) -> None:
-    if likelihood == "regression" and link != "probit":
-        pytest.skip("links are for classification")
-    la, validation = fitted(likelihood)
-    call = {"link_approx": link} if likelihood == "classification" else {}
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm", None])
+def test_losses_of_the_grid_are_those_of_la_x(link: str | None) -> None:
+    la, validation = fitted("regression" if link is None else "classification")
+    call = {} if link is None else {"link_approx": link, "n_samples": 256}
     quietly(la, val_loader=validation.loader(), refine=False, link_approx=link, **GRID)
     result, chosen = la.tuning_result, la.prior_precision.item()
     brute = []
@@ -57,6 +55,7 @@ def test_losses_of_the_grid_are_those_of_la_x(likelihood: str, link: str) -> Non
         la.prior_precision = prior
         brute.append(nll(la, validation, **call))
     assert result.losses == pytest.approx(brute, rel=1e-9)
+    assert result.losses_by_link == ({} if link is None else {link: result.losses})
     best = float(POINTS[torch.tensor(brute).argmin()])
     assert chosen == pytest.approx(best, rel=1e-12)
     assert result.best_grid_point == pytest.approx(best, rel=1e-12)
@@ -104,7 +103,8 @@ def test_what_is_not_a_number_never_wins(bad: float) -> None:
         calls.append(0.0)
         return bad if len(calls) in (1, 4) else 10.0 - len(calls)
 
-    quietly(la, val_loader=validation.loader(), loss=loss, refine=False, **GRID)
+    options = {"loss": loss, "refine": False, "link_approx": "probit", **GRID}
+    quietly(la, val_loader=validation.loader(), **options)
     assert la.prior_precision.item() == pytest.approx(float(POINTS[7]))
 
 
@@ -120,10 +120,14 @@ def test_no_finite_point_is_an_error_that_leaves_the_prior() -> None:
 
 def test_optimum_on_the_edge_warns_and_inside_does_not() -> None:
     la, validation = fitted()
-    with pytest.warns(UserWarning, match="end of the grid"):
+    with pytest.warns(UserWarning, match="the best prior precision") as caught:
         la.optimize_prior_precision(
-            val_loader=validation.loader(), log_prior_prec_min=-9, log_prior_prec_max=-7
+            val_loader=validation.loader(),
+            log_prior_prec_min=-2,
+            log_prior_prec_max=-1,
+            grid_size=3,
         )
+    assert any("end of the grid" in str(warning.message) for warning in caught)
     centre = torch.tensor(3.0)
 
     def loss(probabilities: Tensor, y: Tensor) -> float:
@@ -137,7 +141,11 @@ def test_optimum_on_the_edge_warns_and_inside_does_not() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         la.optimize_prior_precision(
-            val_loader=validation.loader(batch_size=99), loss=loss, refine=False, **GRID
+            val_loader=validation.loader(batch_size=99),
+            loss=loss,
+            refine=False,
+            link_approx="mc",
+            **GRID,
         )
     assert la.prior_precision.item() == pytest.approx(1.0)
 
@@ -181,16 +189,31 @@ def test_marginal_likelihood_is_maximised(structure: str) -> None:
             assert float(la.log_marginal_likelihood(prior_precision=best * scale)) < evidence
 
 
-@pytest.mark.parametrize("kwargs", [{"pred_type": "nn"}, {"link_approx": "mc"}])
-def test_sampled_predictions_are_tuned_with_the_same_draws(kwargs: dict) -> None:
+def test_sampled_networks_are_tuned_with_the_same_draws() -> None:
     la, validation = fitted()
     results = []
     for seed in (0, 0, 1):
         torch.rand(1)
-        quietly(la, val_loader=validation.loader(), n_samples=8, seed=seed, **kwargs, **GRID)
+        options = {"pred_type": "nn", "n_samples": 8, "seed": seed, **GRID}
+        quietly(la, val_loader=validation.loader(), **options)
         results.append(la.tuning_result.losses)
     assert results[0] == results[1]
     assert results[0] != results[2]
+
+
+def test_moments_that_are_too_large_to_keep_leave_the_best_grid_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    la, validation = fitted()
+    quietly(la, val_loader=validation.loader(), **GRID)
+    kept = la.tuning_result
+    monkeypatch.setattr(search, "_MAX_STORED_BYTES", 1)
+    quietly(la, val_loader=validation.loader(), **GRID)
+    result = la.tuning_result
+    assert result.losses_by_link == kept.losses_by_link
+    assert result.prior_precision == result.best_grid_point
+    assert kept.loss <= result.loss == min(result.losses)
+    assert kept.prior_only_loss <= result.prior_only_loss
 
 
 def test_single_grid_point_is_taken() -> None:

@@ -1,0 +1,121 @@
+"""Moments of a validation set at the nodes of a grid, and losses anywhere between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from laplace_debiased.predictive import CovarianceCurve
+from laplace_debiased.tuning.validation import Link, Validation
+
+_RESOLVED = 1e-3
+"""Largest rounding error of a covariance, relative to what a softmax sees of it."""
+
+Loss = Callable[[float], float]
+"""From a log prior precision to a validation loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of one validation batch.
+
+    Attributes:
+        mean: outputs [m, C].
+        covariances: at every node, [K, m, C] or [K, m, C, C].
+        prior_only: without curvature at δ = 1, [m, C] or [m, C, C].
+        targets: of the samples that count.
+    """
+
+    mean: Tensor
+    covariances: Tensor
+    prior_only: Tensor
+    targets: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return int(self.covariances.nbytes + self.prior_only.nbytes)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether covariances are variances."""
+        return self.prior_only.ndim == self.mean.ndim
+
+
+def rounded_away(covariances: Tensor) -> Tensor:
+    """At which nodes [K] rounding hides what classes do not share, of covariances [K, m, C, C].
+
+    No data say anything about a shift of all outputs: under a very small prior precision its
+    variance, which no probability depends on, exceeds the rest by more than the dtype resolves.
+    """
+    diagonals = covariances.diagonal(dim1=-2, dim2=-1)
+    rest = (diagonals.mean(-1) - covariances.mean((-2, -1))).mean(-1)
+    resolution = torch.finfo(covariances.dtype).eps * diagonals.amax(-1).mean(-1)
+    return (resolution > _RESOLVED * rest).cpu()
+
+
+def curved_loss(
+    validation: Validation,
+    batches: Sequence[Moments],
+    log_nodes: Tensor,
+    ends: tuple[float, float],
+    link: Link,
+    n_points: int | None,
+) -> Loss:
+    """Loss between two log prior precisions, from covariances interpolated between nodes."""
+    curves = [
+        CovarianceCurve.fit(log_nodes, batch.covariances, *ends, diagonal=batch.diagonal)
+        for batch in batches
+    ]
+    return _loss(validation, batches, link, n_points, lambda k, log_prior: curves[k](log_prior))
+
+
+def prior_only_loss(
+    validation: Validation, batches: Sequence[Moments], link: Link, n_points: int | None
+) -> Loss:
+    """Loss without curvature at any log prior precision."""
+    return _loss(
+        validation,
+        batches,
+        link,
+        n_points,
+        lambda k, log_prior: batches[k].prior_only / math.exp(log_prior),
+    )
+
+
+def _loss(
+    validation: Validation,
+    batches: Sequence[Moments],
+    link: Link,
+    n_points: int | None,
+    covariance: Callable[[int, float], Tensor],
+) -> Loss:
+    def loss(log_prior: float) -> float:
+        scorer = validation.fresh_scorer()
+        for index, batch in enumerate(batches):
+            at = covariance(index, log_prior)
+            scorer.update(validation.predict(batch.mean, at, link, n_points), batch.targets)
+        return scorer.value()
+
+    return loss
+
+
+def lowest(loss: Loss, centre: float, ends: tuple[float, float]) -> tuple[float, float]:
+    """The best prior precision between two logarithms, and its loss; ``centre`` if none is better.
+
+    Args:
+        loss: validation loss.
+        centre: prior precision to beat.
+        ends: log prior precisions around it.
+    """
+    at_centre = loss(math.log(centre))
+    options = {"xatol": 1e-3, "maxiter": 25}
+    found = minimize_scalar(loss, bounds=ends, method="bounded", options=options)
+    if found.fun < at_centre:
+        return math.exp(found.x), float(found.fun)
+    return centre, at_centre

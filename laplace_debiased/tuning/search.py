@@ -1,0 +1,260 @@
+"""Choosing prior precision and link on validation data: one pass for all of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from laplace.utils.enums import LinkApprox, PredType
+from torch import Tensor
+
+from laplace_debiased.checks import checked_integer, generator_seed
+from laplace_debiased.errors import NumericalError
+from laplace_debiased.likelihoods.points import POINTS
+from laplace_debiased.tuning.grid import PriorGrid
+from laplace_debiased.tuning.moments import (
+    Loss,
+    Moments,
+    curved_loss,
+    lowest,
+    prior_only_loss,
+    rounded_away,
+)
+from laplace_debiased.tuning.result import TuningResult
+from laplace_debiased.tuning.sampled import network_map_loss, sampled_losses
+from laplace_debiased.tuning.scores import Scorer
+from laplace_debiased.tuning.validation import Link, Validation
+
+_MAX_STORED_BYTES = 2 * 2**30
+"""Moments of the validation set are kept for the refinement up to this size."""
+
+_MAX_PASSES = 4
+"""Walks over the validation set, where the optimum lies ever further beyond the grid."""
+
+_NETWORKS = 100
+"""Sampled networks by default."""
+
+Curves = dict[Link, list[float]]
+"""Losses at every grid point, by link."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What one walk over the validation set gives.
+
+    Attributes:
+        grid: prior precisions.
+        losses: of the posterior.
+        prior_only: without curvature; empty with a loss of the user's own.
+        map_loss: of the MAP model; None with a loss of the user's own.
+        batches: moments; None where they are too large to keep.
+    """
+
+    grid: PriorGrid
+    losses: Curves
+    prior_only: Curves
+    map_loss: float | None
+    batches: list[Moments] | None
+
+    def wider(self) -> PriorGrid | None:
+        """A grid that reaches further, if some loss asks for it."""
+        for losses in (*self.losses.values(), *self.prior_only.values()):
+            wider = self.grid.wider(losses)
+            if wider is not None:
+                return wider
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Optimum:
+    """The lowest loss under one link."""
+
+    link: Link
+    grid_point: float
+    prior_precision: float
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class GridSearch:
+    """A search over scalar prior precisions and links, refined around the best of them.
+
+    For the linearised network, all grid points and links share one pass over the validation set;
+    for sampled networks there is one pass per point, with the same random numbers.
+
+    Attributes:
+        validation: data and loss.
+        grid: prior precisions to look at.
+        pred_type: prediction whose loss is compared.
+        links: ways to approximate probabilities, the preferred one first.
+        n_samples: points of "mc", sampled networks of "nn"; None for what these take by themselves.
+        refine: search on between the neighbours of the best grid point.
+        seed: of sampled networks.
+    """
+
+    validation: Validation
+    grid: PriorGrid
+    pred_type: PredType
+    links: tuple[LinkApprox, ...]
+    n_samples: int | None
+    refine: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", generator_seed(self.seed))
+        if self.n_samples is not None:
+            object.__setattr__(self, "n_samples", checked_integer("n_samples", self.n_samples))
+
+    def run(self, progress_bar: bool = False) -> TuningResult:
+        """Search.
+
+        Raises:
+            ValueError: if the validation set is empty.
+            NumericalError: if no grid point has a finite loss.
+        """
+        if self.pred_type is PredType.NN:
+            return self._result(self._sampled(progress_bar))
+        grid = self.grid
+        for _ in range(_MAX_PASSES):
+            found = self._walk(grid, progress_bar)
+            wider = found.wider()
+            if wider is None:
+                break
+            grid = wider
+        return self._result(found)
+
+    def _sampled(self, progress_bar: bool) -> _Pass:
+        grid, n_samples = self.grid.bounded(), self.n_samples or _NETWORKS
+        points = grid.points().tolist()
+        losses = sampled_losses(self.validation, points, n_samples, self.seed, progress_bar)
+        link = None if self.validation.regression else LinkApprox.MC
+        return _Pass(grid, {link: losses}, {}, network_map_loss(self.validation), None)
+
+    # -- one pass for the linearised network -----------------------------------------------
+
+    @property
+    def _tried(self) -> tuple[Link, ...]:
+        return (None,) if self.validation.regression else self.links
+
+    def _walk(self, grid: PriorGrid, progress_bar: bool) -> _Pass:
+        """Score every grid point under every link, with curvature and without, and the MAP."""
+        log_nodes, on_grid = grid.nodes()
+        kept: list[Moments] | None = [] if self.refine and len(on_grid) > 1 else None
+        if kept is None:
+            log_nodes, on_grid = log_nodes[on_grid], torch.arange(len(on_grid))
+        subject, compared = self.validation.subject, self.validation.loss is None
+        priors = log_nodes.exp().to(subject.device, subject.dtype)
+        scorers, alone = self._scorers(len(on_grid)), self._scorers(len(on_grid))
+        map_scorer, hidden = self.validation.fresh_scorer(), torch.zeros(len(on_grid)).bool()
+        for inputs, targets in self.validation.batches(progress_bar):
+            batch = self._moments(inputs, targets, priors)
+            self._score(scorers, batch, batch.covariances[on_grid])
+            if not (batch.diagonal or self.validation.regression):
+                hidden |= rounded_away(batch.covariances[on_grid])
+            if compared:
+                points = priors[on_grid].reshape(-1, *[1] * batch.prior_only.ndim)
+                self._score(alone, batch, batch.prior_only / points)
+                map_scorer.update(self.validation.map_prediction(batch.mean), batch.targets)
+            if kept is not None:
+                kept.append(batch)
+                if sum(part.nbytes for part in kept) > _MAX_STORED_BYTES:
+                    kept = None
+        losses = {
+            link: [
+                math.inf if lost and self.validation.reads_covariance(link) else scorer.value()
+                for scorer, lost in zip(row, hidden.tolist(), strict=True)
+            ]
+            for link, row in scorers.items()
+        }
+        if not compared:
+            return _Pass(grid, losses, {}, None, kept)
+        prior_only = {link: [scorer.value() for scorer in row] for link, row in alone.items()}
+        return _Pass(grid, losses, prior_only, map_scorer.value(), kept)
+
+    def _scorers(self, n_points: int) -> dict[Link, list[Scorer]]:
+        return {
+            link: [self.validation.fresh_scorer() for _ in range(n_points)] for link in self._tried
+        }
+
+    def _moments(self, inputs: Any, targets: Tensor, priors: Tensor) -> Moments:
+        """Moments of what has a label that counts; the positions of sequences as samples."""
+        subject = self.validation.subject
+        diagonal = not any(map(self.validation.reads_covariance, self._tried))
+        swept = subject.predictor.sweep(inputs, subject.h, priors, diagonal=diagonal)
+        subject.loss.check_targets(swept.outputs, targets)
+        together = torch.cat([swept.covariances, swept.prior_only.unsqueeze(0)])
+        mean, together, targets = self.validation.counted(swept.outputs, together, targets)
+        return Moments(mean, together[:-1], together[-1], targets)
+
+    def _score(
+        self, scorers: dict[Link, list[Scorer]], batch: Moments, covariances: Tensor
+    ) -> None:
+        """Add a batch with its covariances at every grid point [G, m, ...]."""
+        mean = batch.mean.expand(len(covariances), *batch.mean.shape)
+        for link, row in scorers.items():
+            # As many points at every prior: at the hopeless ones the many that are accurate would
+            # take longer than all the rest.
+            prediction = self.validation.predict(mean, covariances, link, self.n_samples or POINTS)
+            for scorer, *parts in zip(row, *prediction, strict=True):
+                scorer.update(tuple(parts), batch.targets)
+
+    # -- the choice ------------------------------------------------------------------------
+
+    def _result(self, found: _Pass) -> TuningResult:
+        best = self._optimum(found, found.losses, prior_only=False)
+        if best is None:
+            raise NumericalError(
+                f"none of the {len(next(iter(found.losses.values())))} grid points has a finite "
+                "validation loss. Check the validation data and the loss for NaN; the prior "
+                "precision is unchanged."
+            )
+        alone = self._optimum(found, found.prior_only, prior_only=True)
+        return TuningResult(
+            tuple(found.grid.points().tolist()),
+            tuple(found.losses[best.link]),
+            best.grid_point,
+            best.prior_precision,
+            best.loss,
+            found.map_loss,
+            _name(best.link),
+            {str(_name(link)): tuple(row) for link, row in found.losses.items() if link},
+            None if alone is None else alone.loss,
+            None if alone is None else alone.prior_precision,
+            None if alone is None else _name(alone.link),
+        )
+
+    def _optimum(self, found: _Pass, curves: Curves, *, prior_only: bool) -> _Optimum | None:
+        """The lowest loss of all links, refined; the first link of equals."""
+        points, optima = found.grid.points(), []
+        for link, losses in curves.items():
+            index = found.grid.best(losses)
+            if index is None:
+                continue
+            centre, loss = float(points[index]), losses[index]
+            prior = centre
+            if found.batches is not None and len(points) > 1:
+                around = points[max(0, index - 1)], points[min(len(points) - 1, index + 1)]
+                ends = float(around[0].log()), float(around[1].log())
+                between = self._between(found, found.batches, link, ends, prior_only)
+                prior, loss = lowest(between, centre, ends)
+            optima.append(_Optimum(link, centre, prior, loss))
+        return min(optima, key=lambda optimum: optimum.loss, default=None)
+
+    def _between(
+        self,
+        found: _Pass,
+        batches: list[Moments],
+        link: Link,
+        ends: tuple[float, float],
+        prior_only: bool,
+    ) -> Loss:
+        if prior_only:
+            return prior_only_loss(self.validation, batches, link, self.n_samples)
+        log_nodes, _ = found.grid.nodes()
+        return curved_loss(self.validation, batches, log_nodes, ends, link, self.n_samples)
+
+
+def _name(link: Link) -> str | None:
+    return None if link is None else link.value

@@ -1,0 +1,104 @@
+"""What validation data say of predictions: batches, predictions and losses under any link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+import torchmetrics
+from laplace.utils.enums import LinkApprox
+from torch import Tensor
+from tqdm import tqdm
+
+from laplace_debiased.data import split_batch
+from laplace_debiased.likelihoods import LikelihoodName
+from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
+from laplace_debiased.tuning.scores import Prediction, Scorer, scorer_factory
+from laplace_debiased.tuning.subject import Subject
+
+Link: TypeAlias = LinkApprox | None
+"""How probabilities are approximated; None where predictions are moments."""
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """A validation set and the loss of predictions on it.
+
+    Attributes:
+        subject: what is tuned.
+        loader: gives labelled batches.
+        loss: the user's own, or None for the negative log likelihood.
+        fresh_scorer: makes an empty running loss.
+    """
+
+    subject: Subject
+    loader: Any
+    loss: torchmetrics.Metric | Callable[..., Tensor | float] | None
+    fresh_scorer: Callable[[], Scorer] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        noise = self.subject.noise_variance
+        factory = scorer_factory(self.loss, self.subject.likelihood, noise_variance=noise)
+        object.__setattr__(self, "fresh_scorer", factory)
+
+    @property
+    def regression(self) -> bool:
+        """Whether predictions are moments."""
+        return self.subject.likelihood == LikelihoodName.REGRESSION
+
+    def reads_covariance(self, link: Link) -> bool:
+        """Whether predictions need more than variances."""
+        if link is None:
+            return self.loss is not None
+        return needs_covariance(link, False, self.subject.inverse_link)
+
+    def batches(self, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs, and targets on the network's device.
+
+        Raises:
+            ValueError: if the loader is empty.
+        """
+        device, empty = self.subject.device, True
+        for batch in tqdm(self.loader, disable=not progress_bar, desc="[Validation set]"):
+            empty = False
+            inputs, targets = split_batch(batch, self.subject.label_key)
+            yield inputs, targets.to(device)
+        if empty:
+            raise ValueError("val_loader is empty.")
+
+    def counted(
+        self, mean: Tensor, covariances: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Only what has a label that counts; the positions of sequences as samples.
+
+        Class indices come out in int64, which lookups need and a user's loss may rely on.
+        """
+        n_lead = targets.ndim if mean.ndim == 3 else 1
+        mask = self.subject.loss.label_mask(targets)
+        if self.subject.likelihood == LikelihoodName.CLASSIFICATION and not (
+            targets.is_floating_point() or targets.is_complex()
+        ):
+            targets = targets.long()
+        if n_lead == 2:
+            mean, covariances = mean.flatten(0, 1), covariances.flatten(1, 2)
+            targets, mask = targets.flatten(), None if mask is None else mask.flatten()
+        if mask is None:
+            return mean, covariances, targets
+        return mean[mask], covariances[:, mask], targets[mask]
+
+    def predict(
+        self, mean: Tensor, covariance: Tensor, link: Link, n_points: int | None
+    ) -> Prediction:
+        """Predictions from moments: probabilities under a link, or the moments themselves."""
+        if link is None:
+            return mean, covariance
+        inverse = self.subject.inverse_link
+        return (class_probabilities(mean, covariance, link, n_points, None, inverse),)
+
+    def map_prediction(self, outputs: Tensor) -> Prediction:
+        """What the MAP model predicts by its outputs alone: no epistemic variance."""
+        if self.regression:
+            return outputs, torch.zeros_like(outputs)
+        return (self.subject.inverse_link(outputs.double()),)
