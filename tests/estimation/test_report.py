@@ -94,7 +94,7 @@ def test_a_posterior_says_what_it_is(tmp_path):
     seconds = f"{la.fit_report.seconds:.3g}"
     assert repr(la) == (
         "DebiasedKronLaplace(likelihood='classification', scheme='cross_fit', 16 of N=400 samples, "
-        "66 parameters (100.0 % covered), prior_precision=1.0, link='mc', fitted in "
+        "66 parameters (100.0 % covered), prior_precision=[1.0], link='mc', fitted in "
         f"{seconds} s)"
     )
     la.tuned_link_approx = "probit"
