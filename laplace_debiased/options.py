@@ -42,7 +42,8 @@ class Sampling(str, Enum):
     """Every sample is as likely as any other; without replacement."""
 
     CURVATURE = "curvature"
-    """In proportion to the trace of the loss Hessian, re-weighted to stay unbiased."""
+    """In proportion to h·‖φ‖, re-weighted to stay unbiased: h the trace of the loss Hessian, φ what
+    a linear last layer reads."""
 
 
 class Fisher(str, Enum):
@@ -102,8 +103,8 @@ class CurvatureOptions:
         mc_samples: label draws per sample for ``Fisher.MC``.
         folds: number of folds of ``Scheme.CROSS_FIT``.
         direction_fraction: share of a budget that gives the directions in ``Scheme.TWO_BATCH``.
-        pool_size: size of the pool from which curvature sampling draws; None for all of the data
-            up to a cap.
+        pool_size: size of the pool from which curvature sampling draws; None for as many samples as
+            the budget can use, see :func:`~laplace_debiased.data.pool.useful_pool_size`.
         byte_budget: working memory of one chunk, in bytes.
         max_rank: eigenvectors that are kept of a Kronecker factor, the leading ones; all directions
             outside of them share one magnitude per direction of the other factor.

@@ -71,6 +71,19 @@ LOW_RANK = (
 DEFAULTS = (Method("ours, no options at all", automatic=True),)
 """What a user gets who chooses nothing; run it at the budget that the library recommends."""
 
+POOLS = (
+    *(
+        _kron(
+            f"cross_fit, ggn, curvature, pool of {size}",
+            *("cross_fit", "ggn", "curvature"),
+            pool_size=size,
+        )
+        for size in (512, 1_024, 2_048, 4_096, 8_192)
+    ),
+    _kron("cross_fit, ggn, curvature", "cross_fit", "ggn", sampling="curvature"),
+)
+"""How many samples are scored; last as many as the library chooses."""
+
 SPLITS = (
     *(
         _kron(

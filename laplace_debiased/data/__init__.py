@@ -2,7 +2,6 @@
 
 from laplace_debiased.data.build import (
     batches_overlap,
-    plan_from_loader,
     plan_from_supply,
     plan_from_two_loaders,
 )
@@ -12,7 +11,7 @@ from laplace_debiased.data.coefficients import (
 )
 from laplace_debiased.data.loaders import loader_length, split_batch
 from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws, PoolScores
-from laplace_debiased.data.pool import plan_by_curvature, plan_from_pool, score_pool
+from laplace_debiased.data.pool import Score, plan_by_curvature, score_pool
 from laplace_debiased.data.supply import Supply
 from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
 
@@ -21,6 +20,7 @@ __all__ = [
     "CurvaturePlan",
     "Draws",
     "PoolScores",
+    "Score",
     "Supply",
     "batches_overlap",
     "draw_coefficients",
@@ -28,8 +28,6 @@ __all__ = [
     "loader_length",
     "magnitude_coefficients",
     "plan_by_curvature",
-    "plan_from_loader",
-    "plan_from_pool",
     "plan_from_supply",
     "plan_from_two_loaders",
     "sampling_probabilities",

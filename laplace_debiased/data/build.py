@@ -24,7 +24,6 @@ from laplace_debiased.network.rng import derived_seed
 
 __all__ = [
     "batch_sizes",
-    "plan_from_loader",
     "plan_from_supply",
     "plan_from_two_loaders",
     "seeded_generator",
@@ -32,63 +31,6 @@ __all__ = [
 ]
 
 _DEFAULT_BATCH_SIZE = 128
-
-
-def plan_from_loader(
-    loader: Any,
-    *,
-    folds: int,
-    fractions: tuple[float, ...] | None = None,
-    n_samples: int | None = None,
-    n_data: int | None = None,
-    seed: int = 0,
-    exclude: frozenset[int] = frozenset(),
-    batch_size: int | None = None,
-    dict_key_y: str = "labels",
-) -> CurvaturePlan:
-    """Split a loader's samples into disjoint folds, all of them or a uniform draw.
-
-    With ``n_samples=None`` everything that the loader yields in one walk is walked, in the
-    loader's own batches. A loader without indices (``IterableDataset``, a list of batches, a class
-    with its own ``__iter__``) is walked once here to learn its size, and its samples go to folds
-    by position. Otherwise the split is random, balanced in distinct samples, and repeats of a
-    sample share its fold. With a budget, samples are drawn without replacement from the indices of
-    the loader's sampler and loaded with its ``collate_fn``.
-
-    Args:
-        loader: The training loader.
-        folds: Number K of folds: 1 for one batch, 2 for directions and magnitudes, more to
-            cross-fit.
-        fractions: Share of each fold; None for equal parts, which differ by at most one.
-        n_samples: Budget m in all folds together; None for everything.
-        n_data: Size N of the training set where it is not ``len(loader.dataset)``.
-        seed: Decides draws, splits, the shuffle and augmentations.
-        exclude: Dataset indices not to draw; needs ``n_samples``.
-        batch_size: Samples per batch; None for the loader's own.
-        dict_key_y: Key of the targets in mapping batches.
-
-    Returns:
-        The plan. Its population is N (less what is excluded), of which the pool drawn from, or all
-        samples of one walk, are a sample or the whole.
-
-    Raises:
-        TypeError: A number is no int, or the loader cannot be walked or yields no batches that
-            split into inputs and targets.
-        ValueError: The loader is empty, the budget exceeds what is there, N is unknown, or the
-            sampler does not tell its indices.
-
-    Warns:
-        UserWarning: A stream gives more samples than the training set has.
-    """
-    supply = Supply.of(loader, n_samples=n_samples, n_data=n_data, n_folds=_n_folds(folds))
-    return plan_from_supply(
-        supply.without(exclude),
-        folds=folds,
-        fractions=fractions,
-        seed=seed,
-        batch_size=batch_size,
-        dict_key_y=dict_key_y,
-    )
 
 
 def plan_from_supply(
@@ -100,8 +42,37 @@ def plan_from_supply(
     batch_size: int | None = None,
     dict_key_y: str = "labels",
 ) -> CurvaturePlan:
-    """:func:`plan_from_loader` for a loader that was looked up."""
-    n_folds, seed = _n_folds(folds), as_integer("seed", seed)
+    """Split a loader's samples into disjoint folds, all of them or a uniform draw.
+
+    Without a budget everything that the loader yields in one walk is walked, in the loader's own
+    batches. A loader without indices (``IterableDataset``, a list of batches, a class with its own
+    ``__iter__``) is walked once here to learn its size, and its samples go to folds by position.
+    Otherwise the split is random, balanced in distinct samples, and repeats of a sample share its
+    fold. With a budget, samples are drawn without replacement from the indices of the loader's
+    sampler and loaded with its ``collate_fn``.
+
+    Args:
+        supply: The loader, looked up.
+        folds: Number K of folds: 1 for one batch, 2 for directions and magnitudes, more to
+            cross-fit.
+        fractions: Share of each fold; None for equal parts, which differ by at most one.
+        seed: Decides draws, splits, the shuffle and augmentations.
+        batch_size: Samples per batch; None for the loader's own.
+        dict_key_y: Key of the targets in mapping batches.
+
+    Returns:
+        The plan. Its population is N (less what is excluded), of which the pool drawn from, or all
+        samples of one walk, are a sample or the whole.
+
+    Raises:
+        TypeError: A number is no int, or the loader yields no batches that split into inputs and
+            targets.
+        ValueError: The loader is empty.
+
+    Warns:
+        UserWarning: A stream gives more samples than the training set has.
+    """
+    n_folds, seed = checked_integer("folds", folds), as_integer("seed", seed)
     shares = checked_fractions(n_folds, fractions)
     size = None if batch_size is None else checked_integer("batch_size", batch_size)
     if supply.budget is None:
@@ -122,10 +93,6 @@ def plan_from_supply(
         population=supply.population,
         pool_size=len(supply.pool),
     )
-
-
-def _n_folds(folds: int) -> int:
-    return checked_integer("folds", folds)
 
 
 def _whole_plan(

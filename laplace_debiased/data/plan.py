@@ -79,12 +79,12 @@ class PoolScores:
 
     Attributes:
         indices: Dataset indices of the pool. [M] int64
-        h: Trace of each sample's loss Hessian in the outputs, tr ∇²_f ℓ_n. [M] float64
+        scores: What each sample is drawn in proportion to. [M] float64
         losses: Loss of each sample. [M] float64
     """
 
     indices: Tensor
-    h: Tensor
+    scores: Tensor
     losses: Tensor
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,22 @@ from laplace_debiased.data.supply import Supply
 from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
 from laplace_debiased.network.rng import derived_seed
 
-__all__ = ["Score", "plan_by_curvature", "plan_from_pool", "score_pool"]
+__all__ = ["Score", "plan_by_curvature", "score_pool", "useful_pool_size"]
 
 Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-"""(inputs, targets [m, ...]) -> (h [m], loss [m]), one value per sample."""
+"""(inputs, targets [m, ...]) -> (score s [m], loss [m]), one value per sample."""
+
+EPSILON = 0.02
+"""Share of uniform draws. On a ResNet-20 the variance of a draw is .186 at .1, .146 at .05, .125 at
+.02 and .119 at .01 (of the trace, relative to its square); no weight exceeds 1/ε."""
+
+MAX_POOL_SIZE = 8_192
+"""Cap on the pool: one forward pass over it is part of the fit."""
+
+_DRAW_VARIANCE = 0.125
+_TOLERATED = 0.25
+_FEWEST, _MOST, _WHOLE = 4, 64, 32
+_PILOT, _LEAST_PILOT, _LARGEST_PILOT = 4, 32, 512
 
 
 def score_pool(
@@ -41,13 +54,13 @@ def score_pool(
     Args:
         loader: DataLoader over a map-style dataset.
         pool_indices: Dataset indices of the pool. [M] int64
-        score: Gives tr ∇²_f ℓ_n and ℓ_n of each sample of a batch.
+        score: Gives s_n and ℓ_n of each sample of a batch.
         seed: Seed of augmentations in the dataset.
         batch_size: Samples per batch; None for the loader's own.
         dict_key_y: Key of the targets in mapping batches.
 
     Raises:
-        ValueError: ``score`` returns a wrong shape, or h that is negative or not finite.
+        ValueError: ``score`` returns a wrong shape, or scores that are negative or not finite.
     """
     n = len(pool_indices)
     source = IndexedSource(
@@ -59,80 +72,19 @@ def score_pool(
     )
     scored: list[tuple[Tensor, Tensor]] = []
     for batch in source.walk():
-        h, losses = (value.detach().cpu().double() for value in score(batch.inputs, batch.targets))
-        if h.shape != (len(batch),) or losses.shape != (len(batch),):
+        found, losses = (v.detach().cpu().double() for v in score(batch.inputs, batch.targets))
+        if found.shape != (len(batch),) or losses.shape != (len(batch),):
             raise ValueError(
-                f"score must return h and losses of shape ({len(batch)},), one per sample, got "
-                f"{tuple(h.shape)} and {tuple(losses.shape)}."
+                f"score must return scores and losses of shape ({len(batch)},), one per sample; "
+                f"got {tuple(found.shape)} and {tuple(losses.shape)}."
             )
-        if not bool(torch.isfinite(h).all()) or bool((h < 0).any()):
+        if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
             raise ValueError(
                 "score returned a trace of a loss Hessian that is negative or not finite; check "
                 "the model's outputs on the training data for NaN."
             )
-        scored.append((h, losses))
-    h, losses = (torch.cat(parts) for parts in zip(*scored, strict=True))
-    return PoolScores(pool_indices, h, losses)
-
-
-def plan_from_pool(
-    loader: Any,
-    score: Score,
-    *,
-    folds: int,
-    fractions: tuple[float, ...] | None = None,
-    n_samples: int,
-    n_data: int | None = None,
-    seed: int = 0,
-    symmetric: bool,
-    epsilon: float = 0.1,
-    pool_size: int | None = None,
-    exclude: frozenset[int] = frozenset(),
-    batch_size: int | None = None,
-    dict_key_y: str = "labels",
-) -> CurvaturePlan:
-    """Draw disjoint folds with q_n = (1−ε) h_n/Σh + ε/M from a scored pool.
-
-    Where all h are equal the draw is uniform and without replacement: as unbiased, less variable.
-
-    Args:
-        loader: DataLoader over a map-style dataset.
-        score: Gives tr ∇²_f ℓ_n and ℓ_n of each sample of a batch; called on the whole pool.
-        folds: Number K of folds.
-        fractions: Share of each fold; None for equal parts.
-        n_samples: Draws in all folds together, with replacement within a fold.
-        n_data: Size N of the training set where it is not ``len(loader.dataset)``.
-        seed: Decides the pool, the draws and augmentations.
-        symmetric: Whether each fold will be held out in its turn (cross-fitting). Otherwise
-            fold 0 is i.i.d. from q and only the last fold may be held out.
-        epsilon: Share of uniform draws in q, in (0, 1].
-        pool_size: Largest pool M, a uniform subset of what the sampler draws from. Everything is
-            then unbiased for that pool's mean, and what of the pool the directions have not seen
-            stands for all that they have not seen. None for no limit.
-        exclude: Dataset indices not to draw.
-        batch_size: Samples per batch; None for the loader's own.
-        dict_key_y: Key of the targets in mapping batches.
-
-    Raises:
-        TypeError: A number is no int, or the loader yields neither pairs nor mappings.
-        ValueError: The budget exceeds the pool, or the pool or its scores are bad.
-    """
-    n_folds = checked_integer("folds", folds)
-    supply = Supply.of(
-        loader, n_samples=checked_integer("n_samples", n_samples), n_data=n_data, n_folds=n_folds
-    )
-    return plan_by_curvature(
-        supply.without(exclude),
-        score,
-        folds=n_folds,
-        fractions=fractions,
-        seed=seed,
-        symmetric=symmetric,
-        epsilon=epsilon,
-        pool_size=pool_size,
-        batch_size=batch_size,
-        dict_key_y=dict_key_y,
-    )
+        scored.append((found, losses))
+    return PoolScores(pool_indices, *map(torch.cat, zip(*scored, strict=True)))
 
 
 def plan_by_curvature(
@@ -143,24 +95,52 @@ def plan_by_curvature(
     fractions: tuple[float, ...] | None = None,
     seed: int = 0,
     symmetric: bool,
-    epsilon: float = 0.1,
+    epsilon: float = EPSILON,
     pool_size: int | None = None,
     batch_size: int | None = None,
     dict_key_y: str = "labels",
 ) -> CurvaturePlan:
-    """:func:`plan_from_pool` for a loader that was looked up, with a budget."""
+    """Draw disjoint folds with q_n = (1−ε) s_n/Σs + ε/M from a scored pool.
+
+    Where all scores are equal the draw is uniform and without replacement: as unbiased, less
+    variable.
+
+    Args:
+        supply: The loader, looked up, with a budget: draws in all folds together, with replacement
+            within a fold.
+        score: Gives score s_n and loss ℓ_n of each sample of a batch; called on the whole pool.
+        folds: Number K of folds.
+        fractions: Share of each fold; None for equal parts.
+        seed: Decides the pool, the draws and augmentations.
+        symmetric: Whether each fold will be held out in its turn (cross-fitting). Otherwise
+            fold 0 is i.i.d. from q and only the last fold may be held out.
+        epsilon: Share of uniform draws in q, in (0, 1].
+        pool_size: Samples M of the pool, a uniform subset of what the sampler draws from; None for
+            as many as the draws can use, see :func:`useful_pool_size`. Everything is then unbiased
+            for that pool's mean, and what of the pool the directions have not seen stands for all
+            that they have not seen.
+        batch_size: Samples per batch; None for the loader's own.
+        dict_key_y: Key of the targets in mapping batches.
+
+    Raises:
+        TypeError: A number is no int, or the loader yields neither pairs nor mappings.
+        ValueError: The budget exceeds the pool, or the pool or its scores are bad.
+    """
     n_folds, seed = checked_integer("folds", folds), as_integer("seed", seed)
     shares = checked_fractions(n_folds, fractions)
-    assert supply.pool is not None
     assert supply.budget is not None
-    loader, pool = supply.loader, _capped(supply.pool, pool_size, supply.budget, seed)
-    scores = score_pool(
-        loader, pool, score, seed=seed, batch_size=batch_size, dict_key_y=dict_key_y
-    )
+    loader = supply.loader
+
+    def scored(indices: Tensor) -> PoolScores:
+        return score_pool(
+            loader, indices, score, seed=seed, batch_size=batch_size, dict_key_y=dict_key_y
+        )
+
+    scores = scored(_pool(supply, pool_size, seed, scored))
     sizes = fold_sizes(supply.budget, n_folds, shares)
-    if _is_constant(sampling_probabilities(scores.h, epsilon)):
+    if _is_constant(sampling_probabilities(scores.scores, epsilon)):
         source = uniform_source(
-            loader, pool, sizes, seed=seed, batch_size=batch_size, dict_key_y=dict_key_y
+            loader, scores.indices, sizes, seed=seed, batch_size=batch_size, dict_key_y=dict_key_y
         )
         held_out = None
     else:
@@ -172,21 +152,60 @@ def plan_by_curvature(
         (source,),
         n_data=supply.n_data,
         n_folds=n_folds,
-        population=max(len(pool), supply.n_data - supply.n_excluded),
-        pool_size=len(pool),
+        population=supply.population,
+        pool_size=len(scores),
         pool=scores,
         held_out_folds=held_out,
     )
 
 
-def _capped(pool: Tensor, pool_size: int | None, budget: int, seed: int) -> Tensor:
+def _pool(
+    supply: Supply, pool_size: int | None, seed: int, scored: Callable[[Tensor], PoolScores]
+) -> Tensor:
+    """Dataset indices of the pool, ascending [M]: a uniform subset of the supply's.
+
+    Where the size is chosen by scores, those belong to a pilot sample that stays out of the pool: a
+    pool that stopped at its own scores would be biased towards small ones.
+    """
+    assert supply.pool is not None
+    assert supply.budget is not None
+    budget, pilot = supply.budget, 0
+    if pool_size is not None:
+        size = checked_integer("pool_size", pool_size)
+        if size < budget:
+            raise ValueError(f"pool_size={size} is smaller than n_samples={budget}: raise it.")
+    elif len(supply.pool) <= _WHOLE * budget:
+        return supply.pool
+    order = torch.randperm(len(supply.pool), generator=seeded_generator(seed, "pool"))
     if pool_size is None:
-        return pool
-    size = checked_integer("pool_size", pool_size)
-    if size < budget:
-        raise ValueError(f"pool_size={size} is smaller than n_samples={budget}: raise it.")
-    order = torch.randperm(len(pool), generator=seeded_generator(seed, "pool"))
-    return pool[order[:size].sort().values]
+        pilot = min(max(_PILOT * budget, _LEAST_PILOT), _LARGEST_PILOT)
+        tried = scored(supply.pool[order[:pilot].sort().values])
+        size = useful_pool_size(tried.scores, budget, len(supply.pool) - pilot)
+    return supply.pool[order[pilot : pilot + size].sort().values]
+
+
+def useful_pool_size(scores: Tensor, budget: int, available: int) -> int:
+    """How many samples of a population to score for a budget of m draws.
+
+    The mean of a pool of M of P samples has the relative variance (c²/M)(1 − M/P), c² the relative
+    variance of one sample's curvature, known from scores. To this the draws add v/m, v ≈ 1/8 the
+    relative variance of curvature over score. A pool is large enough where it adds no more than a
+    quarter to that.
+
+    Args:
+        scores: Scores of some samples. [n]
+        budget: m.
+        available: P.
+
+    Returns:
+        M, between 4·m and 64·m and not above ``MAX_POOL_SIZE`` (or m, if that is more).
+    """
+    mean, variance = float(scores.mean()), float(scores.var())
+    spread = variance / mean**2 if mean > 0 else 0.0
+    least = _TOLERATED * _DRAW_VARIANCE / budget
+    wanted = math.ceil(1 / (least / spread + 1 / available)) if spread > 0 else 0
+    most = max(min(_MOST * budget, MAX_POOL_SIZE), budget)
+    return min(max(wanted, _FEWEST * budget), most, available)
 
 
 def _is_constant(q: Tensor) -> bool:
@@ -197,7 +216,7 @@ def _weighted_draws(
     scores: PoolScores, sizes: tuple[int, ...], epsilon: float, seed: int, symmetric: bool
 ) -> Draws:
     parts = draw_weighted_folds(
-        scores.h, sizes, epsilon, seeded_generator(seed, "draw"), symmetric=symmetric
+        scores.scores, sizes, epsilon, seeded_generator(seed, "draw"), symmetric=symmetric
     )
     return Draws(
         folds=torch.cat([torch.full_like(part.positions, k) for k, part in enumerate(parts)]),

@@ -2,7 +2,7 @@ r"""Eigenbases of Kronecker factors, and magnitudes along them that need factors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from laplace_debiased.debiasing.thin import leading, thin_eigenpairs
 from laplace_debiased.errors import NumericalError
 
 
-def eigenbasis(factors: KroneckerFactors, max_rank: int | None = None) -> tuple[BlockBasis, ...]:
+def eigenbasis(
+    factors: KroneckerFactors,
+    max_rank: int | None = None,
+    watched: Callable[[Iterable[BlockFactors]], Iterable[BlockFactors]] = iter,
+) -> tuple[BlockBasis, ...]:
     """Eigendecompose every factor.
 
     A factor that is kept as k < D rows gives a thin side of its rank.
@@ -27,11 +31,12 @@ def eigenbasis(factors: KroneckerFactors, max_rank: int | None = None) -> tuple[
     Args:
         factors: the factors.
         max_rank: at most so many directions per side, the leading ones; None for all.
+        watched: hands the blocks on, one after the other, to take their times.
 
     Raises:
         NumericalError: naming the parameter, if a factor is not finite or does not converge.
     """
-    return tuple(_block_basis(block, max_rank) for block in factors.blocks)
+    return tuple(_block_basis(block, max_rank) for block in watched(factors.blocks))
 
 
 def _block_basis(block: BlockFactors, max_rank: int | None) -> BlockBasis:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.data import plan_from_loader
+from laplace_debiased.data import Supply, plan_from_supply
 
 HELD_OUT_DIGITS = (8, 9)
 """Digits the network never sees: real images that belong to none of its classes."""
@@ -144,6 +144,6 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 def drawn_indices(train: Split, n_samples: int, seed: int) -> Tensor:
     """The samples that every posterior of this library draws with this budget and seed."""
-    plan = plan_from_loader(train.loader(), folds=1, n_samples=n_samples, seed=seed)
+    plan = plan_from_supply(Supply.of(train.loader(), n_samples=n_samples), folds=1, seed=seed)
     assert plan.indices is not None  # a budget is always drawn by index
     return plan.indices[0]

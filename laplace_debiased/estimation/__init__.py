@@ -4,6 +4,7 @@ from laplace_debiased.estimation.arguments import Arguments, Backend
 from laplace_debiased.estimation.fit import run_fit
 from laplace_debiased.estimation.kron import KronStructure, posterior_factors
 from laplace_debiased.estimation.lowrank import LowRankStructure
+from laplace_debiased.estimation.report import FitReport
 from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.structure import Structure
 from laplace_debiased.estimation.target import LastLayer, Target
@@ -13,6 +14,7 @@ __all__ = [
     "Arguments",
     "Backend",
     "Fit",
+    "FitReport",
     "FitRequest",
     "KronCurvature",
     "KronStructure",

@@ -18,7 +18,6 @@ from laplace.curvature.curvature import CurvatureInterface, EFInterface
 from laplace.curvature.curvlinops import CurvlinopsGGN
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, layers_of
 from laplace_debiased.data import Batch
@@ -103,12 +102,7 @@ class BackendFactors:
         )
         sums: list[list[KroneckerFactors]] = [[] for _ in plan.fold_sizes]
         loss, n_outputs, n_calls = 0.0, 0, 0
-        for batch in tqdm(
-            plan.batches(),
-            total=len(plan),
-            disable=not request.progress_bar,
-            desc="[Kronecker factors]",
-        ):
+        for batch in self.task.clock.walk(plan, "factors"):
             for fold in batch.folds.unique().tolist():
                 part = batch.select((batch.folds == fold).nonzero().squeeze(-1))
                 with preserved_rng(request.seed + _SEED_STEP * n_calls), torch.enable_grad():

@@ -11,14 +11,14 @@ import hashlib
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.data import Batch, CurvaturePlan
+from laplace_debiased.data import Batch, CurvaturePlan, Score
 from laplace_debiased.files import PathLike, read_record, remove_file, resolved_path, write_record
 from laplace_debiased.network.identity import tensor_bytes
 
@@ -26,8 +26,6 @@ KIND = "laplace_debiased fit checkpoint"
 FORMAT_VERSION = 1
 DEFAULT_INTERVAL = 60.0
 """Seconds between two checkpoints."""
-
-Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 
 class Resumable(Protocol):

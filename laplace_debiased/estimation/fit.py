@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
 
@@ -13,11 +13,12 @@ from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation.arguments import Arguments
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
 from laplace_debiased.estimation.plan import (
+    Scorer,
     first_inputs_of_loader,
     make_plan,
-    scorer,
     supply_for,
 )
+from laplace_debiased.estimation.report import FitClock
 from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.structure import Structure, Task
 from laplace_debiased.estimation.target import Target
@@ -57,6 +58,7 @@ def run_fit(
         CoverageError: if nothing can be covered.
         ModelChangedError: if the fit to add to was made at other weights.
     """
+    clock = FitClock(shows=request.progress_bar)
     options = arguments.options_for(request)
     check_weights(target.model)
     model = fingerprint(target.model)
@@ -78,10 +80,9 @@ def run_fit(
         if previous is not None:
             earlier = Earlier(previous, supply is not None and supply.budget is not None)
         kept = _opened_checkpoint(structure, target, arguments, request, options, model, earlier)
-        score = scorer(engine, loss)
-        plan = make_plan(
-            supply, request, options, earlier, score if kept is None else kept.scored(score)
-        )
+        score = Scorer(engine, target.model, loss, options.fisher)
+        with clock.scoring(score if kept is None else kept.scored(score)) as counted:
+            plan = make_plan(supply, request, options, earlier, counted)
         coverage = coverage.without(structure.inspect(engine, target, plan))
         coverage.require(strict=arguments.strict)
         accept(coverage)
@@ -89,11 +90,13 @@ def run_fit(
             earlier.check_coverage(coverage)
         if kept is not None:
             kept.bind(plan, covered=list(coverage.covered))
-        task = Task(target, options, loss, request, supply, plan, coverage, model, earlier, kept)
+        task = Task(
+            target, options, loss, request, supply, plan, coverage, model, clock, earlier, kept
+        )
         fit = structure.estimate(structure.engine(target, coverage), task)
         if kept is not None:
             kept.remove()
-    return fit
+    return replace(fit, report=clock.report())
 
 
 _OF_NO_CONSEQUENCE = ("byte_budget",)

@@ -47,7 +47,7 @@ from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import requiring_grad
 from laplace_debiased.operators import EigenBlock, EigenKron
-from laplace_debiased.options import CurvatureOptions, Magnitudes, Sampling, Scheme
+from laplace_debiased.options import Magnitudes, Sampling, Scheme
 from laplace_debiased.predictive import KronPredictor, LastLayerKronPredictor, Predictor
 
 RECOMMENDED_SAMPLES = 256
@@ -136,12 +136,12 @@ class KronStructure:
         may repeat samples of the earlier fit, so they are measured along directions of their own:
         along merged ones a sample could measure a direction that it has chosen before.
         """
-        plan, options, earlier = task.plan, task.options, task.earlier
+        earlier = task.earlier
         estimator = in_closed_form(KronEstimator(engine, task))
         with torch.no_grad():
             new = self._statistics(estimator, task)
             if earlier is None:
-                measured = _measured(new, estimator, options, plan)
+                measured = _measured(new, estimator, task)
                 curvature = KronCurvature(measured.basis, measured.tables, new.factors)
                 comparisons = measured.comparisons
             else:
@@ -220,15 +220,11 @@ class _Measured:
 def _measured(
     statistics: FoldStatistics,
     estimator: KronEstimator,
-    options: CurvatureOptions,
-    plan: CurvaturePlan,
+    task: Task,
 ) -> _Measured:
     """Directions and magnitudes of a scheme, with a second walk if they are exact."""
-    scheme = scheme_plan(options.scheme, plan.fold_sizes)
-    bases = [
-        eigenbasis(statistics.merged(step.direction_folds), options.max_rank)
-        for step in scheme.measurements
-    ]
+    options, scheme = task.options, scheme_plan(task.options.scheme, task.plan.fold_sizes)
+    bases = [_directions(statistics, step.direction_folds, task) for step in scheme.measurements]
     held_out = [
         kfac_magnitudes(basis, statistics.merged(step.magnitude_folds))
         for basis, step in zip(bases, scheme.measurements, strict=True)
@@ -247,7 +243,7 @@ def _measured(
     basis = (
         bases[0]
         if scheme.posterior_basis_is_measured
-        else eigenbasis(statistics.merged(scheme.posterior_folds), options.max_rank)
+        else _directions(statistics, scheme.posterior_folds, task)
     )
     shares = [step.share for step in scheme.measurements]
     return _Measured(
@@ -255,6 +251,13 @@ def _measured(
         join_by_rank(tables, shares, bases, basis),
         comparisons,
     )
+
+
+def _directions(
+    statistics: FoldStatistics, folds: Sequence[int], task: Task
+) -> tuple[BlockBasis, ...]:
+    """Eigenbases of some folds together."""
+    return eigenbasis(statistics.merged(folds), task.options.max_rank, task.clock.decomposed)
 
 
 def _added(
@@ -266,11 +269,11 @@ def _added(
     merged = _merged_statistics(earlier, new, task)
     scheme = scheme_plan(task.options.scheme, task.plan.fold_sizes)
     if earlier.same_data and task.options.sampling is Sampling.CURVATURE:
-        measured = _measured(new, estimator, task.options, task.plan)
-        basis = eigenbasis(merged.merged(scheme.posterior_folds), task.options.max_rank)
+        measured = _measured(new, estimator, task)
+        basis = _directions(merged, scheme.posterior_folds, task)
         comparisons = (*earlier.fit.comparisons, *measured.comparisons)
     else:
-        measured = _measured(merged, estimator, task.options, task.plan)
+        measured = _measured(merged, estimator, task)
         basis, comparisons = measured.basis, measured.comparisons
     tables = measured.tables
     if task.options.magnitudes is Magnitudes.GGN:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from laplace_debiased.curvature import (
     Chunk,
@@ -91,9 +90,9 @@ class KronEstimator:
             for _ in plan.fold_sizes
         ]
         tally = Tally()
-        walk = self._progress("Kronecker factors", [*sums, tally])
+        walk = self._progress("factors", [*sums, tally])
         chunks = self.engine.column_chunks
-        for batch, chunk in self._walk("Kronecker factors", walk, chunks, weighted=True):
+        for batch, chunk in self._walk("factors", walk, chunks, weighted=True):
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             tally.add(loss, chunk.outputs, part)
             self._add_chunk(sums, chunk, part)
@@ -136,9 +135,9 @@ class KronEstimator:
     ) -> list[tuple[Tensor, ...]]:
         """Second walk: directional curvatures along each measurement's eigenbasis."""
         sums = [MagnitudeAccumulator(basis) for basis in bases]
-        walk = self._progress("directional curvature", sums, bases)
+        walk = self._progress("magnitudes", sums, bases)
         plan, chunks = self.task.plan, self.engine.chunks
-        for batch, chunk in self._walk("directional curvature", walk, chunks):
+        for batch, chunk in self._walk("magnitudes", walk, chunks):
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
             for layer in chunk.layers:
@@ -175,7 +174,7 @@ class KronEstimator:
         """Batches of the plan with their chunks.
 
         Args:
-            what: what is measured, for the progress bar.
+            what: what is measured, as progress bar and report say it.
             walk: where the walk is.
             chunks: of the pass: all columns at once, or one by one.
             weighted: whether a column is scaled by the square root of its sample's weight.
@@ -195,10 +194,7 @@ class KronEstimator:
             return
         plan, request = self.task.plan, self.task.request
         generator = torch.Generator().manual_seed(request.seed)
-        batches: Iterable[Batch] = plan.batches()
-        if request.progress_bar:
-            batches = tqdm(batches, total=len(plan), desc=f"[{what}]")
-        for unsorted in batches:
+        for unsorted in self.task.clock.walk(plan, what):
             if walk is not None and walk.is_behind(unsorted, generator):
                 continue
             batch = by_fold(unsorted)

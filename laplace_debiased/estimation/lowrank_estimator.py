@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from laplace_debiased.curvature.lowrank import (
     Eigenpairs,
@@ -212,7 +211,8 @@ class LowRankEstimator:
             raise ValueError(self._too_many_rows(n_rows, survey.n_columns))
         plan = self.task.plan
         steps = scheme_plan(self.task.options.scheme, plan.fold_sizes).measurements
-        found = [self._leading(survey, step, self.rank) for step in steps]
+        with self.task.clock.stage("products"):
+            found = [self._leading(survey, step, self.rank) for step in steps]
         measured = self._measure_products(survey, steps, found)
         parts = [
             JoinedPart(pairs.basis, part.magnitudes, step.share)
@@ -248,7 +248,7 @@ class LowRankEstimator:
         """Directional curvatures in one walk over the rows."""
         plan = self.task.plan
         sums: list[list[Tensor | float]] = [[0.0, 0.0] for _ in steps]
-        for start, batch in self._positioned("directional curvature"):
+        for start, batch in self._positioned("magnitudes"):
             columns = survey.columns(slice(start, start + len(batch)))
             wanted = [
                 (coefficients_of(plan, step, batch), draw_coefficients(plan, batch, folds))
@@ -288,9 +288,7 @@ class LowRankEstimator:
 
     def _batches(self, what: str | None) -> Iterable[Batch]:
         plan = self.task.plan
-        if what is None or not self.task.request.progress_bar:
-            return plan.batches()
-        return tqdm(plan.batches(), total=len(plan), desc=f"[{what}]")
+        return plan.batches() if what is None else self.task.clock.walk(plan, what)
 
 
 def _per_row(per_sample: Tensor, survey: Survey, like: Tensor) -> Tensor:

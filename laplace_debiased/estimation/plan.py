@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_debiased.data import (
     CurvaturePlan,
+    Score,
     Supply,
     plan_by_curvature,
     plan_from_supply,
@@ -21,14 +24,11 @@ from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.values import Earlier
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
+from laplace_debiased.network.last_layer import SeenCall, found_last_layer, watching
+from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.precision import full_precision
 from laplace_debiased.network.rng import derived_seed, preserved_rng
-from laplace_debiased.options import CurvatureOptions, Sampling, Scheme
-
-MAX_POOL_SIZE = 8_192
-"""Cap on the pool of curvature sampling: one forward pass over it is part of the fit."""
-
-Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-"""Trace of the loss Hessian [m] and loss [m] of every sample of a batch."""
+from laplace_debiased.options import CurvatureOptions, Fisher, Sampling, Scheme
 
 
 def supply_for(
@@ -92,7 +92,6 @@ def make_plan(
             supply = supply.without(earlier.fit.drawn)
     n_folds, fractions = options.n_folds, options.fold_fractions
     if by_curvature and supply.is_share:
-        assert supply.budget is not None
         return plan_by_curvature(
             supply,
             score,
@@ -100,7 +99,7 @@ def make_plan(
             fractions=fractions,
             seed=seed,
             symmetric=options.scheme is Scheme.CROSS_FIT,
-            pool_size=options.pool_size or max(MAX_POOL_SIZE, supply.budget),
+            pool_size=options.pool_size,
             dict_key_y=request.dict_key_y,
         )
     return plan_from_supply(
@@ -115,17 +114,59 @@ class OutputPass(Protocol):
         """Network outputs [m, C] without a graph."""
 
 
-def scorer(output_pass: OutputPass, loss: LossModel) -> Score:
-    """Scores by a forward pass."""
+@dataclass(eq=False)
+class Scorer:
+    """Scores samples by what one forward pass tells of their curvature.
 
-    def score(inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            outputs = output_pass.outputs(inputs)
+    The score is h·‖φ‖: h the trace of the loss Hessian (for the empirical Fisher the squared norm
+    of the loss gradient) in the outputs, φ what the network's last linear layer reads, where it has
+    one. For h alone draws vary half as much again: it does not know the Jacobian's size.
+
+    Args:
+        output_pass: gives outputs of ``model``.
+        model: the network.
+        loss: the loss model.
+        fisher: which second moment is estimated.
+    """
+
+    output_pass: OutputPass
+    model: nn.Module
+    loss: LossModel
+    fisher: Fisher
+    _head: nn.Module | None = field(default=None, init=False)
+    _looked_for_head: bool = field(default=False, init=False)
+
+    def __call__(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [m] and losses [m] of a batch."""
+        with torch.no_grad(), self._watching_head(inputs) as seen:
+            outputs = self.output_pass.outputs(inputs)
             targets = targets.to(outputs.device)
-            loss.check_targets(outputs, targets)
-            return loss.hessian_trace(outputs, targets), loss.losses(outputs, targets)
+            self.loss.check_targets(outputs, targets)
+            if self.fisher is Fisher.EMPIRICAL:
+                gradient = self.loss.output_gradient(outputs, targets)
+                scores = gradient.square().flatten(1).sum(1)
+            else:
+                scores = self.loss.hessian_trace(outputs, targets)
+            return scores * _feature_norms(seen, scores), self.loss.losses(outputs, targets)
 
-    return score
+    @contextmanager
+    def _watching_head(self, inputs: Any) -> Iterator[SeenCall | None]:
+        """Note what the last layer reads, if that is linear."""
+        with model_lock(self.model):
+            if not self._looked_for_head:
+                with suppress(ValueError):
+                    self._head = self.model.get_submodule(found_last_layer(self.model, inputs))
+                self._looked_for_head = True
+            with nullcontext() if self._head is None else watching(self._head) as seen:
+                yield seen
+
+
+def _feature_norms(seen: SeenCall | None, scores: Tensor) -> Tensor:
+    """Root mean square, over positions, of the norm of every sample's features; ones if unknown."""
+    if seen is None or seen.features is None or len(seen.features) % len(scores):
+        return torch.ones_like(scores)
+    squares = full_precision(seen.features.detach()).square().sum(-1)
+    return squares.reshape(len(scores), -1).mean(1).sqrt().to(scores)
 
 
 def first_inputs_of_loader(loader: Any, dict_key_y: str) -> Any:

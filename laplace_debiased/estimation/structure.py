@@ -12,6 +12,7 @@ from laplace_debiased.curvature import Coverage
 from laplace_debiased.data import CurvaturePlan, Supply
 from laplace_debiased.debiasing import Comparison
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
+from laplace_debiased.estimation.report import FitClock
 from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.estimation.values import Earlier, Fit
@@ -34,6 +35,7 @@ class Task:
         plan: which samples.
         coverage: which parameters.
         model: fingerprint of the network.
+        clock: takes the times of its stages.
         earlier: the fit that this one is added to, or None.
         checkpoint: where the walks keep what they have so far, or None.
     """
@@ -46,6 +48,7 @@ class Task:
     plan: CurvaturePlan
     coverage: Coverage
     model: ModelFingerprint
+    clock: FitClock
     earlier: Earlier | None = None
     checkpoint: FitCheckpoint | None = field(default=None, repr=False)
 

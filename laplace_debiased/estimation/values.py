@@ -12,6 +12,7 @@ from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.debiasing import Comparison
 from laplace_debiased.errors import ModelChangedError
+from laplace_debiased.estimation.report import FitReport
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.options import Scheme
 
@@ -54,6 +55,7 @@ class Fit:
             as steady an estimate of the scale. Of the latest fit, where fits were added; None
             where it was not computed.
         last_layer: name of the layer, where the fit is of a last layer.
+        report: where its time went; None for a fit that was read from a state.
     """
 
     curvature: Any
@@ -68,6 +70,7 @@ class Fit:
     model: ModelFingerprint
     effective_samples: float | None = None
     last_layer: str | None = None
+    report: FitReport | None = None
 
 
 def check_same_model(fit: Fit, present: ModelFingerprint) -> None:

@@ -15,7 +15,15 @@ from laplace_debiased.checks import check_representable, checked_flag, positive_
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.debiasing import BiasReport, bias_report
 from laplace_debiased.errors import NotFittedError
-from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target, run_fit
+from laplace_debiased.estimation import (
+    Arguments,
+    Fit,
+    FitReport,
+    FitRequest,
+    Structure,
+    Target,
+    run_fit,
+)
 from laplace_debiased.estimation.checkpoint import DEFAULT_INTERVAL
 from laplace_debiased.files import PathLike
 from laplace_debiased.likelihoods import (
@@ -159,11 +167,14 @@ class DebiasedPosterior(_Host):
             return f"{name}({head}, not fitted)"
         fit = self._fit
         prior = shortened(self.prior_precision.detach(), digits=4)
-        link = "" if self.tuned_link_approx is None else f", link={self.tuned_link_approx.value!r}"
+        link = ""
+        if self.likelihood not in predicting.MOMENTS:
+            link = f", link={(self.tuned_link_approx or LinkApprox.MC).value!r}"
+        time = "" if fit.report is None else f", fitted in {fit.report.seconds:.3g} s"
         return (
             f"{name}({head}, scheme={fit.scheme.value!r}, {fit.n_samples} of N={fit.n_data} "
             f"samples, {fit.coverage.n_covered} parameters ({100 * fit.coverage.share:.1f} % "
-            f"covered), prior_precision={prior}{link})"
+            f"covered), prior_precision={prior}{link}{time})"
         )
 
     # -- hyper-parameters ------------------------------------------------------------------
@@ -283,7 +294,7 @@ class DebiasedPosterior(_Host):
             train_loader: training data; B with a ``magnitude_loader``.
             override: replace an earlier fit; False adds to it. With ``n_samples`` further samples
                 are drawn and N stays; without, the new data extend the training set.
-            progress_bar: show progress.
+            progress_bar: show every stage while it runs, and at the end ``fit_report``.
             magnitude_loader: B̃; both loaders are then walked whole.
             n_samples: curvature budget in all, drawn from the training set behind the loader; None
                 for everything that the loader yields. "auto", Kronecker: 256 (2,048 for a last
@@ -399,6 +410,15 @@ class DebiasedPosterior(_Host):
             NotFittedError: before ``fit``.
         """
         return self.fitted.effective_samples
+
+    @property
+    def fit_report(self) -> FitReport | None:
+        """Where the time of the latest fit went; None for a posterior that was loaded.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        return self.fitted.report
 
     def bias_report(self) -> BiasReport:
         """Own-batch against other-batch curvature along the posterior's directions.

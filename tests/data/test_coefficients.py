@@ -13,12 +13,11 @@ from laplace_debiased.data import (
     draw_coefficients,
     draw_weighted_folds,
     magnitude_coefficients,
-    plan_from_loader,
     sampling_probabilities,
 )
 from laplace_debiased.data.plan import plan_of
 from tests.data.test_weighted import joint_law
-from tests.data.toys import Numbers
+from tests.data.toys import Numbers, plan_from_loader
 
 
 class Listed:

@@ -8,11 +8,17 @@ from torch.utils.data import DataLoader, RandomSampler, Subset, SubsetRandomSamp
 
 from laplace_debiased.data import (
     loader_length,
-    plan_from_loader,
     plan_from_two_loaders,
     split_batch,
 )
-from tests.data.toys import Numbers, NumberStream, same_walk, targets_by_fold, walk
+from tests.data.toys import (
+    Numbers,
+    NumberStream,
+    plan_from_loader,
+    same_walk,
+    targets_by_fold,
+    walk,
+)
 
 DATA = Numbers(20)
 

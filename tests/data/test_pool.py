@@ -1,11 +1,24 @@
 """Plans that sample where curvature is."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
-from laplace_debiased.data import plan_from_pool, sampling_probabilities, score_pool
-from tests.data.toys import Numbers, NumberStream, flat, peek, same_walk, targets_by_fold, walk
+from laplace_debiased.data import PoolScores, Supply, sampling_probabilities, score_pool
+from laplace_debiased.data import pool as pool_module
+from laplace_debiased.data.pool import MAX_POOL_SIZE, useful_pool_size
+from tests.data.toys import (
+    Numbers,
+    NumberStream,
+    flat,
+    peek,
+    plan_from_pool,
+    same_walk,
+    targets_by_fold,
+    walk,
+)
 
 
 def score(inputs, targets):
@@ -18,9 +31,9 @@ LOADER = DataLoader(Numbers(40), batch_size=6, shuffle=True)
 def test_scores_belong_to_their_samples():
     pool = torch.tensor([9, 3, 30])
     scores = score_pool(LOADER, pool, score, batch_size=2)
-    assert scores.h.tolist() == [10, 4, 31]
+    assert scores.scores.tolist() == [10, 4, 31]
     assert scores.losses.tolist() == [90, 30, 300]
-    assert scores.h.dtype == torch.float64
+    assert scores.scores.dtype == torch.float64
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -123,3 +136,66 @@ def test_stream_has_no_pool():
         plan_from_pool(
             DataLoader(NumberStream(9)), score, folds=1, n_samples=3, n_data=9, symmetric=True
         )
+
+
+def test_pool_grows_with_the_spread_of_scores_and_with_the_budget():
+    # c² = 3 and m = 256: (c²/M)(1 − M/P) = 1/4 · 1/8 / 256.
+    scores = torch.tensor([0.0] * 3 + [1.0]).repeat(1_000).double()
+    spread = float(scores.var() / scores.mean() ** 2)
+    for available in (3_000, 5_000):
+        size = useful_pool_size(scores, 256, available)
+        added = spread / size * (1 - size / available)
+        assert added <= 0.25 * 0.125 / 256 < spread / (size - 1) * (1 - (size - 1) / available)
+    assert useful_pool_size(scores, 8, 10**6) == 64 * 8
+    assert useful_pool_size(scores, 32, 10**6) == 64 * 32
+    assert useful_pool_size(scores, 256, 10**6) == MAX_POOL_SIZE
+    assert useful_pool_size(scores, 10**4, 10**6) == 10**4
+    assert useful_pool_size(torch.ones(50).double(), 8, 10**6) == 4 * 8
+    assert useful_pool_size(torch.zeros(50).double(), 8, 10**6) == 4 * 8
+
+
+def counted_score(seen):
+    def score(inputs, targets):
+        seen.append(targets)
+        return 1.0 + (targets % 7).double(), targets
+
+    return score
+
+
+def test_small_data_sets_are_scored_whole_and_large_ones_in_part():
+    for n, budget, scored in ((300, 10, 300), (5_000, 10, None)):
+        seen: list = []
+        loader = DataLoader(Numbers(n), batch_size=500)
+        plan = plan_from_pool(
+            loader, counted_score(seen), folds=2, n_samples=budget, symmetric=True
+        )
+        total = torch.cat(seen)
+        assert len(torch.unique(total)) == len(total)
+        if scored is not None:
+            assert len(plan.pool) == len(total) == scored
+        else:
+            # The pilot sample stays out of the pool, which stands for it as well.
+            assert 40 <= len(plan.pool) == len(total) - 40 < 700
+            assert plan.population == n
+
+
+def test_choosing_the_size_of_the_pool_by_scores_leaves_it_unbiased(monkeypatch):
+    # Every order of 7 samples: a pilot of 2, then a pool of 1 to 5 as the pilot's scores say.
+    h = torch.tensor([0.1, 0.1, 0.2, 0.5, 1.0, 3.0, 9.0]).double()
+    loader = DataLoader(Numbers(7), batch_size=7)
+    supply = Supply.of(loader, n_samples=1)
+    for name, value in {"_WHOLE": 1, "_PILOT": 2, "_LEAST_PILOT": 2, "_FEWEST": 1}.items():
+        monkeypatch.setattr(pool_module, name, value)
+    monkeypatch.setattr(pool_module, "_TOLERATED", 2.0)
+    means, with_pilot, sizes = [], [], set()
+    for order in itertools.permutations(range(7)):
+        monkeypatch.setattr(torch, "randperm", lambda n, generator, o=order: torch.tensor(o))
+        pool = pool_module._pool(
+            supply, None, 0, lambda indices: PoolScores(indices, h[indices], h[indices])
+        )
+        sizes.add(len(pool))
+        means.append(float(h[pool].mean()))
+        with_pilot.append(float(h[[*order[:2], *pool.tolist()]].mean()))
+    assert len(sizes) > 2
+    assert sum(means) / len(means) == pytest.approx(float(h.mean()), rel=1e-12)
+    assert abs(sum(with_pilot) / len(means) - float(h.mean())) > 0.02

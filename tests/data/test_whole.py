@@ -14,8 +14,16 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from laplace_debiased.data import plan_from_loader
-from tests.data.toys import Numbers, NumberStream, flat, peek, same_walk, targets_by_fold, walk
+from tests.data.toys import (
+    Numbers,
+    NumberStream,
+    flat,
+    peek,
+    plan_from_loader,
+    same_walk,
+    targets_by_fold,
+    walk,
+)
 
 LOADERS = {
     "sequential": lambda n: DataLoader(Numbers(n), batch_size=4),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from laplace_debiased.data import Batch, CurvaturePlan
+from laplace_debiased.checks import checked_integer
+from laplace_debiased.data import Batch, CurvaturePlan, Supply, plan_by_curvature, plan_from_supply
 from laplace_debiased.network.rng import RngState
 
 
@@ -40,6 +41,18 @@ class NumberStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = np.arange(self.n) if self.restless is None else self.restless.permutation(self.n)
         return ((torch.full((3,), float(i)), torch.tensor(i)) for i in order)
+
+
+def plan_from_loader(loader, *, folds, n_samples=None, n_data=None, exclude=frozenset(), **options):
+    n_folds = checked_integer("folds", folds)
+    supply = Supply.of(loader, n_samples=n_samples, n_data=n_data, n_folds=n_folds)
+    return plan_from_supply(supply.without(exclude), folds=folds, **options)
+
+
+def plan_from_pool(loader, score, *, folds, n_samples, n_data=None, exclude=frozenset(), **options):
+    budget = checked_integer("n_samples", n_samples)
+    supply = Supply.of(loader, n_samples=budget, n_data=n_data, n_folds=folds).without(exclude)
+    return plan_by_curvature(supply, score, folds=folds, **options)
 
 
 def walk(plan: CurvaturePlan) -> list[Batch]:

@@ -224,7 +224,7 @@ def test_magnitudes_along_another_basis_start_anew(tmp_path: Path, monkeypatch: 
     expected.fit(loader(), n_samples=None)
     interrupted(path, 8, posterior(), n_samples=None)
     record = torch.load(path, weights_only=True)
-    walk = record["walks"]["directional curvature"]
+    walk = record["walks"]["magnitudes"]
     assert walk["position"] == 2
     walk["key"] = "another"
     for sums in walk["sums"]:

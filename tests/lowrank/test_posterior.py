@@ -6,9 +6,9 @@ import pytest
 import torch
 from laplace import Laplace
 
-from laplace_debiased.data import plan_from_loader
 from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.posterior import DebiasedLowRankLaplace
+from tests.data.toys import plan_from_loader
 from tests.lowrank.problems import (
     ARCHITECTURES,
     Case,
