@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from typing import Any
@@ -81,6 +82,9 @@ def main(n_interrupts: int) -> None:
             handler.listening = False
         except KeyboardInterrupt:
             handler.listening = False
+        except Exception:
+            handler.listening = False
+            wrong.append(f"{name}: {traceback.format_exc()}")
         reached[name] += handler.raised > was
         sender.stdout.readline()
         wrong += [f"{name}: {problem}" for problem in problems(w, name, before, handler)]
