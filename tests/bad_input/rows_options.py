@@ -349,7 +349,7 @@ ROWS = [
             nn.Sequential(w.linear(), nn.Tanh()), subset_of_weights="last_layer"
         ).fit(w.loader()),
         "ValueError",
-        ("last linear layer '0.0'", "not"),
+        ("last layer '0.0'", "linear"),
     ),
     Row(
         AREA,
