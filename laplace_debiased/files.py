@@ -90,7 +90,7 @@ def write_record(path: PathLike, kind: str, version: int, payload: Mapping[str, 
         with file:
             if mode is not None:
                 os.chmod(temporary, mode)
-            torch.save(record, file)
+            _written(record, file)
             file.flush()
             os.fsync(file.fileno())
             # Renamed while the file is open and locked: no other writer takes it for a leftover.
@@ -250,6 +250,16 @@ def _locked(file: BinaryIO) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def _written(record: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(record, file)
+    except RuntimeError as error:
+        # Cut off by an interrupt or a full disk, torch's writer complains of the file's end.
+        if isinstance(error.__context__, KeyboardInterrupt | OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _remove_leftovers(target: Path) -> None:

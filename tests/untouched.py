@@ -85,25 +85,26 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def world_of(model: nn.Module, *loaders: Any) -> dict[str, Any]:
+    """A snapshot of a model, of all random generators, and of torch's settings."""
+    return {
+        "modules": _modules(model),
+        "tensors": _tensors(model),
+        "generators": _generators(loaders),
+        "globals": _globals(),
+    }
+
+
 @contextmanager
 def untouched(model: nn.Module, *loaders: Any) -> Iterator[None]:
     """Assert that model, gradients, modes, hooks, attributes and generators come out unchanged.
 
     Also when an exception passes through.
     """
-
-    def snapshot() -> dict[str, Any]:
-        return {
-            "modules": _modules(model),
-            "tensors": _tensors(model),
-            "generators": _generators(loaders),
-            "globals": _globals(),
-        }
-
-    before = snapshot()
+    before = world_of(model, *loaders)
     try:
         yield
     finally:
-        after = snapshot()
+        after = world_of(model, *loaders)
         changed = [name for name in before if not equal(before[name], after[name])]
         assert not changed, f"changed: {changed}"

@@ -26,6 +26,7 @@ from laplace_debiased.calibration.reliability import (
     plot_reliability_bins,
     reliability_bins,
 )
+from laplace_debiased.network.modes import public_call
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,6 +128,7 @@ class Evaluation:
         return "\n".join([type(self).__name__, *lines])
 
 
+@public_call
 def evaluate(
     la_or_probs: Any,
     loader: Targets,
@@ -261,7 +263,7 @@ def _mean_nll(predictions: ClassPredictions) -> float:
         warnings.warn(
             f"{int(zeros.sum())} of {len(nll)} labels have probability zero; each counts as "
             f"{-np.log(predictions.floor):.1f} nats in the NLL. Predict in a wider dtype.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return float(predictions.summed(nll).mean())
 

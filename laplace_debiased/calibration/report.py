@@ -8,6 +8,7 @@ import numpy as np
 from laplace_debiased.calibration import metrics
 from laplace_debiased.calibration.batches import FloatArray, IntArray, Targets
 from laplace_debiased.calibration.predictions import ClassPredictions, Options, predict
+from laplace_debiased.network.modes import public_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ class PredictiveReport:
         return {name: column for name, column in columns.items() if column is not None}
 
 
+@public_call
 def predictive_report(
     la_or_probs: Any,
     loader: Targets,

@@ -28,7 +28,7 @@ from laplace_debiased.calibration.batches import (
 )
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.inputs import invoke
-from laplace_debiased.network.modes import undisturbed
+from laplace_debiased.network.modes import public_call, undisturbed
 from laplace_debiased.network.rng import preserved_rng
 
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
@@ -64,6 +64,7 @@ class TemperatureScaling:
         return softmax(logits / self.temperature, axis=-1)
 
 
+@public_call
 def fit_temperature(
     logits_or_model: torch.Tensor | np.ndarray | nn.Module,
     val_loader: Targets,
@@ -197,6 +198,6 @@ def _at_bound(log_temperature: float, reason: str) -> float:
     warnings.warn(
         f"the optimal temperature lies beyond {math.exp(log_temperature):g}, as it does when "
         f"{reason}; fit it on more, or on other, validation data.",
-        stacklevel=5,
+        stacklevel=6,
     )
     return log_temperature

@@ -56,18 +56,17 @@ class FeaturePass:
         Raises:
             ValueError: if the outputs are not W φ + b.
         """
-        inputs = to_device(inputs, self.device)
+        inputs, head = to_device(inputs, self.device), self.layer.module
+        assert isinstance(head, nn.Linear)
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
-            with evaluation_mode(self.model), watching(self.layer.module) as seen:
+            with evaluation_mode(self.model), watching(head) as seen:
                 outputs = invoke(self.model, inputs)
         if not isinstance(outputs, Tensor) or seen.features is None:
             raise ValueError(
                 f"the network does not return the outputs of its last layer {self.layer.name!r}."
             )
         check_outputs(outputs, batch_length(inputs))
-        head = self.layer.module
-        assert isinstance(head, nn.Linear)
         features = reduced(seen.features, self.reduction)
         dtypes = [*seen.dtypes, outputs.dtype, features.dtype, head.weight.dtype]
         outputs, features = full_precision(outputs), full_precision(features)

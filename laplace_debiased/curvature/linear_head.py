@@ -56,10 +56,10 @@ def check_linear_head(
             found = f"they have shape {tuple(outputs.shape)}, the layer's {tuple(expected.shape)}"
     raise ValueError(
         f"the network's outputs are not those of its last layer {name!r}: {found}. A last-layer "
-        "posterior needs outputs W φ + b, not scaled, capped, reduced or normalised afterwards. "
-        "Fold a scale into the layer's weights, pass the feature_reduction that the model applies "
-        "('pick_first', 'pick_last' or 'average'), or take subset_of_weights='all' with all other "
-        "weights frozen."
+        "posterior needs outputs W φ + b of a linear layer, not scaled, capped, reduced or "
+        "normalised afterwards. Fold a scale into the layer's weights, pass the feature_reduction "
+        "that the model applies ('pick_first', 'pick_last' or 'average'), or take "
+        "subset_of_weights='all' with all other weights frozen."
     )
 
 

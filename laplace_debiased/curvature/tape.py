@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.rules.attention import ProjectionsApart, attention_layers
 from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors
+from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.modes import evaluation_mode, requiring_grad
 
 Calls = tuple[tuple[Tensor, ...], ...]
@@ -121,7 +122,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@contextmanager
+@unbroken
 def _recording(
     model: nn.Module,
     layers: tuple[Layer, ...],

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp
 from tqdm import tqdm
 
 from laplace_debiased.checks import checked_integer, generator_seed
@@ -41,8 +41,8 @@ from laplace_debiased.diagnostics.measure import Matrix, pieces
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import select_rows
-from laplace_debiased.network.modes import differentiable_kernels, undisturbed
-from laplace_debiased.network.transforms import Parameters
+from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
+from laplace_debiased.network.transforms import Parameters, vmap
 from laplace_debiased.options import parse_choice
 
 _GRAM_MAX_BYTES = 2 * 2**30
@@ -78,6 +78,7 @@ class Eigenpairs:
     n_samples: int
 
 
+@public_call
 def top_eigenpairs(
     model: nn.Module,
     likelihood: str,

@@ -36,7 +36,7 @@ from laplace_debiased.diagnostics.profile import (
 )
 from laplace_debiased.diagnostics.summary import BiasSummary
 from laplace_debiased.likelihoods import loss_model
-from laplace_debiased.network.modes import differentiable_kernels, undisturbed
+from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class KfacProfile:
         return tuple(weights[int(place)] for place in places.round())
 
 
+@public_call
 def kfac_profile(
     model: nn.Module,
     likelihood: str,

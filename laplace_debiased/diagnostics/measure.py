@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp
 from tqdm import tqdm
 
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
@@ -31,6 +31,7 @@ from laplace_debiased.network.transforms import (
     Parameters,
     directional_outputs,
     sample_axes,
+    vmap,
     with_batch_axis,
 )
 

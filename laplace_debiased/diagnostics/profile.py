@@ -16,7 +16,7 @@ from laplace_debiased.diagnostics.measure import Derivatives, Matrix, measure_di
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.diagnostics.plots import plot_columns, plot_quadratics
 from laplace_debiased.diagnostics.summary import BiasSummary, summarise
-from laplace_debiased.network.modes import differentiable_kernels, undisturbed
+from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.options import parse_choice
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def profile_from_directions(
     )
 
 
+@public_call
 def directional_profile(
     model: nn.Module,
     likelihood: str,
@@ -261,6 +262,7 @@ def directional_profile(
     return profile.with_weight_decay(weight_decay)
 
 
+@public_call
 def directional_quadratic(
     model: nn.Module,
     likelihood: str,

@@ -17,7 +17,6 @@ from laplace_debiased.network.inputs import (
     logits_of,
     to_device,
 )
-from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import HALF_DTYPES, full_precision
@@ -39,19 +38,15 @@ class FunctionalNetwork:
 
     def parameters(self) -> Parameters:
         """Current values of the covered parameters, detached."""
-        # Another thread may be running a sampled network, whose weights are in the model meanwhile.
-        with model_lock(self.model):
-            named = dict(self.model.named_parameters())
+        named = dict(self.model.named_parameters())
         return {name: full_precision(named[name].detach()) for name in self.names}
 
     def constants(self) -> Parameters:
         """What has to replace the model's other entries: those in half precision."""
         covered = frozenset(self.names)
-        with model_lock(self.model):
-            entries = [*self.model.named_parameters(), *self.model.named_buffers()]
         return {
             name: value.detach().float()
-            for name, value in entries
+            for name, value in (*self.model.named_parameters(), *self.model.named_buffers())
             if name not in covered and value.dtype in HALF_DTYPES
         }
 

@@ -17,7 +17,6 @@ __all__ = [
     "AttributeDict",
     "batch_length",
     "call_arguments",
-    "calling_by_signature",
     "described",
     "explained_failure",
     "invoke",
@@ -235,29 +234,6 @@ def described(inputs: Any) -> str:
     if isinstance(inputs, tuple | list):
         return "(" + ", ".join(described(value) for value in inputs) + ")"
     return type(inputs).__name__
-
-
-@contextmanager
-def calling_by_signature(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model(inputs)`` is ``invoke(model, inputs)``, for callers who know but that."""
-
-    def rewrite(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if kwargs or len(args) != 1:
-            return None
-        return call_arguments(module, args[0])
-
-    def unpack(module: nn.Module, args: tuple, outputs: Any) -> Any:
-        return logits_of(outputs)
-
-    handles = [
-        model.register_forward_pre_hook(rewrite, with_kwargs=True),
-        model.register_forward_hook(unpack),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def plain_tensors(inputs: Any) -> Any:

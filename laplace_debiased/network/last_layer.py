@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from laplace_debiased.network.inputs import invoke, select_rows, to_device
+from laplace_debiased.network.inputs import invoke, select_rows, tensors_of, to_device
+from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.modes import evaluation_mode
 
+_PRODUCTS = frozenset(
+    {
+        functional.linear,
+        torch.matmul,
+        torch.mm,
+        torch.addmm,
+        torch.einsum,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        Tensor.mm,
+        Tensor.addmm,
+    }
+)
+"""The functions by which a model may apply its last layer."""
 
-@dataclass
-class SeenCall:
-    """What a layer read and wrote in one forward pass.
+
+class SeenCall(TorchFunctionMode):
+    """Notes what a layer reads and writes, from the torch functions that are given its weight.
 
     Attributes:
         features: its input, in the network's dtype and with its graph; None before the pass.
         dtypes: dtypes of its outputs: casts inside the model show nowhere else.
     """
 
-    features: Tensor | None = None
-    dtypes: list[torch.dtype] = field(default_factory=list)
+    def __init__(self, weight: Tensor, width: int) -> None:
+        super().__init__()
+        self._weight, self._width = weight, width
+        self.features: Tensor | None = None
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and isinstance(output, Tensor):
+            given = list(tensors_of((*args, *(kwargs or {}).values())))
+            read = [t for t in given if t.ndim and t.shape[-1] == self._width]
+            features = [t for t in read if not is_of(t, self._weight)]
+            if features and any(is_of(t, self._weight) for t in given):
+                self.features = features[0]
+                self.dtypes.append(output.dtype)
+        return output
 
 
-@contextmanager
-def watching(layer: nn.Module) -> Iterator[SeenCall]:
-    """Note what a layer reads and writes, for as long as the context lasts."""
-    seen = SeenCall()
+def is_of(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is the parameter or a view of it, as its transpose is."""
+    return tensor is parameter or (tensor._is_view() and tensor._base is parameter)
 
-    def note(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        seen.features = args[0] if args else kwargs["input"]
-        seen.dtypes.append(output.dtype)
 
-    handle = layer.register_forward_hook(note, with_kwargs=True)
-    try:
+@unbroken
+def watching(layer: nn.Linear) -> Iterator[SeenCall]:
+    """Note what a layer reads and writes in the block, without a hook in it."""
+    with SeenCall(layer.weight, layer.in_features) as seen:
         yield seen
-    finally:
-        handle.remove()
 
 
 def reduced(features: Tensor, reduction: FeatureReduction | None) -> Tensor:
@@ -57,7 +88,7 @@ def reduced(features: Tensor, reduction: FeatureReduction | None) -> Tensor:
 class LastLayerNetwork(FeatureExtractor):
     """laplace-torch's feature extractor around the user's own network, without a trace in it.
 
-    Its hook lives for one forward pass; the network is neither copied nor changed.
+    It listens to the torch functions of a forward pass; the network is neither copied nor changed.
 
     Args:
         model: the user's network.
@@ -100,8 +131,44 @@ class LastLayerNetwork(FeatureExtractor):
         return self.model(x)
 
 
+class _LastRead(TorchFunctionMode):
+    """Notes which parameter a torch function has computed with last.
+
+    Args:
+        parameters: those that count.
+
+    Attributes:
+        last: the parameter; None before the pass.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._parameters = {id(parameter): parameter for parameter in parameters}
+        self.last: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = list(tensors_of((*args, *(kwargs or {}).values())))
+        own = [t._base if t._is_view() else t for t in given]
+        read = [t for t in own if id(t) in self._parameters]
+        if len(read) < len(own):  # one alone is looked at, transposed or cast
+            self.last = next(iter(read), self.last)
+        return func(*args, **(kwargs or {}))
+
+
+@unbroken
+def _noting(model: nn.Module) -> Iterator[_LastRead]:
+    with torch.no_grad(), evaluation_mode(model), _LastRead(model.parameters()) as noted:
+        yield noted
+
+
 def found_last_layer(model: nn.Module, inputs: Any) -> str:
-    """Name of the layer without children that a forward pass calls last.
+    """Name of the layer whose parameter a forward pass reads last.
 
     Args:
         model: the network.
@@ -112,35 +179,28 @@ def found_last_layer(model: nn.Module, inputs: Any) -> str:
     """
     device = next(model.parameters()).device
     sample = select_rows(to_device(inputs, device), slice(0, 1))
-    called: dict[str, nn.Module] = {}
-
-    def noting(name: str) -> Any:
-        def note(module: nn.Module, _inputs: Any, _outputs: Any) -> None:
-            if name and next(module.children(), None) is None:
-                called.pop(name, None)
-                called[name] = module
-
-        return note
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluation_mode(model))
-        for name, module in model.named_modules():
-            stack.callback(module.register_forward_hook(noting(name)).remove)
+    with _noting(model) as noted:
         invoke(model, sample)
-    if not called:
+    owners = {
+        name: module
+        for name, module in model.named_modules()
+        if any(entry is noted.last for entry in module._parameters.values())
+    }
+    if noted.last is None or not list(model.children()):
         raise ValueError(
             f"the model is a single {type(model).__name__}, which leaves no features before its "
             "last layer: use subset_of_weights='all'."
         )
-    name, last = next(reversed(called.items()))
-    if not isinstance(last, nn.Linear):
-        raise ValueError(
-            f"the layer that the model calls last is {name!r}, a {type(last).__name__}; a "
-            "last-layer posterior needs a linear one. Use model with a linear last layer, name "
-            "yours with last_layer_name, or take subset_of_weights='all'."
-        )
-    return name
+    for name, module in owners.items():
+        if isinstance(module, nn.Linear):
+            return name
+    name, last = next(iter(owners.items()))
+    found = f"layer {name!r}, a {type(last).__name__}" if name else "a parameter of its own"
+    raise ValueError(
+        f"the last that the model computes with is {found}; a "
+        "last-layer posterior needs a linear one. Use model with a linear last layer, name "
+        "yours with last_layer_name, or take subset_of_weights='all'."
+    )
 
 
 def check_last_layer_name(model: nn.Module, name: str | None) -> None:

@@ -1,4 +1,4 @@
-"""One lock per model, held while its mode, hooks or weights differ."""
+"""One lock per model, held while its mode or hooks differ."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from laplace_debiased.network.interrupts import let_through, unbroken
+
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, ModelLock] = weakref.WeakKeyDictionary()
 _REGISTRY_LOCK = threading.Lock()
 _SERIAL = itertools.count()
+_PATIENCE = 0.05
+"""Seconds between two looks at whether the user wants to wait no longer."""
 
 
 class ModelLock:
-    """A re-entrant lock over a model's modules, held while their mode, hooks or weights differ.
+    """A re-entrant lock over a model's modules, held while their mode or hooks differ.
 
     Args:
         parts: the locks that it stands for; taken in order of creation, so that two models which
@@ -32,21 +36,19 @@ class ModelLock:
         """The locks that it stands for."""
         return self._parts
 
-    def __enter__(self) -> ModelLock:
-        held = []
+    @unbroken
+    def held(self) -> Iterator[None]:
+        """Hold it in the block; waiting for it can be interrupted."""
+        taken = []
         try:
             for part in self._parts:
-                part.lock.acquire()
-                held.append(part)
-        except BaseException:  # an interrupt between two of them
-            for part in reversed(held):
+                while not part.lock.acquire(timeout=_PATIENCE):
+                    let_through()
+                taken.append(part)
+            yield
+        finally:
+            for part in reversed(taken):
                 part.lock.release()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for part in reversed(self._parts):
-            part.lock.release()
 
 
 @dataclass(frozen=True, order=True)
@@ -55,11 +57,18 @@ class _Part:
     lock: threading.RLock = field(compare=False, default_factory=threading.RLock)
 
 
-def model_lock(model: nn.Module) -> ModelLock:
-    """One lock per model; models that share a module (a wrapper, a backbone) exclude each other.
+@unbroken
+def model_lock(model: nn.Module) -> Iterator[None]:
+    """Hold the model's lock in the block.
 
     Whoever predicts with the same model waits for their turn; other models go on meanwhile.
     """
+    with lock_of(model).held():
+        yield
+
+
+def lock_of(model: nn.Module) -> ModelLock:
+    """One lock per model; models that share a module (a wrapper, a backbone) exclude each other."""
     with _REGISTRY_LOCK:
         known = _LOCKS.get(model)
         if known is not None:

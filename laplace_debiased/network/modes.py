@@ -3,28 +3,34 @@
 Guards, from the narrow to the wide: ``requiring_grad`` and ``evaluation_mode`` around a forward
 pass, ``differentiable_kernels`` around derivatives of one, ``undisturbed`` around all that a call
 of the library does with a model and a loader. ``eager_execution`` and ``math_attention`` are
-choices of the whole process; nothing else sets them.
+choices of the whole process; nothing else sets them. ``public_call`` stands at the entry.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
-@contextmanager
+@unbroken
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode inside; each module's own mode restored on the way out.
 
@@ -35,16 +41,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         ValueError: if a forward pass would overwrite weights, before there is one.
     """
     with model_lock(model), eager_execution():
-        modes = [(module, module.training) for module in model.modules()]
-        if any(_rewrites_weights(module) for module, _ in modes):
+        modules = list(model.modules())
+        if any(map(_rewrites_weights, modules)):
             _refuse_rewritten_weights(model)
+        training = [module for module in modules if module.training]
         try:
-            for module, _ in modes:
+            for module in training:
                 module.training = False
             yield
         finally:
-            for module, training in modes:
-                module.training = training
+            for module in training:
+                module.training = True
 
 
 def _rewrites_weights(module: nn.Module) -> bool:
@@ -78,7 +85,7 @@ class _Switch:
         self._inside = 0
         self._restore = ExitStack()
 
-    @contextmanager
+    @unbroken
     def __call__(self) -> Iterator[None]:
         with self._lock:
             if self._inside == 0:
@@ -104,7 +111,7 @@ def _run_eagerly(stack: ExitStack) -> None:
 _EAGER = _Switch(_run_eagerly)
 
 
-@contextmanager
+@unbroken
 def eager_execution() -> Iterator[None]:
     """Compiled code runs as it was written while anyone is inside."""
     # Whoever compiles has imported the compiler; doing it here would cost the others seconds.
@@ -123,14 +130,14 @@ def _choose_math_attention(stack: ExitStack) -> None:
 _ATTENTION = _Switch(_choose_math_attention)
 
 
-@contextmanager
+@unbroken
 def math_attention() -> Iterator[None]:
     """Plain attention kernels, which forward mode and vmap support, while anyone is inside."""
     with _ATTENTION():
         yield
 
 
-@contextmanager
+@unbroken
 def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Parameters that require gradients inside; those that did not are frozen again outside.
 
@@ -147,7 +154,7 @@ def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-@contextmanager
+@unbroken
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and kernels that forward mode and vmap support; all restored after.
 
@@ -164,7 +171,7 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
+@unbroken
 def undisturbed(
     model: nn.Module | None, *, generators: Iterable[torch.Generator] = ()
 ) -> Iterator[None]:
@@ -195,3 +202,27 @@ def undisturbed(
                 if parameter.data_ptr() != data.data_ptr():
                     parameter.data = data
                 parameter.grad = grad
+
+
+@unbroken
+def _grad_mode_kept() -> Iterator[None]:
+    enabled = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(enabled)
+
+
+def public_call(function: Callable[P, T]) -> Callable[P, T]:
+    """What a user calls; an interrupt anywhere in it leaves torch's grad mode as it was.
+
+    ``torch.no_grad`` and its like can be interrupted between setting the mode and the block. The
+    guard also stands for those inside of it: they find a handler in place.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _grad_mode_kept():
+            return function(*args, **kwargs)
+
+    return call

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from laplace_debiased.network.interrupts import unbroken
+
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-@contextmanager
+@unbroken
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """No automatic casts inside: sums of squares are formed in the precision of their terms.
 

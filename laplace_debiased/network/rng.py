@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from laplace_debiased.checks import generator_seed
+from laplace_debiased.network.interrupts import unbroken
 
 __all__ = ["RngState", "derived_seed", "guarded_iter", "preserved_rng", "undrawn_on_failure"]
 
@@ -87,7 +87,7 @@ def _seed_all(seed: int, generators: Iterable[torch.Generator]) -> None:
         generator.manual_seed(seed)
 
 
-@contextmanager
+@unbroken
 def preserved_rng(
     seed: int | None = None, *, generators: Iterable[torch.Generator] = ()
 ) -> Iterator[None]:
@@ -152,7 +152,7 @@ def guarded_iter(
         yield item
 
 
-@contextmanager
+@unbroken
 def undrawn_on_failure(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
     """Where an exception passes through, what was drawn inside has not been drawn.
 

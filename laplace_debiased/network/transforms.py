@@ -7,12 +7,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import jvp
 
 from laplace_debiased.network.inputs import batch_length
+from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.precision import HALF_DTYPES
 
 Parameters = dict[str, Tensor]
+
+
+def vmap(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """``torch.vmap``, whose calls run to their end: an interrupt is let through after them.
+
+    The transformations of ``torch.func`` keep levels and flags for the whole process, and an
+    interrupt between two of them leaves some behind: no derivative can be taken any more.
+    """
+    mapped = torch.vmap(function, *args, **kwargs)
+
+    def call(*inputs: Any) -> Any:
+        with uninterrupted():
+            return mapped(*inputs)
+
+    return call
+
+
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """``torch.func.vjp``, run to its end as ``vmap`` is."""
+    with uninterrupted():
+        outputs, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
+    return outputs, pull
 
 
 def sample_rows(

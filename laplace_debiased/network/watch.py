@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from laplace_debiased.errors import ModelChangedError
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint, named_tensors
-from laplace_debiased.network.locks import model_lock
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VERSION = attrgetter("_version")
@@ -89,14 +88,12 @@ class ModelWatch:
         Raises:
             ModelChangedError: naming what changed.
         """
-        # Sampled networks swap their weights under this lock.
-        with model_lock(model):
-            if self._glance is not None and self._glance.still_holds():
-                return False
-            changes = self.reference.differences(fingerprint(model))
-            if not changes:
-                self._glance = _glance_at(model)
-                return True
+        if self._glance is not None and self._glance.still_holds():
+            return False
+        changes = self.reference.differences(fingerprint(model))
+        if not changes:
+            self._glance = _glance_at(model)
+            return True
         more = f" and {len(changes) - _MAX_NAMED} more" if len(changes) > _MAX_NAMED else ""
         raise ModelChangedError(
             "the model is not the one that this posterior was fitted to: "

@@ -6,6 +6,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
+from laplace_debiased.network.modes import public_call
 from laplace_debiased.optim.krylov import Krylov
 from laplace_debiased.optim.line import Line, NonPositiveCurvature, restrict
 from laplace_debiased.optim.matvec import Matvec, as_matvec
@@ -14,6 +15,7 @@ from laplace_debiased.optim.result import CGResult, Point, Row, collect
 from laplace_debiased.optim.termination import DEFAULT_TERMINATION, StopReason, Termination
 
 
+@public_call
 def debiased_cg(
     quadratic_directions: Quadratic,
     quadratic_magnitudes: Quadratic | None = None,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, assert_never
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.inputs import batch_length, call_arguments, logits_of, to_device
-from laplace_debiased.network.modes import differentiable_kernels, undisturbed
+from laplace_debiased.network.interrupts import unbroken
+from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.network.substitution import call_with
 from laplace_debiased.optim.matvec import Matvec
@@ -39,6 +39,7 @@ class Curvature(StrEnum):
     HESSIAN = "hessian"
 
 
+@public_call
 def model_quadratic(
     model: nn.Module,
     loss_func: nn.Module,
@@ -193,7 +194,7 @@ class _RecordedCurvature:
         return image
 
 
-@contextmanager
+@unbroken
 def _fixed_function(model: nn.Module) -> Iterator[None]:
     """One deterministic, twice differentiable function: a quadratic needs it at each product.
 

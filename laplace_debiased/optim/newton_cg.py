@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.network.interrupts import uninterrupted
+from laplace_debiased.network.modes import public_call
 from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt
 from laplace_debiased.optim.line import NonPositiveCurvature
 from laplace_debiased.optim.model_quadratic import Curvature, ModelLoss
@@ -118,6 +120,7 @@ class NewtonCG(torch.optim.Optimizer):
             raise ValueError("params must form one group: a Newton step couples all of them.")
         super().add_param_group(param_group)
 
+    @public_call
     def step(  # type: ignore[override]
         self, closure: Callable[[], MiniBatches] | None = None
     ) -> float:
@@ -143,12 +146,13 @@ class NewtonCG(torch.optim.Optimizer):
         displacement, report = newton_step(
             loss, batches, self._settings, float(group["lr"]), float(group["damping"])
         )
-        if report.step_size != 0.0:
-            _move(loss.params, displacement)
-        group["damping"] = report.next_damping
-        group["n_steps"] += 1
-        group["sample_gradients"] += report.sample_gradients
-        self.last_step = report
+        with uninterrupted():
+            if report.step_size != 0.0:
+                _move(loss.params, displacement)
+            group["damping"] = report.next_damping
+            group["n_steps"] += 1
+            group["sample_gradients"] += report.sample_gradients
+            self.last_step = report
         return report.loss
 
     def _loss(self) -> ModelLoss:

@@ -31,7 +31,9 @@ from laplace_debiased.likelihoods import (
     residual_noise,
 )
 from laplace_debiased.network.identity import ModelFingerprint
+from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.posterior import predicting, priors, saving, state
 from laplace_debiased.posterior.predicting import (
@@ -275,6 +277,7 @@ class DebiasedPosterior(_Host):
 
     # -- fitting ---------------------------------------------------------------------------
 
+    @public_call
     def fit(
         self,
         train_loader: DataLoader,
@@ -342,9 +345,10 @@ class DebiasedPosterior(_Host):
         noise = None
         if self._arguments.residual_noise:
             noise = residual_noise(fit.mean_loss, fit.n_outputs)
-        self._adopt(fit)
-        if noise is not None:
-            self.sigma_noise = noise
+        with uninterrupted():
+            self._adopt(fit)
+            if noise is not None:
+                self.sigma_noise = noise
 
     def _check_priors(self, coverage: Coverage) -> None:
         """Refuse a coverage that the present priors do not fit."""
@@ -447,7 +451,7 @@ class DebiasedPosterior(_Host):
         if self._watch is None:
             return
         model = self._target.model
-        with model_lock(model):
+        with model_lock(model), uninterrupted():
             if self._watch.check(model):
                 # A layer may have been replaced by its equal: who refers to the old one sees none.
                 assert self._fit is not None
@@ -471,6 +475,7 @@ class DebiasedPosterior(_Host):
         dependencies = predictor, self.prior_precision, self.sigma_noise, self.temperature
         return self._prepared.get(build, *dependencies, differentiable=differentiable)
 
+    @public_call
     def log_marginal_likelihood(
         self,
         prior_precision: Tensor | None = None,
@@ -488,7 +493,7 @@ class DebiasedPosterior(_Host):
         before = self._prior_precision, self._sigma_noise
         try:
             return super().log_marginal_likelihood(prior_precision, sigma_noise)
-        except Exception:
+        except BaseException:
             self._prior_precision, self._sigma_noise = before
             raise
 
@@ -511,6 +516,7 @@ class DebiasedPosterior(_Host):
         """
         return state.to_state(self.fitted, self._structure, self._hyper_parameters())
 
+    @public_call
     def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
         """Restore :meth:`state_dict`.
 
@@ -530,9 +536,10 @@ class DebiasedPosterior(_Host):
             self.likelihood,
             check_weights=check_weights,
         )
-        self._adopt(found.fit, found.model)
-        for name, value in found.hyper_parameters.items():
-            setattr(self, name, value)
+        with uninterrupted():
+            self._adopt(found.fit, found.model)
+            for name, value in found.hyper_parameters.items():
+                setattr(self, name, value)
 
     def _hyper_parameters(self) -> dict[str, Any]:
         """What a state holds beside the fit."""

@@ -38,7 +38,7 @@ def last_layer_target(
 class DebiasedKronLLLaplace(DebiasedKronLaplace, KronLLLaplace):
     """Kronecker posterior over the last layer, whose predictive needs no Jacobian.
 
-    It works on the user's own network: a hook lives for one forward pass. The last layer is the one
+    It works on the user's own network, without a hook in it. The last layer is the one
     that ``last_layer_name`` says, or is found by one forward pass at every ``fit``. Everything else
     is as in :class:`DebiasedKronLaplace`; magnitudes of the last layer need no backward pass, and
     in classification (with ``fisher="type2"``) C² operations per sample.

@@ -17,6 +17,7 @@ from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.estimation import Target
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, gaussian_samples, softmax
+from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.options import parse_choice
@@ -193,6 +194,7 @@ def check_generator(generator: torch.Generator | None, device: torch.device) -> 
         raise ValueError(f"generator must be a torch.Generator on the model's device {device}.")
 
 
+@public_call
 def predict(
     self: Fitted,
     x: Inputs,
@@ -261,6 +263,7 @@ def linearised(self: Fitted) -> Predictive:
     return Predictive(self.predictor, precision, link, self._device, self.enable_backprop)
 
 
+@public_call
 def host_moments(
     self: Fitted, X: Inputs, joint: bool = False, diagonal_output: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -268,6 +271,7 @@ def host_moments(
     return linearised(self).host_moments(X, joint=joint, diagonal_output=diagonal_output)
 
 
+@public_call
 def functional_samples(
     self: Fitted,
     x: Inputs,
@@ -285,6 +289,7 @@ def functional_samples(
     return gaussian_samples(*moments, n_samples, generator)
 
 
+@public_call
 def predictive_samples(
     self: Fitted,
     x: Inputs,
@@ -338,6 +343,6 @@ def _link(self: Fitted, link_approx: LinkApprox | str | None, pred: PredType) ->
             f"the prior precision was tuned for link_approx={tuned.value!r}, but this "
             f"prediction uses {link.value!r}.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return link

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -17,6 +16,8 @@ from laplace_debiased.checks import shortened
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.estimation import Arguments, Structure, Target
+from laplace_debiased.network.interrupts import unbroken, uninterrupted
+from laplace_debiased.network.modes import public_call
 from laplace_debiased.posterior.predicting import checked_link, checked_pred_type
 from laplace_debiased.predictive import Predictor
 from laplace_debiased.tuning import PriorGrid, Subject, TuningResult
@@ -159,6 +160,7 @@ class Tunable(Protocol):
         """The posterior predictive."""
 
 
+@public_call
 def optimize_prior_precision(
     self: Tunable,
     pred_type: PredType | str = PredType.GLM,
@@ -245,9 +247,10 @@ def optimize_prior_precision(
         result = call.search(_subject(self), grid)
         link = links[0] if result.link is None else LinkApprox(result.link)
         best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
-    self.prior_precision = best
-    self.tuning_result, self.tuned_link_approx = result, link
-    self._warned_about_link = False
+    with uninterrupted():
+        self.prior_precision = best
+        self.tuning_result, self.tuned_link_approx = result, link
+        self._warned_about_link = False
     if verbose:
         print(f"Optimized prior precision is {self.prior_precision}.")
 
@@ -303,7 +306,7 @@ def _sampled_at(
         )
 
 
-@contextmanager
+@unbroken
 def _prior_set_to(self: Tunable, prior: Tensor) -> Iterator[None]:
     before = self._prior_precision
     try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from enum import Enum
 from typing import Any, TypeVar
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from laplace_debiased.errors import StoredFileError
 from laplace_debiased.estimation import Arguments, Target
 from laplace_debiased.files import PathLike, read_record, write_record
-from laplace_debiased.network.locks import model_lock
-from laplace_debiased.network.modes import requiring_grad
+from laplace_debiased.network.substitution import substituted
 from laplace_debiased.posterior.arguments import RESIDUAL
 
 KIND = "laplace_debiased posterior"
@@ -160,7 +158,7 @@ def rebuilt(
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     # What is covered is the state's to say: a network may be frozen by the time it is served.
     construct: Callable[..., Any] = kind
-    with _trainable(model, state.get("covered", ())):
+    with substituted(_trainable(model, state.get("covered", ()))):
         posterior = construct(model, **{**arguments, "strict": False})
         posterior.load_state_dict(state, check_weights=check_weights)
     posterior._arguments = replace(posterior._arguments, strict=arguments.get("strict", False))
@@ -172,11 +170,11 @@ def unfitted(kind: Callable[..., Kind], model: nn.Module, arguments: Mapping[str
     return kind(model, **arguments)
 
 
-@contextmanager
-def _trainable(model: nn.Module, names: Any) -> Iterator[None]:
+def _trainable(model: nn.Module, names: Any) -> dict[Tensor, Tensor]:
+    """Stand-ins that require gradients for those of the named parameters that do not."""
     named = dict(model.named_parameters())
-    with model_lock(model), requiring_grad(named[name] for name in names if name in named):
-        yield
+    frozen = (named[name] for name in names if name in named and not named[name].requires_grad)
+    return {parameter: parameter.detach().requires_grad_() for parameter in frozen}
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -200,7 +200,7 @@ def _stored_fingerprint(
             "this state was made by an early version, which did not record its model: whether the "
             "weights are the right ones cannot be checked. Save it again to record them.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
         return present
     stored = ModelFingerprint.from_state(state["model"])

@@ -86,7 +86,7 @@ def tuning_method(method: TuningMethod | str | None, val_loader: Any) -> TuningM
         warnings.warn(
             "method='marglik' does not read val_loader; use method='gridsearch'.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return chosen
 

@@ -61,7 +61,7 @@ class TuningResult:
                 "optimum may lie beyond. Leave out log_prior_prec_min and log_prior_prec_max: the "
                 "search then goes as far as the loss asks.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def warn_if_worse(self) -> None:
@@ -75,5 +75,5 @@ class TuningResult:
                 "beats it. Scale the temperature instead (fit_temperature), or take more data for "
                 "the curvature and for validation.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )

@@ -349,7 +349,16 @@ ROWS = [
             nn.Sequential(w.linear(), nn.Tanh()), subset_of_weights="last_layer"
         ).fit(w.loader()),
         "ValueError",
-        ("last layer", "linear"),
+        ("last layer '0.0'", "linear"),
+    ),
+    Row(
+        AREA,
+        "a model that ends in a norm, for a last layer",
+        lambda w: w.posterior(
+            nn.Sequential(w.linear(), nn.BatchNorm1d(3)), subset_of_weights="last_layer"
+        ).fit(w.loader()),
+        "ValueError",
+        ("layer '1'", "BatchNorm1d", "last_layer_name"),
     ),
     Row(
         AREA,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.locks import lock_of, model_lock
 from laplace_debiased.network.modes import evaluation_mode, math_attention
 from tests.posterior.cases import INPUTS, STRUCTURES, fitted, loader, network
 from tests.untouched import untouched
@@ -127,26 +127,26 @@ def test_calls_of_one_model_take_turns_and_of_two_do_not() -> None:
     at_once(lambda number: la(INPUTS[:2]), 16)
     assert model.overlaps == 0
     assert model.training
-    first, second = model_lock(nn.Linear(1, 1)), model_lock(nn.Linear(1, 1))
-    with first, second:
-        assert not set(first.parts) & set(second.parts)
+    first, second = lock_of(nn.Linear(1, 1)), lock_of(nn.Linear(1, 1))
+    assert not set(first.parts) & set(second.parts)
 
 
 def test_locks_cover_wrappers_parts_and_joint_models() -> None:
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    one, two = model_lock(a), model_lock(b)
-    joint = model_lock(nn.Sequential(a, b))
+    one, two = lock_of(a), lock_of(b)
+    joined = nn.Sequential(a, b)
+    joint = lock_of(joined)
     assert set(joint.parts) == set(one.parts) | set(two.parts)
     assert [part.serial for part in joint.parts] == sorted(part.serial for part in joint.parts)
     whole = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
-    assert set(model_lock(whole).parts) == set(model_lock(whole[0]).parts)
+    assert set(lock_of(whole).parts) == set(lock_of(whole[0]).parts)
     entered = threading.Event()
 
     def enter() -> None:
         with evaluation_mode(a):
             entered.set()
 
-    with joint:
+    with model_lock(joined):
         thread = threading.Thread(target=enter)
         thread.start()
         assert not entered.wait(0.05)

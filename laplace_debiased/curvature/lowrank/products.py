@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
-from torch.func import vjp, vmap
 from tqdm import tqdm
 
 from laplace_debiased.curvature.lowrank.span import Eigenpairs
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.modes import differentiable_kernels
-from laplace_debiased.network.transforms import directional_outputs
+from laplace_debiased.network.transforms import directional_outputs, vjp, vmap
 
 Product = Callable[[Tensor], Tensor]
 """X [P, j] ↦ C X [P, j] for a symmetric C [P, P]."""

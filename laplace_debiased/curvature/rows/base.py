@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, vmap
+from torch import Tensor
 from torch.nn.functional import pad
 
 from laplace_debiased.curvature import kernels
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense, gram_of_rows
 from laplace_debiased.curvature.rows.positions import PositionRows
 from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
+from laplace_debiased.network.transforms import vmap
 
 
 class Basis(Protocol):

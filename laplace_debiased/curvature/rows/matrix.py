@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, vmap
+from torch import Tensor
 
 from laplace_debiased.curvature import kernels
 from laplace_debiased.curvature.rows.base import (
@@ -21,6 +21,7 @@ from laplace_debiased.curvature.rows.gram import Factor
 from laplace_debiased.curvature.rows.positions import PositionRows, thin_weight_curvature
 from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
 from laplace_debiased.curvature.rows.sides import coordinates, is_thin, split
+from laplace_debiased.network.transforms import vmap
 
 
 @dataclass(frozen=True, eq=False)

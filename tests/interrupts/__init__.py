@@ -1,0 +1,1 @@
+"""Ctrl-C at any moment of any call, in a process of its own."""
