@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.values import Earlier
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
+from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.last_layer import SeenCall, found_last_layer, watching
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.precision import full_precision
@@ -133,7 +134,7 @@ class Scorer:
     model: nn.Module
     loss: LossModel
     fisher: Fisher
-    _head: nn.Module | None = field(default=None, init=False)
+    _head: nn.Linear | None = field(default=None, init=False)
     _looked_for_head: bool = field(default=False, init=False)
 
     def __call__(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,13 +150,14 @@ class Scorer:
                 scores = self.loss.hessian_trace(outputs, targets)
             return scores * _feature_norms(seen, scores), self.loss.losses(outputs, targets)
 
-    @contextmanager
+    @unbroken
     def _watching_head(self, inputs: Any) -> Iterator[SeenCall | None]:
         """Note what the last layer reads, if that is linear."""
         with model_lock(self.model):
             if not self._looked_for_head:
                 with suppress(ValueError):
-                    self._head = self.model.get_submodule(found_last_layer(self.model, inputs))
+                    head = self.model.get_submodule(found_last_layer(self.model, inputs))
+                    self._head = head if isinstance(head, nn.Linear) else None
                 self._looked_for_head = True
             with nullcontext() if self._head is None else watching(self._head) as seen:
                 yield seen
