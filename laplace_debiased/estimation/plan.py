@@ -19,7 +19,7 @@ from laplace_debiased.data import (
     plan_from_two_loaders,
     split_batch,
 )
-from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.data.loaders import can_draw, loader_generators, sampler_indices
 from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.values import Earlier
 from laplace_debiased.likelihoods import LossModel
@@ -182,6 +182,27 @@ def first_inputs_of_loader(loader: Any, dict_key_y: str) -> Any:
     if batch is None:
         raise ValueError("train_loader is empty.")
     return split_batch(batch, dict_key_y)[0]
+
+
+def training_sample(request: FitRequest, n_samples: int) -> list[tuple[Any, Tensor]]:
+    """Some of the training samples of a fit, in batches of inputs and targets.
+
+    Drawn uniformly where the loader can be drawn from, else its first ones. The loader's generators
+    are left as they were.
+    """
+    loader, key = request.train_loader, request.dict_key_y
+    if can_draw(loader):
+        size = min(n_samples, len(sampler_indices(loader)))
+        supply = Supply.of(loader, n_samples=size, n_data=request.n_data)
+        plan = plan_from_supply(supply, folds=1, seed=request.seed, dict_key_y=key)
+        return [(batch.inputs, batch.targets) for batch in plan.batches()]
+    batches: list[tuple[Any, Tensor]] = []
+    with preserved_rng(generators=loader_generators(loader)):
+        for batch in loader:
+            batches.append(split_batch(batch, key))
+            if sum(len(targets) for _, targets in batches) >= n_samples:
+                break
+    return batches
 
 
 def first_inputs_of_plan(plan: CurvaturePlan) -> Any:

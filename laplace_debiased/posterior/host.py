@@ -66,6 +66,7 @@ class DebiasedPosterior(_Host):
     tuning_result: TuningResult | None = None
     _coverage: Coverage | None = None
     _fit: Fit | None = None
+    _fitted_on: FitRequest | None = None
     _predictor: Predictor | None = None
     _watch: ModelWatch | None = None
     _warned_about_link: bool = False
@@ -347,6 +348,7 @@ class DebiasedPosterior(_Host):
             noise = residual_noise(fit.mean_loss, fit.n_outputs)
         with uninterrupted():
             self._adopt(fit)
+            self._fitted_on = request
             if noise is not None:
                 self.sigma_noise = noise
 
@@ -538,6 +540,7 @@ class DebiasedPosterior(_Host):
         )
         with uninterrupted():
             self._adopt(found.fit, found.model)
+            self._fitted_on = None
             for name, value in found.hyper_parameters.items():
                 setattr(self, name, value)
 

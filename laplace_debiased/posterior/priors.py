@@ -15,13 +15,17 @@ from torch.utils.data import DataLoader
 from laplace_debiased.checks import shortened
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import ArgumentTypeError
-from laplace_debiased.estimation import Arguments, Structure, Target
+from laplace_debiased.estimation import Arguments, FitRequest, Structure, Target
+from laplace_debiased.estimation.plan import training_sample
+from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.interrupts import unbroken, uninterrupted
 from laplace_debiased.network.modes import public_call
+from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.posterior.predicting import checked_link, checked_pred_type
 from laplace_debiased.predictive import Predictor
-from laplace_debiased.tuning import PriorGrid, Subject, TuningResult
+from laplace_debiased.tuning import PriorGrid, Subject, TuningResult, Validation
 from laplace_debiased.tuning.call import TuningCall, by_evidence, tuning_method
+from laplace_debiased.tuning.training import N_SAMPLES, warn_if_harmful
 
 
 def check_kron_prior(value: object, coverage: Coverage) -> None:
@@ -135,6 +139,7 @@ class Tunable(Protocol):
     tuning_result: TuningResult | None
     tuned_link_approx: LinkApprox | None
     _arguments: Arguments
+    _fitted_on: FitRequest | None
     _structure: Structure
     _target: Target
     _prior_precision: Tensor
@@ -153,6 +158,7 @@ class Tunable(Protocol):
     def _dtype(self) -> torch.dtype: ...
     def _check_H_init(self) -> None: ...  # noqa: N802
     def _check_model(self) -> None: ...
+    def _precision(self, *, differentiable: bool) -> Any: ...
     def log_marginal_likelihood(self) -> Tensor:
         """The evidence of the present hyper-parameters."""
 
@@ -191,7 +197,8 @@ def optimize_prior_precision(
     ``tuned_link_approx``, the link that predictions then use; "marglik" leaves None in both. Like
     the prior precision they stay through a new ``fit``, which does not tune: call this again for
     the new curvature. The search warns where no prior predicts the validation data better than the
-    MAP model does (by 1e-4 nats per sample).
+    MAP model does (by 1e-4 nats per sample). After "marglik" some training samples are predicted
+    (of a posterior that was fitted, not loaded), with a warning where its prior does harm.
 
     Args:
         self: a fitted posterior.
@@ -240,6 +247,7 @@ def optimize_prior_precision(
             lr=lr,
             progress_bar=progress_bar,
         )
+        _warn_if_harmful(self, best)
     else:
         links = _links(self, link_approx, pred)
         call = TuningCall(val_loader, pred, links, loss, n_samples, progress_bar, refine, seed)
@@ -290,6 +298,20 @@ def _evidence(self: Tunable, prior: Tensor) -> Tensor:
     """Log marginal likelihood of a prior precision; the posterior keeps its own."""
     with _prior_set_to(self, prior):
         return self.log_marginal_likelihood()
+
+
+def _warn_if_harmful(self: Tunable, prior: Tensor) -> None:
+    """Look at what a prior of the marginal likelihood does to training samples, if they are known.
+
+    A posterior from a file knows none, and sampled rewards have no likelihood to compare.
+    """
+    if self._fitted_on is None or self.likelihood == LikelihoodName.REWARD_MODELING:
+        return
+    with _prior_set_to(self, prior):
+        precision = self._precision(differentiable=False)
+    with exact_arithmetic(self._device):
+        batches = training_sample(self._fitted_on, N_SAMPLES)
+        warn_if_harmful(Validation(_subject(self), batches, None), prior, precision)
 
 
 def _sampled_at(
