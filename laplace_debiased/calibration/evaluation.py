@@ -14,6 +14,7 @@ from laplace_debiased.calibration.predictions import (
     ClassPredictions,
     GaussianPredictions,
     Options,
+    Unlabelled,
     predict,
     predict_unlabelled,
     rows_of,
@@ -35,12 +36,17 @@ if TYPE_CHECKING:
 _MEANINGS = {
     "nll": "negative log-likelihood, nats, mean over samples",
     "ece": "expected calibration error of the top label",
+    "adaptive_ece": "the same, bins of equally many samples",
     "mce": "maximum calibration error over bins",
     "brier": "squared error summed over classes, mean over samples",
     "accuracy": "share of correct predictions",
+    "aurc": "area under the risk-coverage curve",
     "entropy": "predictive entropy, nats, mean over samples",
+    "mutual_information": "epistemic part of the entropy, nats, mean over samples",
     "auroc": "entropy separates in from out of distribution",
     "fpr95": "out-of-distribution share kept at 95 % true positives",
+    "auroc_information": "mutual information separates in from out of distribution",
+    "fpr95_information": "out-of-distribution share kept, by mutual information",
     "rmse": "root of the squared error's mean over samples and outputs",
     "ence": "expected normalized calibration error, mean over outputs",
     "interval_coverage": "targets within their central 95 % interval",
@@ -65,14 +71,23 @@ class Evaluation:
         n_samples: Number of samples; of sequences, of positions whose label counts.
         n_bins: Bins of `ece` and `mce`, or of `ence`.
         ece: Expected calibration error of the top label.
+        adaptive_ece: The same with bins of equally many samples.
         mce: Maximum calibration error over bins.
         brier: Squared error summed over classes, mean over samples (in [0, 2]).
         accuracy: Share of samples whose most probable class is the label.
+        aurc: Area under the risk-coverage curve: the share of errors among the most confident
+            predictions, mean over all coverages.
         entropy: Predictive entropy, in nats, mean over samples; with K binary labels, summed over
-            them. `ece`, `mce`, `brier` and `accuracy` are then over all labels, two classes each.
+            them. `ece`, `mce`, `brier`, `accuracy` and `aurc` are then over all labels, two classes
+            each.
+        mutual_information: What a label would tell about the weights, the epistemic part of the
+            entropy, in nats, mean over samples; of a posterior of this library with `pred_type`
+            "glm".
         auroc: Probability that an out-of-distribution sample has the higher entropy.
         fpr95: Share of out-of-distribution samples that pass as in-distribution where at least
             95 % of the in-distribution samples do, by entropy.
+        auroc_information: As `auroc`, by mutual information.
+        fpr95_information: As `fpr95`, by mutual information.
         rmse: Root of the squared error's mean over samples and outputs.
         ence: Expected normalized calibration error, mean over outputs.
         interval_coverage: Share of targets within their central 95 % interval, noise included.
@@ -86,12 +101,17 @@ class Evaluation:
     n_samples: int
     n_bins: int
     ece: float | None = None
+    adaptive_ece: float | None = None
     mce: float | None = None
     brier: float | None = None
     accuracy: float | None = None
+    aurc: float | None = None
     entropy: float | None = None
+    mutual_information: float | None = None
     auroc: float | None = None
     fpr95: float | None = None
+    auroc_information: float | None = None
+    fpr95_information: float | None = None
     rmse: float | None = None
     ence: float | None = None
     interval_coverage: float | None = None
@@ -124,7 +144,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         rows = [(key, self.to_dict()[key], text) for key, text in _MEANINGS.items()]
-        lines = [f"  {k:<17} {_number(v):>9}  {text}" for k, v, text in rows if v is not None]
+        lines = [f"  {k:<18} {_number(v):>9}  {text}" for k, v, text in rows if v is not None]
         return "\n".join([type(self).__name__, *lines])
 
 
@@ -179,10 +199,10 @@ def evaluate(
         if ood_loader is not None or ood_probs is not None:
             raise ValueError("ood_loader and ood_probs apply to classification; leave them out.")
         return _score_regression(predictions, n_bins)
-    outside = ood_probs
+    outside = None if ood_probs is None else Unlabelled(ood_probs)
     if ood_loader is not None:
         outside = predict_unlabelled(la_or_probs, ood_loader, options)
-    return _score_classification(predictions, outside, n_bins)
+    return score_classification(predictions, outside, n_bins)
 
 
 def _check_ood(source: Any, ood_loader: Any, ood_probs: Any) -> None:
@@ -195,29 +215,37 @@ def _check_ood(source: Any, ood_loader: Any, ood_probs: Any) -> None:
         )
 
 
-def _score_classification(
-    predictions: ClassPredictions, outside: torch.Tensor | np.ndarray | None, n_bins: int
+def score_classification(
+    predictions: ClassPredictions, outside: Unlabelled | None, n_bins: int
 ) -> Evaluation:
+    """Scores of a classifier's predictions, and of its detection of out-of-distribution inputs."""
     probs, labels = predictions.probs, predictions.labels
     confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
     ece, mce = metrics.calibration_errors(confidence, correct, n_bins)
-    entropy = predictions.summed(metrics.predictive_entropy(probs))
-    auroc, fpr95, n_outside = None, None, None
+    entropy, information = predictions.entropy, predictions.information
+    unknown: tuple[float | None, float | None] = (None, None)
+    detected, by_information, n_outside = unknown, unknown, None
     if outside is not None:
-        entropy_outside = _entropy_outside(predictions, outside)
-        auroc, fpr95 = metrics.ood_detection(entropy, entropy_outside)
-        n_outside = len(entropy_outside)
+        entropy_outside = _entropy_outside(predictions, outside.probs)
+        detected, n_outside = metrics.ood_detection(entropy, entropy_outside), len(entropy_outside)
+        if information is not None and outside.information is not None:
+            by_information = metrics.ood_detection(information, outside.information)
     return Evaluation(
         nll=_mean_nll(predictions),
         n_samples=len(entropy),
         n_bins=n_bins,
         ece=ece,
+        adaptive_ece=metrics.adaptive_calibration_error(confidence, correct, n_bins),
         mce=mce,
         brier=metrics.brier_score(probs, labels),
         accuracy=float(correct.mean()),
+        aurc=float(metrics.risk_coverage(confidence, correct).mean()),
         entropy=float(entropy.mean()),
-        auroc=auroc,
-        fpr95=fpr95,
+        mutual_information=None if information is None else float(information.mean()),
+        auroc=detected[0],
+        fpr95=detected[1],
+        auroc_information=by_information[0],
+        fpr95_information=by_information[1],
         n_ood_samples=n_outside,
         curve=reliability_bins(confidence, correct, n_bins),
     )
@@ -257,15 +285,15 @@ def _score_regression(predictions: GaussianPredictions, n_bins: int) -> Evaluati
 
 
 def _mean_nll(predictions: ClassPredictions) -> float:
-    nll = metrics.label_nll(predictions.probs, predictions.labels, predictions.floor)
-    zeros = metrics.label_probability(predictions.probs, predictions.labels) < predictions.floor
+    given = metrics.label_probability(predictions.probs, predictions.labels)
+    zeros = given < predictions.floor
     if zeros.any():
         warnings.warn(
-            f"{int(zeros.sum())} of {len(nll)} labels have probability zero; each counts as "
+            f"{int(zeros.sum())} of {len(given)} labels have probability zero; each counts as "
             f"{-np.log(predictions.floor):.1f} nats in the NLL. Predict in a wider dtype.",
             stacklevel=5,
         )
-    return float(predictions.summed(nll).mean())
+    return float(predictions.nll.mean())
 
 
 def _number(value: float | int) -> str:

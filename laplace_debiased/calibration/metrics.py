@@ -59,25 +59,59 @@ def calibration_errors(
     return float(ece), float(mce)
 
 
-def ood_detection(entropy_in: FloatArray, entropy_ood: FloatArray) -> tuple[float, float]:
-    """AUROC and FPR95 of predictive entropy as a detector of out-of-distribution inputs.
+def adaptive_calibration_error(confidence: FloatArray, correct: np.ndarray, n_bins: int) -> float:
+    """Expected calibration error of the top label, bins of equally many samples.
+
+    |accuracy − confidence| per bin of the sorted confidences, averaged over samples (Nguyen and
+    O'Connor, 2015). netcal's bins of equal mass refuse confidences that coincide, as those of
+    certain networks do; here samples of equal confidence share their accuracy, so that their order
+    does not matter.
 
     Args:
-        entropy_in: Predictive entropies of in-distribution samples [n].
-        entropy_ood: Those of out-of-distribution samples [m].
+        confidence: Probability of the predicted class [n].
+        correct: Whether the predicted class is the label [n].
+        n_bins: Number of bins; fewer where there are fewer samples.
+    """
+    order = np.argsort(confidence, kind="stable")
+    gaps = (_shared(confidence, correct) - confidence)[order]
+    return float(sum(abs(part.sum()) for part in np.array_split(gaps, n_bins)) / len(gaps))
+
+
+def risk_coverage(confidence: FloatArray, correct: np.ndarray) -> FloatArray:
+    """Share of errors among the k most confident predictions, for k = 1 to n.
+
+    Predictions of equal confidence share their errors. The mean of it is the area under the
+    risk-coverage curve (Geifman and El-Yaniv, 2017), which neither netcal nor torchmetrics have.
+    """
+    errors = (1.0 - _shared(confidence, correct))[np.argsort(-confidence, kind="stable")]
+    return np.cumsum(errors) / np.arange(1, len(errors) + 1)
+
+
+def _shared(confidence: FloatArray, correct: np.ndarray) -> FloatArray:
+    """Accuracy among the samples of each sample's own confidence [n]."""
+    _, group = np.unique(confidence, return_inverse=True)
+    return (np.bincount(group, weights=correct) / np.bincount(group))[group]
+
+
+def ood_detection(inside: FloatArray, outside: FloatArray) -> tuple[float, float]:
+    """AUROC and FPR95 of an uncertainty as a detector of out-of-distribution inputs.
+
+    Args:
+        inside: Uncertainties of in-distribution samples [n].
+        outside: Those of out-of-distribution samples [m].
 
     Returns:
-        AUROC, the probability that an out-of-distribution sample has the higher entropy; and
-        FPR95, the share of out-of-distribution samples that pass as in-distribution at the
-        threshold where at least 95 % of the in-distribution samples do (Liang, Li, Srikant, 2018).
+        AUROC, the probability that an out-of-distribution sample is the less certain; and FPR95,
+        the share of out-of-distribution samples that pass as in-distribution at the threshold
+        where at least 95 % of the in-distribution samples do (Liang, Li, Srikant, 2018).
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    inside = np.concatenate([np.ones(len(entropy_in)), np.zeros(len(entropy_ood))])
-    score = -np.concatenate([entropy_in, entropy_ood])
-    false_positive, true_positive, _ = roc_curve(inside, score, drop_intermediate=False)
+    is_inside = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
+    score = -np.concatenate([inside, outside])
+    false_positive, true_positive, _ = roc_curve(is_inside, score, drop_intermediate=False)
     at_95 = int(np.argmax(true_positive >= TRUE_POSITIVE_RATE))
-    return float(roc_auc_score(inside, score)), float(false_positive[at_95])
+    return float(roc_auc_score(is_inside, score)), float(false_positive[at_95])
 
 
 def gaussian_nll(error: FloatArray, covariance: FloatArray) -> FloatArray:

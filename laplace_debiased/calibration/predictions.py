@@ -1,7 +1,7 @@
 """From a posterior or precomputed predictions, and a loader, to validated arrays."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from laplace_debiased.calibration.batches import (
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.modes import undisturbed
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.posterior.host import DebiasedPosterior
+from laplace_debiased.posterior.predicting import informed_probabilities
 
 Values = torch.Tensor | np.ndarray
 Call = Callable[[Any], Any]
@@ -44,6 +46,8 @@ class ClassPredictions:
         floor: What a probability of zero stands for in a logarithm.
         labels_per_sample: K, the number of rows that belong to one sample.
         binary: Whether rows are binary labels, each with classes 0 and 1.
+        information: Mutual information of label and weights [samples], in nats, summed over a
+            sample's labels; None where it is not known.
     """
 
     probs: FloatArray
@@ -51,6 +55,17 @@ class ClassPredictions:
     floor: float
     labels_per_sample: int = 1
     binary: bool = False
+    information: FloatArray | None = None
+
+    @property
+    def entropy(self) -> FloatArray:
+        """Predictive entropy [samples], in nats, summed over each sample's labels."""
+        return self.summed(metrics.predictive_entropy(self.probs))
+
+    @property
+    def nll(self) -> FloatArray:
+        """Negative log-likelihood [samples], in nats, summed over each sample's labels."""
+        return self.summed(metrics.label_nll(self.probs, self.labels, self.floor))
 
     def by_sample(self, rows: np.ndarray) -> np.ndarray:
         """Values of rows [n] by sample: [n], or [samples, K]."""
@@ -130,16 +145,31 @@ def predict(
         return _regress(source, ask, loader, options)
 
 
-def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> torch.Tensor:
-    """Probabilities of a posterior for a loader whose targets do not matter."""
+@dataclass(frozen=True)
+class Unlabelled:
+    """Predictions for inputs whose labels do not matter.
+
+    Attributes:
+        probs: Probabilities [m, C], of sequences [m, T, C], of binary labels [m, K].
+        information: Mutual information of label and weights [m], in nats (of sequences [m · T]);
+            None where it is not known.
+    """
+
+    probs: Values
+    information: FloatArray | None = None
+
+
+def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> Unlabelled:
+    """Predictions of a posterior for a loader whose targets do not matter."""
     ask = _ask(source, _likelihood(source), options)
     device = getattr(source, "_device", None)
     with undisturbed(_model(source), generators=loader_generators(loader)):
         parts = [
-            _detached(ask(to_device(inputs_only(batch), device)))
+            _with_information(ask(to_device(inputs_only(batch), device)))
             for batch in iterate(loader, "ood_loader", options.progress_bar)
         ]
-    return torch.cat(parts)
+    probs, information = zip(*parts, strict=True)
+    return Unlabelled(torch.cat(probs), _known(information))
 
 
 def rows_of(values: Values, binary: bool, name: str) -> FloatArray:
@@ -159,16 +189,33 @@ def _two_classes(probs: FloatArray) -> FloatArray:
 
 def _classify(la: Any, ask: Call, loader: Targets, options: Options) -> ClassPredictions:
     key, device = getattr(la, "dict_key_y", "labels"), getattr(la, "_device", None)
-    probs, labels = [], []
+    probs, informations, labels = [], [], []
     for batch in iterate(loader, "loader", options.progress_bar):
         x, y = split_batch(batch, key)
-        predicted, target = positions_as_samples(
-            _detached(ask(to_device(x, device))), to_numpy(torch.as_tensor(y))
-        )
+        predicted, information = _with_information(ask(to_device(x, device)))
+        predicted, target = positions_as_samples(predicted, to_numpy(torch.as_tensor(y)))
         probs.append(predicted)
+        informations.append(information)
         labels.append(target)
-    targets = concatenate(labels)
-    return _rows(torch.cat(probs), targets, la.likelihood, getattr(la, "ignore_index", None))
+    ignored = getattr(la, "ignore_index", None)
+    targets, known = concatenate(labels), _known(informations)
+    rows = _rows(torch.cat(probs), targets, la.likelihood, ignored)
+    if known is not None:
+        known = without_ignored(known, targets, ignored)[0]
+    return replace(rows, information=known)
+
+
+def _with_information(answer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Probabilities, and the mutual information as a vector where the answer has it."""
+    if not isinstance(answer, tuple):
+        return _detached(answer), None
+    probs, information = answer
+    return _detached(probs), None if information is None else _detached(information).reshape(-1)
+
+
+def _known(parts: Sequence[torch.Tensor | None]) -> FloatArray | None:
+    known = [part for part in parts if part is not None]
+    return to_numpy(torch.cat(known)).astype(np.float64) if len(known) == len(parts) else None
 
 
 def _regress(la: Any, ask: Call, loader: Targets, options: Options) -> GaussianPredictions:
@@ -306,6 +353,8 @@ def _ask(la: Any, likelihood: str, options: Options) -> Call:
     kwargs = {} if options.pred_type is None else {"pred_type": options.pred_type}
     if likelihood in _WITH_LABELS:
         link = options.link_approx
+        if isinstance(la, DebiasedPosterior) and options.pred_type in (None, "glm"):
+            return lambda x: informed_probabilities(la, x, link)
         if link is None:
             # Sampling weights leaves no other link; a link tuned for "glm" does not apply.
             sampled = options.pred_type == "nn"

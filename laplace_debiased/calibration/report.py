@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from laplace_debiased.calibration import metrics
 from laplace_debiased.calibration.batches import FloatArray, IntArray, Targets
 from laplace_debiased.calibration.predictions import ClassPredictions, Options, predict
 from laplace_debiased.network.modes import public_call
@@ -22,6 +21,7 @@ class PredictiveReport:
         nll: Negative log-likelihood of each sample's target [n], in nats, summed over its labels.
         confidence: Probability of the predicted class, in the labels' shape.
         entropy: Predictive entropy [n], in nats, summed over a sample's labels.
+        mutual_information: Epistemic part of it [n]: what a label would tell about the weights.
         correct: Whether the predicted class is the label, in the labels' shape.
         epistemic_std: Predictive standard deviation without noise [n, K].
         total_std: The same with noise [n, K].
@@ -32,6 +32,7 @@ class PredictiveReport:
     nll: FloatArray
     confidence: FloatArray | None = None
     entropy: FloatArray | None = None
+    mutual_information: FloatArray | None = None
     correct: np.ndarray | None = None
     epistemic_std: FloatArray | None = None
     total_std: FloatArray | None = None
@@ -68,9 +69,10 @@ def predictive_report(
         return PredictiveReport(
             prediction=predictions.by_sample(top),
             target=predictions.by_sample(labels),
-            nll=predictions.summed(metrics.label_nll(probs, labels, predictions.floor)),
+            nll=predictions.nll,
             confidence=predictions.by_sample(probs.max(axis=1)),
-            entropy=predictions.summed(metrics.predictive_entropy(probs)),
+            entropy=predictions.entropy,
+            mutual_information=predictions.information,
             correct=predictions.by_sample(top == labels),
         )
     epistemic = predictions.epistemic_variance

@@ -254,6 +254,20 @@ def predict(
     return call.answer(x, linearised(self), partial(sampled_outputs, self), model_kwargs)
 
 
+@public_call
+def informed_probabilities(
+    self: Fitted, x: Inputs, link_approx: LinkApprox | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Probabilities as of ``la(x)``, and the mutual information of label and weights, in nats.
+
+    Both are of the same moments. The information is [m] ([m, T] for outputs at T positions), summed
+    over binary labels.
+    """
+    self._check_H_init()
+    link = _link(self, link_approx, PredType.GLM)
+    return linearised(self).informed_probabilities(x, link)
+
+
 def linearised(self: Fitted) -> Predictive:
     """The linearised network under the present hyper-parameters."""
     self._check_H_init()

@@ -9,7 +9,7 @@ import torch
 from laplace.utils.enums import LinkApprox
 from torch import Tensor
 
-from laplace_debiased.likelihoods import InverseLink
+from laplace_debiased.likelihoods import InverseLink, mutual_information
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.predictive.predictor import OutputCovariance, Predictor
 from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
@@ -72,3 +72,16 @@ class Predictive:
         kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
         mean, covariance = self.moments(inputs, kind)
         return class_probabilities(mean, covariance, link, n_samples, generator, self.inverse_link)
+
+    def informed_probabilities(self, inputs: Any, link: LinkApprox) -> tuple[Tensor, Tensor]:
+        """:meth:`probabilities`, and the mutual information of label and weights, in nats.
+
+        Args:
+            inputs: one batch of model inputs, m samples.
+            link: of the probabilities; the information is always over the points of "mc".
+        """
+        binary = self.inverse_link is torch.sigmoid
+        kind = OutputCovariance.DIAGONAL if binary else OutputCovariance.PER_SAMPLE
+        mean, covariance = self.moments(inputs, kind)
+        probabilities = class_probabilities(mean, covariance, link, None, None, self.inverse_link)
+        return probabilities, mutual_information(mean, covariance, self.inverse_link)

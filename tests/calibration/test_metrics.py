@@ -173,3 +173,55 @@ def test_interval_curve_counts_targets_within_each_level():
         assert observed == np.mean(levels <= nominal)
     assert curve.observed[-1] == 1.0
     assert len(curve.nominal) == 21
+
+
+def random_predictions(n: int, digits: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    confidence = np.clip(rng.beta(5, 1, n), 0.1, 1.0).round(digits)
+    return confidence, rng.random(n) < confidence
+
+
+@pytest.mark.parametrize("n", [15, 100, 7])
+def test_adaptive_error_is_that_of_bins_of_equally_many_samples(n: int) -> None:
+    confidence, correct = random_predictions(n)
+    ranked = sorted(zip(confidence, correct, strict=True))
+    sizes = [n // 15 + (k < n % 15) for k in range(15)]
+    expected, start = 0.0, 0
+    for size in sizes:
+        part = ranked[start : start + size]
+        start += size
+        if part:
+            gap = np.mean([c for _, c in part]) - np.mean([p for p, _ in part])
+            expected += size / n * abs(gap)
+    actual = metrics.adaptive_calibration_error(confidence, correct, 15)
+    assert actual == pytest.approx(expected, rel=1e-12)
+
+
+def test_area_under_risk_coverage_is_the_mean_error_of_the_most_confident() -> None:
+    confidence, correct = random_predictions(60)
+    order = np.argsort(-confidence)
+    expected = [1 - correct[order[:k]].mean() for k in range(1, 61)]
+    assert metrics.risk_coverage(confidence, correct) == pytest.approx(expected)
+    ranked = np.linspace(1.0, 0.5, 10)
+    last_wrong = np.arange(10) < 9
+    assert metrics.risk_coverage(ranked, last_wrong).mean() == pytest.approx(0.01)
+    assert metrics.risk_coverage(ranked, last_wrong[::-1]).mean() == pytest.approx(
+        np.mean(1 / np.arange(1, 11))
+    )
+
+
+@pytest.mark.parametrize("score", ["adaptive", "risk"])
+def test_the_order_of_samples_of_equal_confidence_does_not_matter(score: str) -> None:
+    confidence, correct = random_predictions(200, digits=1)
+
+    def value(order: np.ndarray) -> float:
+        if score == "risk":
+            return float(metrics.risk_coverage(confidence[order], correct[order]).mean())
+        return metrics.adaptive_calibration_error(confidence[order], correct[order], 15)
+
+    rng = np.random.default_rng(0)
+    values = [value(rng.permutation(200)) for _ in range(5)]
+    assert values == pytest.approx([values[0]] * 5, rel=1e-12)
+    # With all confidences equal nothing is ranked: the risk is the error rate at every coverage.
+    flat = metrics.risk_coverage(np.full(200, 0.7), correct)
+    assert flat == pytest.approx(np.full(200, 1 - correct.mean()))
