@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.linear_head import check_linear_head
-from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns
+from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns, written_out
 from laplace_debiased.curvature.rows import LayerRows
 from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
 from laplace_debiased.network.last_layer import reduced, watching
@@ -85,6 +85,15 @@ class FeaturePass:
         """Network outputs [m, C] without a graph."""
         return self.features(inputs)[0].detach()
 
+    def output_shape(self, inputs: Any) -> torch.Size:
+        """[C]."""
+        return torch.Size([self.layer.module.out_features])
+
+    def columns_that_fit(self, inputs: Any) -> int:
+        """How many columns of one sample fit the byte budget; at least one."""
+        head = self.layer.module
+        return max(1, self.byte_budget // (4 * (4 * head.out_features + head.in_features)))
+
     def chunks(
         self,
         inputs: Any,
@@ -113,13 +122,13 @@ class FeaturePass:
         step = max(1, min(m, self.byte_budget // (4 * outputs.element_size() * per_sample)))
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
-            to_pull = columns(outputs[rows], rows).unbind(-1)
+            to_pull = written_out(columns(outputs[rows], rows)).unbind(-1)
             name = self.layer.name
             each = ({name: ((column,),)} for column in to_pull)
             yield ColumnChunk(rows, outputs[rows], {name: ((features[rows],),)}, each)
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
-        to_pull = columns(outputs, rows)
+        to_pull = written_out(columns(outputs, rows))
 
         def layer_rows(layer: Layer) -> LayerRows:
             return layer.rows((features,), (to_pull.transpose(1, 2),))

@@ -5,7 +5,13 @@ from laplace_debiased.predictive.kron import KronPredictor
 from laplace_debiased.predictive.last_layer import LastLayerKronPredictor
 from laplace_debiased.predictive.lowrank import LowRankPredictor
 from laplace_debiased.predictive.predictive import Predictive
-from laplace_debiased.predictive.predictor import OutputCovariance, Predictor, Sweep
+from laplace_debiased.predictive.predictor import (
+    OutputCovariance,
+    OutputMoments,
+    Predictor,
+    Sweep,
+)
+from laplace_debiased.predictive.selection import OutputSelection
 
 __all__ = [
     "CovarianceCurve",
@@ -13,6 +19,8 @@ __all__ = [
     "LastLayerKronPredictor",
     "LowRankPredictor",
     "OutputCovariance",
+    "OutputMoments",
+    "OutputSelection",
     "Predictive",
     "Predictor",
     "Sweep",
