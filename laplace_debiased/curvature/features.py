@@ -56,8 +56,7 @@ class FeaturePass:
         Raises:
             ValueError: if the outputs are not W φ + b.
         """
-        inputs, head = to_device(inputs, self.device), self.layer.module
-        assert isinstance(head, nn.Linear)
+        inputs, head = to_device(inputs, self.device), self._head
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
             with evaluation_mode(self.model), watching(head) as seen:
@@ -85,14 +84,19 @@ class FeaturePass:
         """Network outputs [m, C] without a graph."""
         return self.features(inputs)[0].detach()
 
+    @property
+    def _head(self) -> nn.Linear:
+        assert isinstance(self.layer.module, nn.Linear)
+        return self.layer.module
+
     def output_shape(self, inputs: Any) -> torch.Size:
         """[C]."""
-        return torch.Size([self.layer.module.out_features])
+        return torch.Size([self._head.out_features])
 
     def columns_that_fit(self, inputs: Any) -> int:
         """How many columns of one sample fit the byte budget; at least one."""
-        head = self.layer.module
-        return max(1, self.byte_budget // (4 * (4 * head.out_features + head.in_features)))
+        each = 4 * (4 * self._head.out_features + self._head.in_features)
+        return max(1, self.byte_budget // each)
 
     def chunks(
         self,

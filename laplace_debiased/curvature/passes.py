@@ -21,7 +21,6 @@ from laplace_debiased.network.precision import full_precision
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 
-
 @dataclass(frozen=True, eq=False)
 class UnitColumns:
     """Columns that pick one output each, another one for every sample; written out one at a time.
@@ -362,7 +361,9 @@ class Footprint:
         """Of so many columns; None for one per output."""
         columns = self.outputs.numel() if n_columns is None else n_columns
         graph = self.inputs + (2 + columns) * self.written
-        largest = max((2 * patches + 2 * columns * rows for patches, rows in self.layers), default=0)
+        largest = max(
+            (2 * patches + 2 * columns * rows for patches, rows in self.layers), default=0
+        )
         return max(1, self.element * (graph + largest))
 
     def columns_in(self, byte_budget: int) -> int:

@@ -50,7 +50,7 @@ class ChosenMoments:
         return self.covariance if self._is_diagonal else self.covariance.diagonal(dim1=-2, dim2=-1)
 
     def shared(self) -> Tensor:
-        """c [...], the mean covariance of two chosen outputs."""
+        """Mean covariance c [...] of two chosen outputs."""
         k = self.chosen.shape[-1]
         if self._is_diagonal or k == 1:
             return self.covariance.new_zeros(self.chosen.shape[:-1])

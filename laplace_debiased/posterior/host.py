@@ -504,6 +504,7 @@ class DebiasedPosterior(_Host):
     __call__ = predicting.predict
     functional_samples = predicting.functional_samples
     predictive_samples = predicting.predictive_samples
+    outputs_report = predicting.report_outputs
     _glm_predictive_distribution = predicting.host_moments
 
     optimize_prior_precision = priors.optimize_prior_precision

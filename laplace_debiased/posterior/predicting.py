@@ -15,13 +15,20 @@ from torch import Tensor
 from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NumericalError
-from laplace_debiased.estimation import Target
+from laplace_debiased.estimation import Arguments, Fit, Target
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, gaussian_samples, softmax
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import undrawn_on_failure
-from laplace_debiased.options import parse_choice
-from laplace_debiased.predictive import Predictive, Predictor
+from laplace_debiased.options import Positions, parse_choice
+from laplace_debiased.predictive import (
+    OutputSelection,
+    OutputsReport,
+    Predictive,
+    Predictor,
+    outputs_report,
+    resolved,
+)
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 """What a model takes: a tensor, several, or a mapping that holds tensors."""
@@ -43,11 +50,16 @@ class Fitted(Protocol):
     enable_backprop: bool
     tuned_link_approx: LinkApprox | None
     _target: Target
+    _arguments: Arguments
     _warned_about_link: bool
 
     @property
     def coverage(self) -> Coverage:
         """Which parameters carry a posterior."""
+
+    @property
+    def fitted(self) -> Fit:
+        """The fitted curvature."""
 
     @property
     def predictor(self) -> Predictor:
@@ -205,9 +217,15 @@ def predict(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
     fitting: bool = False,
+    *,
+    positions: Positions | str = Positions.ALL,
     **model_kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Posterior predictive on ``x``.
+
+    Where the model has more classes than the option ``n_outputs`` says (by default: more than 64),
+    covariances are computed of the most probable ones of each sample, and the probabilities of all
+    follow from these: see ``outputs_report`` for what that leaves out.
 
     Args:
         self: a fitted posterior.
@@ -224,10 +242,13 @@ def predict(
             "mc" is deterministic.
         fitting: reward modelling: probabilities of a pair, as while fitting, in place of
             rewards.
+        positions: of a sequence "all", or "last": only the last position is computed (the last
+            that an ``attention_mask`` attends to), as generation needs it.
         model_kwargs: further arguments of the model, for "nn".
 
     Returns:
-        Classification: probabilities [m, C] ([m, T, C] for outputs at T positions). Bernoulli:
+        Classification: probabilities [m, C] ([m, T, C] for outputs at T positions; [m, C] at the
+        last). Bernoulli:
         the probability of every label [m, C]. Regression and rewards: the mean [m, C] and the
         *epistemic* covariance [m, C, C], [m, C] with ``diagonal_output`` or "nn"; with
         ``joint`` the mean [m·C] and covariance [m·C, m·C].
@@ -251,7 +272,8 @@ def predict(
         fitting,
     )
     check_generator(generator, self._device)
-    return call.answer(x, linearised(self), partial(sampled_outputs, self), model_kwargs)
+    at = _checked_positions(positions, pred, asks_for_moments=call.asks_for_moments)
+    return call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
 
 
 @public_call
@@ -268,13 +290,75 @@ def informed_probabilities(
     return linearised(self).informed_probabilities(x, link)
 
 
-def linearised(self: Fitted) -> Predictive:
+def linearised(self: Fitted, positions: Positions = Positions.ALL) -> Predictive:
     """The linearised network under the present hyper-parameters."""
     self._check_H_init()
     self._check_model()
     precision = self._precision(differentiable=self.enable_backprop)
     link = inverse_link_of(self.likelihood)
-    return Predictive(self.predictor, precision, link, self._device, self.enable_backprop)
+    return Predictive(
+        self.predictor,
+        precision,
+        link,
+        self._device,
+        self.enable_backprop,
+        selection_of(self, positions),
+    )
+
+
+def selection_of(self: Fitted, positions: Positions = Positions.ALL) -> OutputSelection:
+    """Which outputs the posterior's probabilities need moments of."""
+    chosen = None
+    if self.likelihood == LikelihoodName.CLASSIFICATION:
+        chosen = resolved(self._arguments.n_outputs, self.fitted.n_outputs)
+    return OutputSelection(chosen, positions is Positions.LAST)
+
+
+def _checked_positions(
+    positions: Positions | str, pred: PredType, *, asks_for_moments: bool
+) -> Positions:
+    """At which positions a prediction is.
+
+    Raises:
+        ValueError: for an unknown choice, or "last" where there is no sequence.
+    """
+    chosen = parse_choice(Positions, positions, "positions")
+    if chosen is Positions.LAST and (asks_for_moments or pred is not PredType.GLM):
+        raise ValueError(
+            "positions='last' is for classification with pred_type='glm'; of sampled networks "
+            "take the position that you need from the result."
+        )
+    return chosen
+
+
+def report_outputs(
+    self: Fitted,
+    x: Inputs,
+    link_approx: LinkApprox | str | None = None,
+    *,
+    positions: Positions | str = Positions.ALL,
+) -> OutputsReport:
+    """What ``n_outputs`` leaves out on some samples: probability beyond, and change from K to 2K.
+
+    Args:
+        self: a fitted posterior.
+        x: model inputs of a few samples.
+        link_approx: as in ``__call__``.
+        positions: as in ``__call__``.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        ValueError: unless the likelihood is "classification".
+    """
+    if self.likelihood != LikelihoodName.CLASSIFICATION:
+        raise ValueError(
+            "outputs_report is about the most probable classes; it is for "
+            f"likelihood='classification', not {self.likelihood!r}."
+        )
+    self._check_H_init()
+    link = _link(self, link_approx, PredType.GLM)
+    at = _checked_positions(positions, PredType.GLM, asks_for_moments=False)
+    return outputs_report(linearised(self, at), x, link)
 
 
 @public_call

@@ -3,6 +3,7 @@
 from laplace_debiased.predictive.interpolation import CovarianceCurve
 from laplace_debiased.predictive.kron import KronPredictor
 from laplace_debiased.predictive.last_layer import LastLayerKronPredictor
+from laplace_debiased.predictive.left_out import OutputsReport, outputs_report
 from laplace_debiased.predictive.lowrank import LowRankPredictor
 from laplace_debiased.predictive.predictive import Predictive
 from laplace_debiased.predictive.predictor import (
@@ -11,7 +12,7 @@ from laplace_debiased.predictive.predictor import (
     Predictor,
     Sweep,
 )
-from laplace_debiased.predictive.selection import OutputSelection
+from laplace_debiased.predictive.selection import OutputSelection, resolved
 
 __all__ = [
     "CovarianceCurve",
@@ -21,7 +22,10 @@ __all__ = [
     "OutputCovariance",
     "OutputMoments",
     "OutputSelection",
+    "OutputsReport",
     "Predictive",
     "Predictor",
     "Sweep",
+    "outputs_report",
+    "resolved",
 ]

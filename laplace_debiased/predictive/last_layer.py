@@ -57,6 +57,7 @@ class LastLayerKronPredictor:
         differentiable: bool = False,
     ) -> OutputMoments:
         """Mean and covariance of the outputs: see ``Predictor``."""
+        selection.require_no_positions()
         outputs, features = self.engine.features(inputs, differentiable=differentiable)
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             if not differentiable:

@@ -153,6 +153,7 @@ class LowRankPredictor:
         differentiable: bool = False,
     ) -> OutputMoments:
         """Mean and covariance of the linearised outputs: see ``Predictor``."""
+        selection.require_no_positions()
         frame = precision
         outputs = self.engine.outputs(inputs, differentiable=differentiable)
         joint = covariance is OutputCovariance.JOINT

@@ -38,8 +38,28 @@ class OutputSelection:
             return None
         return outputs.detach().topk(self.n_outputs, dim=-1).indices
 
+    def require_no_positions(self) -> None:
+        """Refuse what only makes sense of sequences.
+
+        Raises:
+            ValueError: if it asks for a position.
+        """
+        if self.last_position:
+            raise ValueError(
+                "positions='last' needs a posterior over all weights, Kronecker, whose model "
+                "returns outputs at several positions (batch, positions, classes); this one has "
+                "one set of outputs per sample. Leave positions out."
+            )
+
 
 ALL_OUTPUTS = OutputSelection()
+
+
+def resolved(n_outputs: int | str | None, n_classes: int) -> int | None:
+    """K for a posterior's option; None for all outputs."""
+    if isinstance(n_outputs, str):
+        return None if n_classes <= ALL_UP_TO else MOST_PROBABLE
+    return n_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +97,7 @@ def selected_walks(
     *positions, n_outputs = engine.output_shape(inputs)
     width = n_outputs if selection.n_outputs is None else min(selection.n_outputs, n_outputs)
     if not positions:
+        selection.require_no_positions()
         yield _chunks(engine, inputs, selection, None, width, differentiable)
         return
     if selection.last_position:
@@ -111,9 +132,7 @@ def _chunks(
             chosen = chosen + n_outputs * _index(positions, rows, outputs).unsqueeze(-1)
         return UnitColumns(outputs.detach(), chosen.flatten(1))
 
-    for chunk in engine.chunks(
-        inputs, columns, n_columns=n_columns, differentiable=differentiable
-    ):
+    for chunk in engine.chunks(inputs, columns, n_columns=n_columns, differentiable=differentiable):
         yield SelectedChunk(chunk, *part(chunk.outputs, chunk.rows))
 
 
