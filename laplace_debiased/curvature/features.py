@@ -89,9 +89,14 @@ class FeaturePass:
         assert isinstance(self.layer.module, nn.Linear)
         return self.layer.module
 
+    @property
+    def n_outputs(self) -> int:
+        """C."""
+        return self._head.out_features
+
     def output_shape(self, inputs: Any) -> torch.Size:
         """[C]."""
-        return torch.Size([self._head.out_features])
+        return torch.Size([self.n_outputs])
 
     def columns_that_fit(self, inputs: Any) -> int:
         """How many columns of one sample fit the byte budget; at least one."""

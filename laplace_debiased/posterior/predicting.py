@@ -16,7 +16,7 @@ from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.estimation import Arguments, Fit, Target
-from laplace_debiased.likelihoods import InverseLink, LikelihoodName, gaussian_samples, softmax
+from laplace_debiased.likelihoods import InverseLink, LikelihoodName, softmax
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import undrawn_on_failure
@@ -49,6 +49,7 @@ class Fitted(Protocol):
     likelihood: str
     enable_backprop: bool
     tuned_link_approx: LinkApprox | None
+    mean: Tensor
     _target: Target
     _arguments: Arguments
     _warned_about_link: bool
@@ -272,7 +273,7 @@ def predict(
         fitting,
     )
     check_generator(generator, self._device)
-    at = _checked_positions(positions, pred, asks_for_moments=call.asks_for_moments)
+    at = checked_positions(positions, pred)
     return call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
 
 
@@ -302,35 +303,36 @@ def linearised(self: Fitted, positions: Positions = Positions.ALL) -> Predictive
         link,
         self._device,
         self.enable_backprop,
-        selection_of(self, positions),
+        selection_of(self._arguments, self.fitted, positions),
     )
 
 
-def selection_of(self: Fitted, positions: Positions = Positions.ALL) -> OutputSelection:
-    """Which outputs the posterior's probabilities need moments of."""
+def selection_of(
+    arguments: Arguments, fit: Fit, positions: Positions = Positions.ALL
+) -> OutputSelection:
+    """Which outputs a posterior's probabilities need moments of."""
     chosen = None
-    if self.likelihood == LikelihoodName.CLASSIFICATION:
-        chosen = resolved(self._arguments.n_outputs, self.fitted.n_outputs)
+    if arguments.likelihood == LikelihoodName.CLASSIFICATION:
+        chosen = resolved(arguments.n_outputs, fit.n_outputs)
     return OutputSelection(chosen, positions is Positions.LAST)
 
 
-def _checked_positions(
-    positions: Positions | str, pred: PredType, *, asks_for_moments: bool
-) -> Positions:
+def checked_positions(positions: Positions | str, pred: PredType) -> Positions:
     """At which positions a prediction is.
 
     Raises:
-        ValueError: for an unknown choice, or "last" where there is no sequence.
+        ValueError: for an unknown choice, or "last" of sampled networks.
     """
     chosen = parse_choice(Positions, positions, "positions")
-    if chosen is Positions.LAST and (asks_for_moments or pred is not PredType.GLM):
+    if chosen is Positions.LAST and pred is not PredType.GLM:
         raise ValueError(
-            "positions='last' is for classification with pred_type='glm'; of sampled networks "
-            "take the position that you need from the result."
+            "positions='last' is for pred_type='glm'; of sampled networks take the position that "
+            "you need from the result."
         )
     return chosen
 
 
+@public_call
 def report_outputs(
     self: Fitted,
     x: Inputs,
@@ -357,7 +359,7 @@ def report_outputs(
         )
     self._check_H_init()
     link = _link(self, link_approx, PredType.GLM)
-    at = _checked_positions(positions, PredType.GLM, asks_for_moments=False)
+    at = checked_positions(positions, PredType.GLM)
     return outputs_report(linearised(self, at), x, link)
 
 
@@ -367,38 +369,6 @@ def host_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
     return linearised(self).host_moments(X, joint=joint, diagonal_output=diagonal_output)
-
-
-@public_call
-def functional_samples(
-    self: Fitted,
-    x: Inputs,
-    pred_type: PredType | str = PredType.GLM,
-    n_samples: int = 100,
-    diagonal_output: bool = False,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Samples of the outputs [n_samples, m, C]; arguments as in ``__call__``."""
-    self._check_H_init()
-    check_generator(generator, self._device)
-    if checked_pred_type(pred_type) is PredType.NN:
-        return sampled_outputs(self, x, checked_integer("n_samples", n_samples), generator)
-    moments = linearised(self).host_moments(x, joint=False, diagonal_output=diagonal_output)
-    return gaussian_samples(*moments, n_samples, generator)
-
-
-@public_call
-def predictive_samples(
-    self: Fitted,
-    x: Inputs,
-    pred_type: PredType | str = PredType.GLM,
-    n_samples: int = 100,
-    diagonal_output: bool = False,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Samples after the inverse link [n_samples, m, C]; arguments as in ``__call__``."""
-    samples = functional_samples(self, x, pred_type, n_samples, diagonal_output, generator)
-    return samples if self.likelihood in MOMENTS else inverse_link_of(self.likelihood)(samples)
 
 
 def sampled_outputs(

@@ -153,6 +153,23 @@ def test_report_says_what_is_left_out() -> None:
         case("outputs").posterior().outputs_report(x)
 
 
+@pytest.mark.parametrize(("subset", "structure", "options"), POSTERIORS[::2])
+def test_tuning_scores_what_predictions_say(subset: str, structure: str, options: dict) -> None:
+    """Every link at its own optimum, on 6 of 9 classes.
+
+    The grid is of priors at which interpolation between nodes is accurate.
+    """
+    la, x = fitted(subset, structure, options, n_outputs=6)
+    y = (torch.arange(16) * 5) % N_CLASSES
+    loader = DataLoader(TensorDataset(x, y), batch_size=6)
+    for link in LINKS:
+        la.optimize_prior_precision(
+            val_loader=loader, link_approx=link, log_prior_prec_min=0, log_prior_prec_max=4
+        )
+        found = -la(x, link_approx=link).gather(1, y[:, None]).log().mean()
+        assert la.tuning_result.loss == pytest.approx(float(found), rel=1e-4)
+
+
 # -- sequences -----------------------------------------------------------------------------
 
 
