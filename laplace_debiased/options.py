@@ -73,6 +73,13 @@ class SubsetOfWeights(str, Enum):
     LAST_LAYER = "last_layer"
 
 
+class Positions(str, Enum):
+    """At which positions of a sequence a prediction is asked for."""
+
+    ALL = "all"
+    LAST = "last"
+
+
 _LEAST = {"mc_samples": 1, "max_rank": 1, "byte_budget": 1, "pool_size": 1, "folds": 2}
 
 Choice = TypeVar("Choice", bound=Enum)

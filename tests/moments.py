@@ -12,7 +12,8 @@ from laplace_debiased.predictive import OutputCovariance
 def moments(la: Any, x: Any, kind: OutputCovariance) -> tuple[Tensor, Tensor]:
     """Mean and covariance under the posterior's present hyper-parameters."""
     precision = la.predictor.precision(la._H_factor, la.prior_precision)
-    return la.predictor.moments(x, precision, kind, differentiable=la.enable_backprop)
+    found = la.predictor.moments(x, precision, kind, differentiable=la.enable_backprop)
+    return found.mean, found.covariance
 
 
 def sweep(la: Any, x: Any, priors: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.linear_head import check_linear_head
-from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns
+from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns, written_out
 from laplace_debiased.curvature.rows import LayerRows
 from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
 from laplace_debiased.network.last_layer import reduced, watching
@@ -56,8 +56,7 @@ class FeaturePass:
         Raises:
             ValueError: if the outputs are not W φ + b.
         """
-        inputs, head = to_device(inputs, self.device), self.layer.module
-        assert isinstance(head, nn.Linear)
+        inputs, head = to_device(inputs, self.device), self._head
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
             with evaluation_mode(self.model), watching(head) as seen:
@@ -84,6 +83,25 @@ class FeaturePass:
     def outputs(self, inputs: Any) -> Tensor:
         """Network outputs [m, C] without a graph."""
         return self.features(inputs)[0].detach()
+
+    @property
+    def _head(self) -> nn.Linear:
+        assert isinstance(self.layer.module, nn.Linear)
+        return self.layer.module
+
+    @property
+    def n_outputs(self) -> int:
+        """C."""
+        return self._head.out_features
+
+    def output_shape(self, inputs: Any) -> torch.Size:
+        """[C]."""
+        return torch.Size([self.n_outputs])
+
+    def columns_that_fit(self, inputs: Any) -> int:
+        """How many columns of one sample fit the byte budget; at least one."""
+        each = 4 * (4 * self._head.out_features + self._head.in_features)
+        return max(1, self.byte_budget // each)
 
     def chunks(
         self,
@@ -113,13 +131,13 @@ class FeaturePass:
         step = max(1, min(m, self.byte_budget // (4 * outputs.element_size() * per_sample)))
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
-            to_pull = columns(outputs[rows], rows).unbind(-1)
+            to_pull = written_out(columns(outputs[rows], rows)).unbind(-1)
             name = self.layer.name
             each = ({name: ((column,),)} for column in to_pull)
             yield ColumnChunk(rows, outputs[rows], {name: ((features[rows],),)}, each)
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
-        to_pull = columns(outputs, rows)
+        to_pull = written_out(columns(outputs, rows))
 
         def layer_rows(layer: Layer) -> LayerRows:
             return layer.rows((features,), (to_pull.transpose(1, 2),))

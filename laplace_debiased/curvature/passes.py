@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,42 @@ from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import full_precision
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
-Columns = Callable[[Tensor, slice], Tensor]
+
+@dataclass(frozen=True, eq=False)
+class UnitColumns:
+    """Columns that pick one output each, another one for every sample; written out one at a time.
+
+    It stands for the tensor [m, C, R] (or [m, T, C, R]) that is one at ``indices`` and zero
+    elsewhere, which at large C would be larger than all that a pass holds.
+
+    Attributes:
+        like: outputs [m, C] or [m, T, C]: shape, dtype and device of a column.
+        indices: which of a sample's outputs, counted through its positions [m, R].
+    """
+
+    like: Tensor
+    indices: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        return torch.Size((*self.like.shape, self.indices.shape[-1]))
+
+    def to(self, dtype: torch.dtype) -> UnitColumns:
+        """The same of another dtype."""
+        return replace(self, like=self.like.to(dtype))
+
+    def column(self, r: int) -> Tensor:
+        """The r-th column [m, C] or [m, T, C]."""
+        flat = torch.zeros_like(self.like).flatten(1)
+        return flat.scatter_(1, self.indices[:, r : r + 1], 1.0).reshape(self.like.shape)
+
+    def dense(self) -> Tensor:
+        """The tensor itself [..., R]."""
+        return torch.stack([self.column(r) for r in range(self.shape[-1])], dim=-1)
+
+
+Columns = Callable[[Tensor, slice], "Tensor | UnitColumns"]
 """From outputs [m, C] of the given rows of a batch to the columns [m, C, R] to pull back."""
 
 
@@ -92,6 +127,17 @@ class CurvaturePass(Protocol):
     def outputs(self, inputs: Any) -> Tensor:
         """Network outputs [m, C] without a graph."""
 
+    def output_shape(self, inputs: Any) -> torch.Size:
+        """Shape of one sample's outputs: [C], or [T, C]."""
+
+    def columns_that_fit(self, inputs: Any) -> int:
+        """How many columns of one sample fit the byte budget; at least one."""
+
+
+def written_out(columns: Tensor | UnitColumns) -> Tensor:
+    """Columns as a tensor [m, C, R]."""
+    return columns.dense() if isinstance(columns, UnitColumns) else columns
+
 
 def identity_columns(outputs: Tensor, rows: slice) -> Tensor:
     """One column per output: the pull-backs are the rows of the Jacobian."""
@@ -118,7 +164,7 @@ class BackwardPass:
     model: nn.Module
     layers: tuple[Layer, ...]
     byte_budget: int = DEFAULT_BYTE_BUDGET
-    _bytes_per_sample: dict[tuple, int] = field(default_factory=dict, repr=False)
+    _footprints: dict[tuple, Footprint] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +175,15 @@ class BackwardPass:
         """Network outputs [m, C] without a graph."""
         tape = record(self.model, (), to_device(inputs, self.device))
         return full_precision(tape.outputs.detach())
+
+    def output_shape(self, inputs: Any) -> torch.Size:
+        """Shape of one sample's outputs: [C], or [T, C]; a forward pass the first time."""
+        return self._footprint(to_device(inputs, self.device)).outputs
+
+    def columns_that_fit(self, inputs: Any) -> int:
+        """How many columns of one sample fit the byte budget; at least one."""
+        footprint = self._footprint(to_device(inputs, self.device))
+        return footprint.columns_in(self.byte_budget)
 
     def chunks(
         self,
@@ -204,15 +259,22 @@ class BackwardPass:
     ) -> int:
         if length <= 1:
             return max(length, 1)
-        key = (tensor_shapes(inputs), n_columns)
-        if key not in self._bytes_per_sample:
+        return max(1, min(length, byte_budget // self._footprint(inputs).bytes(n_columns)))
+
+    def _footprint(self, inputs: Any) -> Footprint:
+        """What one sample takes; measured once for inputs of a shape."""
+        key = tensor_shapes(inputs)
+        if key not in self._footprints:
+            if batch_length(inputs) == 0:
+                raise ValueError("the model inputs hold no sample.")
             tape = record(self.model, self.layers, select_rows(inputs, slice(0, 1)))
-            self._bytes_per_sample[key] = bytes_per_sample(tape, self.layers, n_columns)
-        return max(1, min(length, byte_budget // self._bytes_per_sample[key]))
+            check_outputs(tape.outputs, 1, positions=True)
+            self._footprints[key] = Footprint.of(tape, self.layers)
+        return self._footprints[key]
 
 
 def _pull_back_all(
-    tape: LayerTape, columns: Tensor, differentiable: bool
+    tape: LayerTape, columns: Tensor | UnitColumns, differentiable: bool
 ) -> dict[str, list[Calls]]:
     stacks: dict[str, list[Calls]] = {}
     for pulled in _pull_back_each(tape, columns, differentiable):
@@ -222,14 +284,15 @@ def _pull_back_all(
 
 
 def _pull_back_each(
-    tape: LayerTape, columns: Tensor, differentiable: bool = False
+    tape: LayerTape, columns: Tensor | UnitColumns, differentiable: bool = False
 ) -> Iterator[dict[str, Calls]]:
     """One pull-back per column of ``columns`` [m, C, R]; nothing where no layer was recorded."""
     n_columns = columns.shape[-1] if tape.calls else 0
     for r in range(n_columns):
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            column = columns.column(r) if isinstance(columns, UnitColumns) else columns[..., r]
             pulled = tape.pull_back(
-                columns[..., r], create_graph=differentiable, retain_graph=r + 1 < n_columns
+                column, create_graph=differentiable, retain_graph=r + 1 < n_columns
             )
         yield pulled
 
@@ -251,25 +314,60 @@ def _stacked(columns: list[Calls]) -> Calls:
     )
 
 
-def bytes_per_sample(tape: LayerTape, layers: tuple[Layer, ...], n_columns: int | None) -> int:
+@dataclass(frozen=True)
+class Footprint:
     """Working memory of one sample in a pass, from a tape of one sample.
 
     The graph holds about two tensors per recorded output (before and after its non-linearity);
     the columns one per output and column; one layer at a time holds its patches twice and two
     arrays of the size of its rotated gradients.
+
+    Attributes:
+        outputs: shape of the network's outputs, [C] or [T, C].
+        element: bytes of a number.
+        inputs: entries of all recorded inputs.
+        written: entries of all recorded outputs.
+        layers: per layer, entries of its patches and of one column's rows.
     """
-    size = tape.outputs.element_size()
-    columns = tape.outputs[0].numel() if n_columns is None else n_columns
-    graph, largest = 0, 0
-    for layer in layers:
-        patches = working = 0
-        for call in tape.calls.get(layer.name, ()):
-            n_outputs = sum(shape.numel() for shape in call.shapes)
-            graph += sum(tensor.numel() for tensor in call.inputs) + (2 + columns) * n_outputs
-            zeros = (tape.outputs.new_zeros(shape).unsqueeze(1) for shape in call.shapes)
-            rows = layer.rows(tuple(map(_detached, call.inputs)), tuple(map(_detached, zeros)))
-            entries = sum(block.entries for _, block in rows.blocks())
-            patches += sum(block.patches for _, block in rows.blocks())
-            working = max(working, entries) + n_outputs
-        largest = max(largest, 2 * patches + 2 * columns * working)
-    return max(1, size * (graph + largest))
+
+    outputs: torch.Size
+    element: int
+    inputs: int
+    written: int
+    layers: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(tape: LayerTape, layers: tuple[Layer, ...]) -> Footprint:
+        """From a tape of one sample."""
+        read = written = 0
+        sizes = []
+        for layer in layers:
+            patches = working = 0
+            for call in tape.calls.get(layer.name, ()):
+                n_outputs = sum(shape.numel() for shape in call.shapes)
+                read += sum(tensor.numel() for tensor in call.inputs)
+                written += n_outputs
+                zeros = (tape.outputs.new_zeros(shape).unsqueeze(1) for shape in call.shapes)
+                rows = layer.rows(tuple(map(_detached, call.inputs)), tuple(map(_detached, zeros)))
+                entries = sum(block.entries for _, block in rows.blocks())
+                patches += sum(block.patches for _, block in rows.blocks())
+                working = max(working, entries) + n_outputs
+            sizes.append((patches, working))
+        return Footprint(
+            tape.outputs.shape[1:], tape.outputs.element_size(), read, written, tuple(sizes)
+        )
+
+    def bytes(self, n_columns: int | None) -> int:
+        """Of so many columns; None for one per output."""
+        columns = self.outputs.numel() if n_columns is None else n_columns
+        graph = self.inputs + (2 + columns) * self.written
+        largest = max(
+            (2 * patches + 2 * columns * rows for patches, rows in self.layers), default=0
+        )
+        return max(1, self.element * (graph + largest))
+
+    def columns_in(self, byte_budget: int) -> int:
+        """How many columns fit; at least one."""
+        fixed = self.bytes(0)
+        each = self.element * (self.written + 2 * max((rows for _, rows in self.layers), default=0))
+        return max(1, (byte_budget - fixed) // max(1, each))

@@ -46,6 +46,8 @@ class Arguments:
         allow_probabilities: whether class outputs that all sum to one are taken for logits.
         dict_key_x: key of the inputs in mapping batches.
         dict_key_y: key of the labels in mapping batches.
+        n_outputs: of how many outputs of each sample predictions need moments; None for all,
+            "auto" for what the number of classes suggests.
     """
 
     likelihood: str
@@ -59,6 +61,7 @@ class Arguments:
     allow_probabilities: bool = False
     dict_key_x: str = "input_ids"
     dict_key_y: str = "labels"
+    n_outputs: int | str | None = "auto"
 
     @property
     def host_likelihood(self) -> str:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
+from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.last_layer import LastLayerNetwork, found_last_layer
 from laplace_debiased.network.precision import HALF_DTYPES
 from laplace_debiased.network.samples import network_samples
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+from laplace_debiased.predictive.draws import HeadProducts, JacobianProducts, NetworkProducts
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ class Target:
             **model_kwargs,
         )
         return torch.stack(list(outputs))
+
+    def products(self, coverage: Coverage, byte_budget: int) -> JacobianProducts:
+        """The linearised network along directions of the covered weights."""
+        if self.last_layer is not None:
+            return HeadProducts(self.feature_pass(coverage, byte_budget), coverage.covered)
+        return NetworkProducts(FunctionalNetwork(self.model, coverage.covered), byte_budget)
 
     # -- the last layer --------------------------------------------------------------------
 

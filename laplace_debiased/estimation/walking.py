@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.passes import Columns
+from laplace_debiased.curvature.passes import Columns, written_out
 from laplace_debiased.data import (
     Batch,
     CurvaturePlan,
@@ -75,7 +75,7 @@ def scaled_columns(columns: Columns, weights: Tensor) -> Columns:
         return columns
 
     def scaled(outputs: Tensor, rows: slice) -> Tensor:
-        found = columns(outputs, rows)
+        found = written_out(columns(outputs, rows))
         return found * weights[rows].sqrt().to(found).reshape(-1, *[1] * (found.ndim - 1))
 
     return scaled

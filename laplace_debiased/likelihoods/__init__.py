@@ -18,10 +18,12 @@ from laplace_debiased.likelihoods.losses import (
     curvature_columns,
     loss_model,
 )
+from laplace_debiased.likelihoods.tail import ChosenMoments
 
 __all__ = [
     "Bernoulli",
     "BradleyTerry",
+    "ChosenMoments",
     "InverseLink",
     "LikelihoodName",
     "LossModel",

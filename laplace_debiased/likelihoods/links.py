@@ -156,11 +156,19 @@ def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False)
     Returns:
         Probabilities [m, C].
     """
+    return bridge_of_sums(
+        mean, covariance.sum(-1), covariance.diagonal(dim1=-2, dim2=-1), normalise=normalise
+    )
+
+
+def bridge_of_sums(
+    mean: Tensor, row_sums: Tensor, variances: Tensor, *, normalise: bool = False
+) -> Tensor:
+    """:func:`laplace_bridge` from all that it reads of Σ: row sums and diagonal, [..., C] each."""
     n_classes = mean.shape[-1]
-    row_sums = covariance.sum(-1)
     total = row_sums.sum(-1)
     mean = mean - row_sums * (mean.sum(-1) / total).unsqueeze(-1)
-    variance = covariance.diagonal(dim1=-2, dim2=-1) - row_sums.square() / total.unsqueeze(-1)
+    variance = variances - row_sums.square() / total.unsqueeze(-1)
     if normalise:
         scale = variance.mean(-1, keepdim=True) / math.sqrt(n_classes / 2)
         mean, variance = mean / scale.sqrt(), variance / scale

@@ -114,3 +114,29 @@ class FunctionalNetwork:
     def split(self, directions: Tensor) -> Parameters:
         """Columns of ``directions`` [P, k] as one tensor [k, *shape] per parameter."""
         return split_directions(directions, self.parameters())
+
+    def saved_entries(self, sample: Any) -> tuple[int, int]:
+        """Entries that a forward pass saves for its backward pass: in all, and the largest.
+
+        Args:
+            sample: prepared inputs of one sample.
+        """
+        parameters = {k: v.requires_grad_(True) for k, v in self.parameters().items()}
+        own = {value.data_ptr() for value in [*parameters.values(), *self.model.parameters()]}
+        saved: list[int] = [0]
+
+        def pack(tensor: Tensor) -> None:
+            if tensor.data_ptr() not in own:
+                saved.append(tensor.numel())
+
+        with (
+            differentiable_kernels(self.model),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, _refuse),
+        ):
+            outputs = self.call(parameters, self.constants(), sample)
+        return sum(saved), max(*saved, outputs.numel())
+
+
+def _refuse(packed: None) -> Tensor:
+    raise AssertionError("the graph of a size measurement is never walked")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.estimation.arguments import Arguments, Backend
 from laplace_debiased.estimation.backends import backend_fisher
+from laplace_debiased.estimation.request import AUTO
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.options import (
     CurvatureOptions,
@@ -76,6 +77,7 @@ def arguments_from(
     allowed = checked_flag("allow_probabilities", rest.pop("allow_probabilities", False))
     strict = checked_flag("strict", rest.pop("strict", False))
     rank = _checked_rank(rest.pop("rank", None), low_rank=low_rank)
+    n_outputs = _checked_n_outputs(rest.pop("n_outputs", AUTO), name)
     parsed = _parse_options(rest)
     parsed["fisher"] = _fisher(parsed.get("fisher"), backend)
     scheme = parsed.pop("scheme", None)
@@ -95,6 +97,7 @@ def arguments_from(
         _is_residual(sigma_noise, name),
         allowed,
         *dict_keys,
+        n_outputs=n_outputs,
     )
 
 
@@ -156,6 +159,20 @@ def _checked_rank(rank: object, *, low_rank: bool) -> int | None:
     return checked_integer("rank", rank)
 
 
+def _checked_n_outputs(value: object, likelihood: str) -> int | str | None:
+    if value is None or value == AUTO:
+        return value if value is None else AUTO
+    if isinstance(value, str):
+        raise ValueError(f"n_outputs must be a positive integer, None or {AUTO!r}; got {value!r}.")
+    checked = checked_integer("n_outputs", value)
+    if likelihood != LikelihoodName.CLASSIFICATION:
+        raise ValueError(
+            "n_outputs chooses the most probable of classes that exclude each other; it is for "
+            f"likelihood='classification', not {likelihood!r}."
+        )
+    return checked
+
+
 def _checked_ignore_index(value: object, likelihood: str, backend: object) -> int | None:
     if value is None:
         return None
@@ -198,7 +215,7 @@ def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise TypeError(
             f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}, "
-            "allow_probabilities, ignore_index, rank and strict."
+            "allow_probabilities, ignore_index, n_outputs, rank and strict."
         )
     return {
         name: parse_choice(_ENUMS[name], value, name)

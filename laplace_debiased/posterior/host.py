@@ -35,7 +35,7 @@ from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.watch import ModelWatch
-from laplace_debiased.posterior import predicting, priors, saving, state
+from laplace_debiased.posterior import drawing, predicting, priors, saving, state
 from laplace_debiased.posterior.predicting import (
     checked_link,
 )
@@ -502,8 +502,9 @@ class DebiasedPosterior(_Host):
     # -- prediction ------------------------------------------------------------------------
 
     __call__ = predicting.predict
-    functional_samples = predicting.functional_samples
-    predictive_samples = predicting.predictive_samples
+    functional_samples = drawing.functional_samples
+    predictive_samples = drawing.predictive_samples
+    outputs_report = predicting.report_outputs
     _glm_predictive_distribution = predicting.host_moments
 
     optimize_prior_precision = priors.optimize_prior_precision

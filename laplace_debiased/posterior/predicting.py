@@ -15,13 +15,20 @@ from torch import Tensor
 from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NumericalError
-from laplace_debiased.estimation import Target
-from laplace_debiased.likelihoods import InverseLink, LikelihoodName, gaussian_samples, softmax
+from laplace_debiased.estimation import Arguments, Fit, Target
+from laplace_debiased.likelihoods import InverseLink, LikelihoodName, softmax
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import undrawn_on_failure
-from laplace_debiased.options import parse_choice
-from laplace_debiased.predictive import Predictive, Predictor
+from laplace_debiased.options import Positions, parse_choice
+from laplace_debiased.predictive import (
+    OutputSelection,
+    OutputsReport,
+    Predictive,
+    Predictor,
+    outputs_report,
+    resolved,
+)
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 """What a model takes: a tensor, several, or a mapping that holds tensors."""
@@ -42,12 +49,18 @@ class Fitted(Protocol):
     likelihood: str
     enable_backprop: bool
     tuned_link_approx: LinkApprox | None
+    mean: Tensor
     _target: Target
+    _arguments: Arguments
     _warned_about_link: bool
 
     @property
     def coverage(self) -> Coverage:
         """Which parameters carry a posterior."""
+
+    @property
+    def fitted(self) -> Fit:
+        """The fitted curvature."""
 
     @property
     def predictor(self) -> Predictor:
@@ -205,9 +218,15 @@ def predict(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
     fitting: bool = False,
+    *,
+    positions: Positions | str = Positions.ALL,
     **model_kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Posterior predictive on ``x``.
+
+    Where the model has more classes than the option ``n_outputs`` says (by default: more than 64),
+    covariances are computed of the most probable ones of each sample, and the probabilities of all
+    follow from these: see ``outputs_report`` for what that leaves out.
 
     Args:
         self: a fitted posterior.
@@ -224,10 +243,13 @@ def predict(
             "mc" is deterministic.
         fitting: reward modelling: probabilities of a pair, as while fitting, in place of
             rewards.
+        positions: of a sequence "all", or "last": only the last position is computed (the last
+            that an ``attention_mask`` attends to), as generation needs it.
         model_kwargs: further arguments of the model, for "nn".
 
     Returns:
-        Classification: probabilities [m, C] ([m, T, C] for outputs at T positions). Bernoulli:
+        Classification: probabilities [m, C] ([m, T, C] for outputs at T positions; [m, C] at the
+        last). Bernoulli:
         the probability of every label [m, C]. Regression and rewards: the mean [m, C] and the
         *epistemic* covariance [m, C, C], [m, C] with ``diagonal_output`` or "nn"; with
         ``joint`` the mean [m·C] and covariance [m·C, m·C].
@@ -251,7 +273,8 @@ def predict(
         fitting,
     )
     check_generator(generator, self._device)
-    return call.answer(x, linearised(self), partial(sampled_outputs, self), model_kwargs)
+    at = checked_positions(positions, pred)
+    return call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
 
 
 @public_call
@@ -268,13 +291,76 @@ def informed_probabilities(
     return linearised(self).informed_probabilities(x, link)
 
 
-def linearised(self: Fitted) -> Predictive:
+def linearised(self: Fitted, positions: Positions = Positions.ALL) -> Predictive:
     """The linearised network under the present hyper-parameters."""
     self._check_H_init()
     self._check_model()
     precision = self._precision(differentiable=self.enable_backprop)
     link = inverse_link_of(self.likelihood)
-    return Predictive(self.predictor, precision, link, self._device, self.enable_backprop)
+    return Predictive(
+        self.predictor,
+        precision,
+        link,
+        self._device,
+        self.enable_backprop,
+        selection_of(self._arguments, self.fitted, positions),
+    )
+
+
+def selection_of(
+    arguments: Arguments, fit: Fit, positions: Positions = Positions.ALL
+) -> OutputSelection:
+    """Which outputs a posterior's probabilities need moments of."""
+    chosen = None
+    if arguments.likelihood == LikelihoodName.CLASSIFICATION:
+        chosen = resolved(arguments.n_outputs, fit.n_outputs)
+    return OutputSelection(chosen, positions is Positions.LAST)
+
+
+def checked_positions(positions: Positions | str, pred: PredType) -> Positions:
+    """At which positions a prediction is.
+
+    Raises:
+        ValueError: for an unknown choice, or "last" of sampled networks.
+    """
+    chosen = parse_choice(Positions, positions, "positions")
+    if chosen is Positions.LAST and pred is not PredType.GLM:
+        raise ValueError(
+            "positions='last' is for pred_type='glm'; of sampled networks take the position that "
+            "you need from the result."
+        )
+    return chosen
+
+
+@public_call
+def report_outputs(
+    self: Fitted,
+    x: Inputs,
+    link_approx: LinkApprox | str | None = None,
+    *,
+    positions: Positions | str = Positions.ALL,
+) -> OutputsReport:
+    """What ``n_outputs`` leaves out on some samples: probability beyond, and change from K to 2K.
+
+    Args:
+        self: a fitted posterior.
+        x: model inputs of a few samples.
+        link_approx: as in ``__call__``.
+        positions: as in ``__call__``.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        ValueError: unless the likelihood is "classification".
+    """
+    if self.likelihood != LikelihoodName.CLASSIFICATION:
+        raise ValueError(
+            "outputs_report is about the most probable classes; it is for "
+            f"likelihood='classification', not {self.likelihood!r}."
+        )
+    self._check_H_init()
+    link = _link(self, link_approx, PredType.GLM)
+    at = checked_positions(positions, PredType.GLM)
+    return outputs_report(linearised(self, at), x, link)
 
 
 @public_call
@@ -283,38 +369,6 @@ def host_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
     return linearised(self).host_moments(X, joint=joint, diagonal_output=diagonal_output)
-
-
-@public_call
-def functional_samples(
-    self: Fitted,
-    x: Inputs,
-    pred_type: PredType | str = PredType.GLM,
-    n_samples: int = 100,
-    diagonal_output: bool = False,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Samples of the outputs [n_samples, m, C]; arguments as in ``__call__``."""
-    self._check_H_init()
-    check_generator(generator, self._device)
-    if checked_pred_type(pred_type) is PredType.NN:
-        return sampled_outputs(self, x, checked_integer("n_samples", n_samples), generator)
-    moments = linearised(self).host_moments(x, joint=False, diagonal_output=diagonal_output)
-    return gaussian_samples(*moments, n_samples, generator)
-
-
-@public_call
-def predictive_samples(
-    self: Fitted,
-    x: Inputs,
-    pred_type: PredType | str = PredType.GLM,
-    n_samples: int = 100,
-    diagonal_output: bool = False,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Samples after the inverse link [n_samples, m, C]; arguments as in ``__call__``."""
-    samples = functional_samples(self, x, pred_type, n_samples, diagonal_output, generator)
-    return samples if self.likelihood in MOMENTS else inverse_link_of(self.likelihood)(samples)
 
 
 def sampled_outputs(

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from laplace_debiased.checks import shortened
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import ArgumentTypeError
-from laplace_debiased.estimation import Arguments, FitRequest, Structure, Target
+from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target
 from laplace_debiased.estimation.plan import training_sample
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.interrupts import unbroken, uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
-from laplace_debiased.posterior.predicting import checked_link, checked_pred_type
+from laplace_debiased.posterior.predicting import checked_link, checked_pred_type, selection_of
 from laplace_debiased.predictive import Predictor
 from laplace_debiased.tuning import PriorGrid, Subject, TuningResult, Validation
 from laplace_debiased.tuning.call import TuningCall, by_evidence, tuning_method
@@ -145,6 +145,10 @@ class Tunable(Protocol):
     _prior_precision: Tensor
     _warned_about_link: bool
     _takes_diagonal_prior: ClassVar[bool]
+
+    @property
+    def fitted(self) -> Fit:
+        """The fitted curvature."""
 
     @property
     def predictor(self) -> Predictor:
@@ -291,6 +295,7 @@ def _subject(self: Tunable) -> Subject:
         self.dict_key_y,
         self._target.model,
         partial(_sampled_at, self),
+        selection_of(self._arguments, self.fitted),
     )
 
 

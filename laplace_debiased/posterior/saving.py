@@ -42,6 +42,7 @@ def constructor_arguments(arguments: Arguments, target: Target) -> dict[str, Any
         "dict_key_y": arguments.dict_key_y,
         "strict": arguments.strict,
         "rank": arguments.rank,
+        "n_outputs": arguments.n_outputs,
         "ignore_index": arguments.ignore_index,
         "allow_probabilities": arguments.allow_probabilities,
         "sigma_noise": RESIDUAL if arguments.residual_noise else None,
@@ -55,7 +56,7 @@ def constructor_arguments(arguments: Arguments, target: Target) -> dict[str, Any
     if target.last_layer is not None:
         given["feature_reduction"] = target.last_layer.reduction
         given["last_layer_name"] = target.last_layer.name
-    left_out = {"pool_size"}  # None is a choice there
+    left_out = {"pool_size", "n_outputs"}  # None is a choice there
     return {k: v for k, v in given.items() if v is not None or k in left_out}
 
 

@@ -12,7 +12,7 @@ J̃_c = (U_Bᵀ g_c)(U_Aᵀ a)ᵀ, so that the sum over j can be taken first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,13 @@ from laplace_debiased.curvature.rows import (
 )
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.operators import EigenBlock, EigenKron
-from laplace_debiased.predictive.predictor import OutputCovariance
+from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments
+from laplace_debiased.predictive.selection import (
+    ALL_OUTPUTS,
+    OutputSelection,
+    SelectedChunk,
+    selected_walks,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,45 +115,60 @@ def functional_moments(
     blocks: NamedBlocks,
     inputs: Any,
     covariance: OutputCovariance,
+    selection: OutputSelection = ALL_OUTPUTS,
     *,
     differentiable: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> OutputMoments:
     """Mean and covariance of the linearised outputs.
 
     Args:
         curvature_pass: the pass over the network.
         blocks: the posterior.
         inputs: one batch of model inputs, m samples.
-        covariance: how much of it.
+        covariance: how much of it; a joint one is of all outputs.
+        selection: of which outputs.
         differentiable: keep the graph, for gradients with respect to ``inputs``.
-
-    Returns:
-        Outputs f [m, C], and their covariance in the shape that ``covariance`` says. Where a sample
-        has outputs at T positions, f [m, T, C] with the covariance at each of them.
     """
     match covariance:
         case OutputCovariance.JOINT:
-            return _joint(curvature_pass, blocks, inputs, differentiable)
+            return OutputMoments(*_joint(curvature_pass, blocks, inputs, differentiable))
         case OutputCovariance.DIAGONAL | OutputCovariance.PER_SAMPLE:
             diagonal = covariance is OutputCovariance.DIAGONAL
-    outputs, covariances = [], []
-    chunks = curvature_pass.chunks(inputs, identity_columns, differentiable=differentiable)
-    for chunk in chunks:
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-            outputs.append(chunk.outputs)
-            covariances.append(_chunk_covariance(chunk, blocks, diagonal))
-    return torch.cat(outputs), torch.cat(covariances)
+    groups = []
+    for walk in selected_walks(curvature_pass, inputs, selection, differentiable=differentiable):
+        outputs, covariances, indices = [], [], []
+        for part in walk:
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+                outputs.append(part.outputs)
+                covariances.append(_chunk_covariance(part, blocks, diagonal))
+                indices.append(part.chosen)
+        groups.append((torch.cat(outputs), torch.cat(covariances), joined(indices)))
+    mean, variance, chosen = zip(*groups, strict=True)
+    with torch.set_grad_enabled(differentiable):
+        return OutputMoments(beside(mean, 1), beside(variance, 1), joined(chosen, 1))
 
 
-def _chunk_covariance(chunk: Chunk, blocks: NamedBlocks, diagonal: bool) -> Tensor:
-    *lead, n_outputs = chunk.outputs.shape
+def joined(indices: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
+    """Indices of chunks as one; None where all outputs are meant."""
+    known = [index for index in indices if index is not None]
+    return beside(known, dim) if known else None
+
+
+def beside(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Parts along an axis; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _chunk_covariance(part: SelectedChunk, blocks: NamedBlocks, diagonal: bool) -> Tensor:
+    *lead, n_outputs = part.shape
     m = math.prod(lead)
     shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
-    total = chunk.outputs.new_zeros(shape)
+    total = part.outputs.new_zeros(shape)
+    chunk = part.chunk
     for layer in chunk.layers:
         for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
-            part = _block_covariance(jacobian, blocks.table(name), shape, diagonal)
-            total = total + part.reshape(shape)
+            block = _block_covariance(jacobian, blocks.table(name), shape, diagonal)
+            total = total + block.reshape(shape)
     return total.reshape(*lead, *shape[1:])
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from laplace_debiased.curvature import CurvaturePass
 from laplace_debiased.operators import EigenKron
 from laplace_debiased.predictive.functional import NamedBlocks, functional_moments
-from laplace_debiased.predictive.predictor import OutputCovariance, Sweep
+from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Sweep
+from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
 from laplace_debiased.predictive.sweep import prior_sweep
 
 
@@ -41,16 +42,25 @@ class KronPredictor:
         inputs: Any,
         precision: EigenKron,
         covariance: OutputCovariance,
+        selection: OutputSelection = ALL_OUTPUTS,
         *,
         differentiable: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> OutputMoments:
         """Mean and covariance of the linearised outputs: see ``Predictor``."""
         blocks = NamedBlocks(self.names, precision)
         return functional_moments(
-            self.engine, blocks, inputs, covariance, differentiable=differentiable
+            self.engine, blocks, inputs, covariance, selection, differentiable=differentiable
         )
 
-    def sweep(self, inputs: Any, h: Tensor, priors: Tensor, *, diagonal: bool) -> Sweep:
+    def sweep(
+        self,
+        inputs: Any,
+        h: Tensor,
+        priors: Tensor,
+        selection: OutputSelection = ALL_OUTPUTS,
+        *,
+        diagonal: bool,
+    ) -> Sweep:
         """Moments under a grid of priors: see ``Predictor``."""
         blocks = NamedBlocks(self.names, self.curvature * h)
-        return prior_sweep(self.engine, blocks, priors, inputs, diagonal=diagonal)
+        return prior_sweep(self.engine, blocks, priors, inputs, selection, diagonal=diagonal)

@@ -4,11 +4,13 @@ With features φ of an input and a weight block of precision table τ [C, D],
 
     Cov[f] = U_B diag_i(Σ_j (φᵀ u_A,j)² / τ_ij) U_Bᵀ + U_b diag(1/τ_b) U_bᵀ,
 
-and with thin sides the same in their coordinates (:mod:`laplace_debiased.curvature.rows.sides`).
+and with thin sides the same in their coordinates (:mod:`laplace_debiased.curvature.rows.sides`). Of
+K chosen outputs of each sample only these rows of U_B are read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,8 @@ from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.curvature.rows import sides
 from laplace_debiased.operators import EigenKron
 from laplace_debiased.predictive.functional import NamedBlocks
-from laplace_debiased.predictive.predictor import OutputCovariance, Sweep
+from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Sweep
+from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,37 +52,134 @@ class LastLayerKronPredictor:
         inputs: Any,
         precision: EigenKron,
         covariance: OutputCovariance,
+        selection: OutputSelection = ALL_OUTPUTS,
         *,
         differentiable: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> OutputMoments:
         """Mean and covariance of the outputs: see ``Predictor``."""
+        selection.require_no_positions()
         outputs, features = self.engine.features(inputs, differentiable=differentiable)
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             if not differentiable:
                 outputs, features = outputs.detach(), features.detach()
+            chosen = None if covariance is OutputCovariance.JOINT else selection.chosen(outputs)
+            rows = self._rows(chosen)
             blocks = NamedBlocks(self.names, precision)
-            return outputs, covariance_of_features(self.engine, blocks, features, covariance)
+            found = covariance_of_features(self.engine, blocks, features, covariance, rows)
+            return OutputMoments(outputs, found, chosen)
 
-    def sweep(self, inputs: Any, h: Tensor, priors: Tensor, *, diagonal: bool) -> Sweep:
+    def sweep(
+        self,
+        inputs: Any,
+        h: Tensor,
+        priors: Tensor,
+        selection: OutputSelection = ALL_OUTPUTS,
+        *,
+        diagonal: bool,
+    ) -> Sweep:
         """Moments under a grid of priors: see ``Predictor``."""
         kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
         with torch.no_grad():
             outputs, features = self.engine.features(inputs)
+            chosen = selection.chosen(outputs)
+            rows = self._rows(chosen)
             scaled = self.curvature * h
             unit = torch.ones((), dtype=scaled.dtype, device=scaled.device)
             covariances = [
                 covariance_of_features(
-                    self.engine, NamedBlocks(self.names, operator), features, kind
+                    self.engine, NamedBlocks(self.names, operator), features, kind, rows
                 )
                 for operator in (*(scaled + prior for prior in priors), scaled * 0.0 + unit)
             ]
-        return Sweep(outputs.detach(), torch.stack(covariances[:-1]), covariances[-1])
+        return Sweep(outputs.detach(), torch.stack(covariances[:-1]), covariances[-1], chosen)
+
+    def _rows(self, chosen: Tensor | None) -> ChosenRows | None:
+        """Rows of the output bases at the chosen outputs; the same under every prior."""
+        if chosen is None:
+            return None
+        blocks = NamedBlocks(self.names, self.curvature)
+        bases = {name: blocks.output_basis(name) for name in self.names}
+        return ChosenRows({name: BasisRows.of(basis, chosen) for name, basis in bases.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class BasisRows:
+    """Rows of an output basis at K outputs of every sample.
+
+    Attributes:
+        inside: U_B at the chosen outputs [m, K, r].
+        outside: Gram matrix [m, K, K] of what lies outside of a thin basis, of the unit vectors of
+            these outputs; None where the basis is whole.
+    """
+
+    inside: Tensor
+    outside: Tensor | None
+
+    @classmethod
+    def of(cls, basis: Tensor, chosen: Tensor) -> BasisRows:
+        """Of U_B [C, r], sample by sample: the part outside of a basis has C entries."""
+        inside = basis[chosen]
+        if not sides.is_thin(basis):
+            return cls(inside, None)
+        grams = []
+        for index, rows in zip(chosen, inside, strict=True):
+            rest = -rows @ basis.T
+            rest[torch.arange(len(index), device=rest.device), index] += 1.0
+            grams.append(rest @ rest.T)
+        return cls(inside, torch.stack(grams))
+
+    def covariance(self, scales: Tensor) -> Tensor:
+        """U diag(s) Uᵀ [m, K, K] at these outputs, of s [m, r] or [r] (one more for the rest)."""
+        r = self.inside.shape[-1]
+        found = (self.inside * scales[..., None, :r]) @ self.inside.mT
+        if self.outside is None:
+            return found
+        return found + scales[..., r, None, None] * self.outside
+
+    def variance(self, scales: Tensor) -> Tensor:
+        """The diagonal of :meth:`covariance` [m, K]."""
+        r = self.inside.shape[-1]
+        found = (self.inside.square() * scales[..., None, :r]).sum(-1)
+        if self.outside is None:
+            return found
+        return found + scales[..., r, None] * self.outside.diagonal(dim1=-2, dim2=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenRows:
+    """Rows of the bases of the layer's blocks, by parameter name."""
+
+    bases: Mapping[str, BasisRows]
+
+    def moments(
+        self, feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor, *, diagonal: bool
+    ) -> Tensor:
+        """Covariance [m, K, K], or variances [m, K], of the chosen outputs."""
+        layer = feature_pass.layer
+        total = features.new_zeros(())
+        for name in (layer.weight, layer.bias):
+            if name is None:
+                continue
+            rows = self.bases[name]
+            if name == layer.weight:
+                scales = _output_scales(blocks, name, features)
+            else:
+                scales = blocks.table(name).reciprocal()
+            total = total + (rows.variance(scales) if diagonal else rows.covariance(scales))
+        return total
 
 
 def covariance_of_features(
-    feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor, covariance: OutputCovariance
+    feature_pass: FeaturePass,
+    blocks: NamedBlocks,
+    features: Tensor,
+    covariance: OutputCovariance,
+    rows: ChosenRows | None = None,
 ) -> Tensor:
-    """Covariance of the outputs that belong to the features φ [m, D]."""
+    """Covariance of the outputs that belong to the features φ [m, D]: all, or the chosen ones."""
+    if rows is not None:
+        diagonal = covariance is OutputCovariance.DIAGONAL
+        return rows.moments(feature_pass, blocks, features, diagonal=diagonal)
     match covariance:
         case OutputCovariance.DIAGONAL:
             return _variance(feature_pass, blocks, features)

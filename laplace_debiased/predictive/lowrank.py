@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.lowrank import Eigenpairs, RowPass, Tile
-from laplace_debiased.curvature.passes import identity_columns
+from laplace_debiased.curvature.passes import UnitColumns, identity_columns
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.inputs import batch_length
-from laplace_debiased.predictive.predictor import OutputCovariance, Sweep
+from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Sweep
+from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,31 +148,43 @@ class LowRankPredictor:
         inputs: Any,
         precision: WhitenedFrame,
         covariance: OutputCovariance,
+        selection: OutputSelection = ALL_OUTPUTS,
         *,
         differentiable: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> OutputMoments:
         """Mean and covariance of the linearised outputs: see ``Predictor``."""
+        selection.require_no_positions()
         frame = precision
         outputs = self.engine.outputs(inputs, differentiable=differentiable)
+        joint = covariance is OutputCovariance.JOINT
+        chosen = None if joint else selection.chosen(outputs)
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-            parts = _Parts(self.engine, frame, inputs, identity_columns(outputs, slice(None)))
+            parts = _Parts(self.engine, frame, inputs, _columns(outputs, chosen))
             scale = (frame.curvature + frame.prior).reciprocal()
             if covariance is OutputCovariance.DIAGONAL:
                 inside, outside = parts.variances(differentiable)
-                return outputs, inside.square() @ scale + outside / frame.prior
-            joint = covariance is OutputCovariance.JOINT
-            inside, outside = parts.covariances(differentiable, joint=joint)
-            if joint:
-                flat = inside.flatten(0, 1)
-                return outputs, (flat * scale) @ flat.T + outside / frame.prior
-            return outputs, (inside * scale) @ inside.mT + outside / frame.prior
+                found = inside.square() @ scale
+            else:
+                inside, outside = parts.covariances(differentiable, joint=joint)
+                inside = inside.flatten(0, 1) if joint else inside
+                found = (inside * scale) @ inside.mT
+            return OutputMoments(outputs, found + outside / frame.prior, chosen)
 
-    def sweep(self, inputs: Any, h: Tensor, priors: Tensor, *, diagonal: bool) -> Sweep:
+    def sweep(
+        self,
+        inputs: Any,
+        h: Tensor,
+        priors: Tensor,
+        selection: OutputSelection = ALL_OUTPUTS,
+        *,
+        diagonal: bool,
+    ) -> Sweep:
         """Moments under a grid of priors: see ``Predictor``."""
         frame = self.precision(h, torch.ones(1))
         outputs = self.engine.outputs(inputs)
+        chosen = selection.chosen(outputs)
         with torch.inference_mode(False), torch.no_grad():
-            parts = _Parts(self.engine, frame, inputs, identity_columns(outputs, slice(None)))
+            parts = _Parts(self.engine, frame, inputs, _columns(outputs, chosen))
             inside, outside = (
                 parts.variances(False) if diagonal else parts.covariances(False, joint=False)
             )
@@ -183,9 +196,15 @@ class LowRankPredictor:
                 along((frame.curvature + prior).reciprocal()) + outside / prior
                 for prior in priors.to(outside)
             ]
-            return Sweep(
-                outputs, torch.stack(swept), along(torch.ones_like(frame.curvature)) + outside
-            )
+            alone = along(torch.ones_like(frame.curvature)) + outside
+            return Sweep(outputs, torch.stack(swept), alone, chosen)
+
+
+def _columns(outputs: Tensor, chosen: Tensor | None) -> Tensor:
+    """Unit columns [m, C, K] of the chosen outputs, or of all."""
+    if chosen is None:
+        return identity_columns(outputs, slice(None))
+    return UnitColumns(outputs.detach(), chosen).dense()
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,11 @@ import torch
 from laplace.utils.enums import LinkApprox
 from torch import Tensor
 
-from laplace_debiased.likelihoods import InverseLink, mutual_information
+from laplace_debiased.likelihoods import ChosenMoments, InverseLink, mutual_information
 from laplace_debiased.network.precision import exact_arithmetic
-from laplace_debiased.predictive.predictor import OutputCovariance, Predictor
+from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Predictor
 from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
+from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class Predictive:
         inverse_link: from outputs to probabilities.
         device: the network's.
         differentiable: keep the graph, for gradients with respect to the inputs.
+        selection: of which outputs probabilities need moments.
     """
 
     predictor: Predictor
@@ -32,12 +34,15 @@ class Predictive:
     inverse_link: InverseLink
     device: torch.device
     differentiable: bool = False
+    selection: OutputSelection = ALL_OUTPUTS
 
-    def moments(self, inputs: Any, covariance: OutputCovariance) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, inputs: Any, covariance: OutputCovariance, selection: OutputSelection = ALL_OUTPUTS
+    ) -> OutputMoments:
         """Mean and covariance of the linearised outputs, as ``Predictor.moments``."""
         with exact_arithmetic(self.device):
             return self.predictor.moments(
-                inputs, self.precision, covariance, differentiable=self.differentiable
+                inputs, self.precision, covariance, selection, differentiable=self.differentiable
             )
 
     def host_moments(
@@ -45,10 +50,11 @@ class Predictive:
     ) -> tuple[Tensor, Tensor]:
         """The same in laplace-torch's shapes: with ``joint`` the mean [m·C] is flat."""
         if joint:
-            mean, covariance = self.moments(inputs, OutputCovariance.JOINT)
-            return mean.flatten(), covariance
+            found = self.moments(inputs, OutputCovariance.JOINT)
+            return found.mean.flatten(), found.covariance
         kind = OutputCovariance.DIAGONAL if diagonal_output else OutputCovariance.PER_SAMPLE
-        return self.moments(inputs, kind)
+        found = self.moments(inputs, kind)
+        return found.mean, found.covariance
 
     def probabilities(
         self,
@@ -70,8 +76,16 @@ class Predictive:
         """
         diagonal = not needs_covariance(link, diagonal_output, self.inverse_link)
         kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
-        mean, covariance = self.moments(inputs, kind)
-        return class_probabilities(mean, covariance, link, n_samples, generator, self.inverse_link)
+        found = self.moments(inputs, kind, self.selection)
+        return class_probabilities(
+            found.mean,
+            found.covariance,
+            link,
+            n_samples,
+            generator,
+            self.inverse_link,
+            found.chosen,
+        )
 
     def informed_probabilities(self, inputs: Any, link: LinkApprox) -> tuple[Tensor, Tensor]:
         """:meth:`probabilities`, and the mutual information of label and weights, in nats.
@@ -80,8 +94,12 @@ class Predictive:
             inputs: one batch of model inputs, m samples.
             link: of the probabilities; the information is always over the points of "mc".
         """
-        binary = self.inverse_link is torch.sigmoid
+        inverse = self.inverse_link
+        binary = inverse is torch.sigmoid
         kind = OutputCovariance.DIAGONAL if binary else OutputCovariance.PER_SAMPLE
-        mean, covariance = self.moments(inputs, kind)
-        probabilities = class_probabilities(mean, covariance, link, None, None, self.inverse_link)
-        return probabilities, mutual_information(mean, covariance, self.inverse_link)
+        found = self.moments(inputs, kind, self.selection)
+        mean, covariance, chosen = found.mean, found.covariance, found.chosen
+        probabilities = class_probabilities(mean, covariance, link, None, None, inverse, chosen)
+        if chosen is None:
+            return probabilities, mutual_information(mean, covariance, inverse)
+        return probabilities, ChosenMoments(mean, covariance, chosen).mutual_information()

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
+
 
 class OutputCovariance(Enum):
     """How much of the covariance of the outputs is computed."""
@@ -23,6 +25,22 @@ class OutputCovariance(Enum):
 
 
 @dataclass(frozen=True, eq=False)
+class OutputMoments:
+    """Mean and covariance of the linearised outputs.
+
+    Attributes:
+        mean: f [m, C], of all outputs; [m, T, C] where a sample has outputs at T positions.
+        covariance: of all outputs, in the shape that :class:`OutputCovariance` says; of the K
+            chosen ones of each sample (at each position) the same with K in place of C.
+        chosen: which these are [m, K] or [m, T, K], the largest first; None for all.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    chosen: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """Output moments under a grid of prior precisions, from one pass.
 
@@ -31,11 +49,14 @@ class Sweep:
         covariances: under each of G scalar prior precisions, [G, m, C] or [G, m, C, C].
         prior_only: without any curvature (λ = 0) at the prior precision δ = 1, [m, C] or
             [m, C, C]; divided by δ it is that of any other.
+        chosen: which outputs the covariances are of, as in :class:`OutputMoments`; they have K
+            in place of C.
     """
 
     outputs: Tensor
     covariances: Tensor
     prior_only: Tensor
+    chosen: Tensor | None = None
 
 
 class Predictor(Protocol):
@@ -56,28 +77,35 @@ class Predictor(Protocol):
         inputs: Any,
         precision: Any,
         covariance: OutputCovariance,
+        selection: OutputSelection = ALL_OUTPUTS,
         *,
         differentiable: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> OutputMoments:
         """Mean and covariance of the linearised outputs.
 
         Args:
             inputs: one batch of model inputs, m samples.
             precision: from :meth:`precision`.
-            covariance: how much of it.
+            covariance: how much of it; a joint one is of all outputs.
+            selection: of which outputs.
             differentiable: keep the graph, for gradients with respect to ``inputs``.
-
-        Returns:
-            Outputs f [m, C], and their covariance in the shape that ``covariance`` says. Where a
-            sample has outputs at T positions, f [m, T, C] with the covariance at each of them.
         """
 
-    def sweep(self, inputs: Any, h: Tensor, priors: Tensor, *, diagonal: bool) -> Sweep:
+    def sweep(
+        self,
+        inputs: Any,
+        h: Tensor,
+        priors: Tensor,
+        selection: OutputSelection = ALL_OUTPUTS,
+        *,
+        diagonal: bool,
+    ) -> Sweep:
         """Moments under each of G scalar prior precisions, and without curvature.
 
         Args:
             inputs: one batch of model inputs, m samples.
             h: 0-d or [1].
             priors: δ [G].
+            selection: of which outputs.
             diagonal: variances only.
         """

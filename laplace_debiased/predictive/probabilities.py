@@ -7,6 +7,7 @@ from laplace.utils.enums import LinkApprox
 from torch import Tensor
 
 from laplace_debiased.likelihoods import (
+    ChosenMoments,
     InverseLink,
     laplace_bridge,
     monte_carlo,
@@ -39,17 +40,22 @@ def class_probabilities(
     n_samples: int | None = None,
     generator: torch.Generator | None = None,
     inverse_link: InverseLink = softmax,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """Predictive probabilities [..., C] from Gaussian outputs.
 
     Args:
         mean: μ [..., C].
-        covariance: Σ [..., C, C], or variances [..., C] where the link needs no more.
+        covariance: Σ [..., C, C], or variances [..., C] where the link needs no more; K in place of
+            C where outputs are chosen.
         link: the approximation; the bridges are for softmax only.
         n_samples: points (draws) for ``mc``; None for as many as are accurate.
         generator: source of random draws for ``mc``, in place of its fixed points.
         inverse_link: softmax, or sigmoid.
+        chosen: which outputs the covariance is of [..., K], for softmax only; None for all.
     """
+    if chosen is not None:
+        return _of_chosen(ChosenMoments(mean, covariance, chosen), link, n_samples, generator)
     match link:
         case LinkApprox.PROBIT:
             variance = (
@@ -64,4 +70,22 @@ def class_probabilities(
             return laplace_bridge(mean, covariance)
         case LinkApprox.BRIDGE_NORM:
             return laplace_bridge(mean, covariance, normalise=True)
+    raise ValueError(f"unknown link approximation {link!r}.")
+
+
+def _of_chosen(
+    moments: ChosenMoments,
+    link: LinkApprox,
+    n_samples: int | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    match link:
+        case LinkApprox.PROBIT:
+            return moments.probit()
+        case LinkApprox.MC:
+            return moments.monte_carlo(n_samples, generator)
+        case LinkApprox.BRIDGE:
+            return moments.bridge()
+        case LinkApprox.BRIDGE_NORM:
+            return moments.bridge(normalise=True)
     raise ValueError(f"unknown link approximation {link!r}.")

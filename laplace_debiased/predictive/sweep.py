@@ -12,16 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.passes import Chunk, CurvaturePass, identity_columns
+from laplace_debiased.curvature.passes import CurvaturePass
 from laplace_debiased.curvature.rows import PositionRows, RankOneRows
 from laplace_debiased.curvature.rows.rotated import spread_last
 from laplace_debiased.predictive.functional import (
     NamedBlocks,
+    beside,
+    joined,
     per_position,
     repeated,
     rotated_jacobians,
 )
 from laplace_debiased.predictive.predictor import Sweep
+from laplace_debiased.predictive.selection import (
+    ALL_OUTPUTS,
+    OutputSelection,
+    SelectedChunk,
+    selected_walks,
+)
 
 
 def prior_sweep(
@@ -29,6 +37,7 @@ def prior_sweep(
     likelihood_blocks: NamedBlocks,
     priors: Tensor,
     inputs: Any,
+    selection: OutputSelection = ALL_OUTPUTS,
     *,
     diagonal: bool,
 ) -> Sweep:
@@ -39,24 +48,32 @@ def prior_sweep(
         likelihood_blocks: the likelihood's share h·N·λ of the posterior precision; no prior in it.
         priors: δ [G].
         inputs: one batch of model inputs, m samples.
+        selection: of which outputs.
         diagonal: variances only.
     """
-    outputs, swept, alone = [], [], []
-    for chunk in curvature_pass.chunks(inputs, identity_columns):
-        with torch.no_grad():
-            outputs.append(chunk.outputs.detach())
-            covariances = _chunk_sweep(chunk, likelihood_blocks, priors, diagonal)
-            swept.append(covariances[:-1])
-            alone.append(covariances[-1])
-    return Sweep(torch.cat(outputs), torch.cat(swept, dim=1), torch.cat(alone))
+    groups = []
+    for walk in selected_walks(curvature_pass, inputs, selection):
+        outputs, covariances, indices = [], [], []
+        for part in walk:
+            with torch.no_grad():
+                outputs.append(part.outputs.detach())
+                covariances.append(_chunk_sweep(part, likelihood_blocks, priors, diagonal))
+                indices.append(part.chosen)
+        groups.append((torch.cat(outputs), torch.cat(covariances, dim=1), joined(indices)))
+    mean, swept, chosen = zip(*groups, strict=True)
+    whole = beside(swept, 2)
+    return Sweep(beside(mean, 1), whole[:-1], whole[-1], joined(chosen, 1))
 
 
-def _chunk_sweep(chunk: Chunk, blocks: NamedBlocks, priors: Tensor, diagonal: bool) -> Tensor:
+def _chunk_sweep(
+    part: SelectedChunk, blocks: NamedBlocks, priors: Tensor, diagonal: bool
+) -> Tensor:
     """Covariances under every prior, and last those without curvature at δ = 1."""
-    *lead, n_outputs = chunk.outputs.shape
+    chunk = part.chunk
+    *lead, n_outputs = part.shape
     m = math.prod(lead)
     shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
-    total = chunk.outputs.new_zeros(len(priors) + 1, *shape)
+    total = part.outputs.new_zeros(len(priors) + 1, *shape)
     for layer in chunk.layers:
         for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
             table = blocks.block(name).eigenvalues

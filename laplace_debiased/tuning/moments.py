@@ -29,12 +29,14 @@ class Moments:
         covariances: at every node, [K, m, C] or [K, m, C, C].
         prior_only: without curvature at δ = 1, [m, C] or [m, C, C].
         targets: of the samples that count.
+        chosen: which outputs the covariances are of, where that is not all.
     """
 
     mean: Tensor
     covariances: Tensor
     prior_only: Tensor
     targets: Tensor
+    chosen: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +101,8 @@ def _loss(
         scorer = validation.fresh_scorer()
         for index, batch in enumerate(batches):
             at = covariance(index, log_prior)
-            scorer.update(validation.predict(batch.mean, at, link, n_points), batch.targets)
+            found = validation.predict(batch.mean, at, link, n_points, batch.chosen)
+            scorer.update(found, batch.targets)
         return scorer.value()
 
     return loss

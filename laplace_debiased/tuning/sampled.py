@@ -35,7 +35,7 @@ def _sampled_loss(validation: Validation, prior: float, n_samples: int, seed: in
     for inputs, targets in validation.batches(progress_bar=False):
         prediction: Any = subject.sampled(prior, inputs, n_samples, generator)
         if not isinstance(prediction, tuple):
-            probs, _, targets = validation.counted(prediction, prediction.unsqueeze(0), targets)
+            probs, _, targets, _ = validation.counted(prediction, prediction.unsqueeze(0), targets)
             prediction = (probs,)
         scorer.update(prediction, targets)
     return scorer.value()
@@ -53,6 +53,6 @@ def network_map_loss(validation: Validation) -> float | None:
     with evaluation_mode(subject.network), torch.no_grad():
         for inputs, targets in validation.batches(progress_bar=False):
             outputs = invoke(subject.network, to_device(inputs, subject.device))
-            outputs, _, targets = validation.counted(outputs, outputs.unsqueeze(0), targets)
+            outputs, _, targets, _ = validation.counted(outputs, outputs.unsqueeze(0), targets)
             scorer.update(validation.map_prediction(outputs), targets)
     return scorer.value()

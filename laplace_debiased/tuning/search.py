@@ -30,6 +30,9 @@ from laplace_debiased.tuning.validation import Link, Validation
 _MAX_STORED_BYTES = 2 * 2**30
 """Moments of the validation set are kept for the refinement up to this size."""
 
+_MAX_PROBABILITY_BYTES = 64 * 2**20
+"""Probabilities that are held at a time."""
+
 _MAX_PASSES = 4
 """Walks over the validation set, where the optimum lies ever further beyond the grid."""
 
@@ -182,23 +185,35 @@ class GridSearch:
         """Moments of what has a label that counts; the positions of sequences as samples."""
         subject = self.validation.subject
         diagonal = not any(map(self.validation.reads_covariance, self._tried))
-        swept = subject.predictor.sweep(inputs, subject.h, priors, diagonal=diagonal)
+        swept = subject.predictor.sweep(
+            inputs, subject.h, priors, subject.selection, diagonal=diagonal
+        )
         subject.loss.check_targets(swept.outputs, targets)
         together = torch.cat([swept.covariances, swept.prior_only.unsqueeze(0)])
-        mean, together, targets = self.validation.counted(swept.outputs, together, targets)
-        return Moments(mean, together[:-1], together[-1], targets)
+        mean, together, targets, chosen = self.validation.counted(
+            swept.outputs, together, targets, swept.chosen
+        )
+        return Moments(mean, together[:-1], together[-1], targets, chosen)
 
     def _score(
         self, scorers: dict[Link, list[Scorer]], batch: Moments, covariances: Tensor
     ) -> None:
-        """Add a batch with its covariances at every grid point [G, m, ...]."""
-        mean = batch.mean.expand(len(covariances), *batch.mean.shape)
-        for link, row in scorers.items():
-            # As many points at every prior: at the hopeless ones the many that are accurate would
-            # take longer than all the rest.
-            prediction = self.validation.predict(mean, covariances, link, self.n_samples or POINTS)
-            for scorer, *parts in zip(row, *prediction, strict=True):
-                scorer.update(tuple(parts), batch.targets)
+        """Add a batch with its covariances at every grid point [G, m, ...].
+
+        As many grid points at a time as their probabilities of all classes stay small.
+        """
+        step = max(1, _MAX_PROBABILITY_BYTES // max(1, batch.mean.nbytes))
+        # As many points at every prior: at the hopeless ones the many that are accurate would
+        # take longer than all the rest.
+        n_points = self.n_samples or POINTS
+        for start in range(0, len(covariances), step):
+            some = covariances[start : start + step]
+            mean = batch.mean.expand(len(some), *batch.mean.shape)
+            chosen = None if batch.chosen is None else batch.chosen.expand(len(some), -1, -1)
+            for link, row in scorers.items():
+                prediction = self.validation.predict(mean, some, link, n_points, chosen)
+                for scorer, *parts in zip(row[start : start + step], *prediction, strict=True):
+                    scorer.update(tuple(parts), batch.targets)
 
     # -- the choice ------------------------------------------------------------------------
 

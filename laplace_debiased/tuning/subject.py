@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, LossModel, softmax
 from laplace_debiased.predictive import Predictor
+from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Subject:
         network: the network, for the MAP model's loss beside sampled networks'.
         sampled: (prior precision, inputs, n_samples, generator) to the prediction of sampled
             networks.
+        selection: of which outputs predictions need moments.
     """
 
     predictor: Predictor
@@ -40,6 +42,7 @@ class Subject:
     label_key: str
     network: nn.Module
     sampled: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    selection: OutputSelection = ALL_OUTPUTS
 
     @property
     def inverse_link(self) -> InverseLink:

@@ -38,9 +38,11 @@ def warn_if_harmful(validation: Validation, prior: Tensor, precision: Any) -> No
     kind = OutputCovariance.PER_SAMPLE if covariance else OutputCovariance.DIAGONAL
     posterior, network, n_samples = validation.fresh_scorer(), validation.fresh_scorer(), 0
     for inputs, targets in validation.batches(progress_bar=False):
-        mean, variance = subject.predictor.moments(inputs, precision, kind)
-        mean, spread, targets = validation.counted(mean, variance.unsqueeze(0), targets)
-        posterior.update(validation.predict(mean, spread[0], link, None), targets)
+        found = subject.predictor.moments(inputs, precision, kind, subject.selection)
+        mean, spread, targets, picked = validation.counted(
+            found.mean, found.covariance.unsqueeze(0), targets, found.chosen
+        )
+        posterior.update(validation.predict(mean, spread[0], link, None, picked), targets)
         network.update(validation.map_prediction(mean), targets)
         n_samples += len(targets)
     loss, map_loss = posterior.value(), network.value()

@@ -69,9 +69,11 @@ class Validation:
             raise ValueError("val_loader is empty.")
 
     def counted(
-        self, mean: Tensor, covariances: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, mean: Tensor, covariances: Tensor, targets: Tensor, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Only what has a label that counts; the positions of sequences as samples.
+
+        ``chosen`` says which outputs the covariances are of, where that is not all.
 
         Class indices come out in int64, which lookups need and a user's loss may rely on.
         """
@@ -84,18 +86,25 @@ class Validation:
         if n_lead == 2:
             mean, covariances = mean.flatten(0, 1), covariances.flatten(1, 2)
             targets, mask = targets.flatten(), None if mask is None else mask.flatten()
+            chosen = None if chosen is None else chosen.flatten(0, 1)
         if mask is None:
-            return mean, covariances, targets
-        return mean[mask], covariances[:, mask], targets[mask]
+            return mean, covariances, targets, chosen
+        kept = None if chosen is None else chosen[mask]
+        return mean[mask], covariances[:, mask], targets[mask], kept
 
     def predict(
-        self, mean: Tensor, covariance: Tensor, link: Link, n_points: int | None
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        link: Link,
+        n_points: int | None,
+        chosen: Tensor | None = None,
     ) -> Prediction:
         """Predictions from moments: probabilities under a link, or the moments themselves."""
         if link is None:
             return mean, covariance
         inverse = self.subject.inverse_link
-        return (class_probabilities(mean, covariance, link, n_points, None, inverse),)
+        return (class_probabilities(mean, covariance, link, n_points, None, inverse, chosen),)
 
     def map_prediction(self, outputs: Tensor) -> Prediction:
         """What the MAP model predicts by its outputs alone: no epistemic variance."""

@@ -174,30 +174,8 @@ class RowPass:
         """Working memory of one sample: what its graph saves, and what each column adds."""
         key = tensor_shapes(inputs)
         if key not in self._saved:
-            self._saved[key] = self._measure(select_rows(inputs, slice(0, 1)))
+            sample = self.network.prepare(select_rows(inputs, slice(0, 1)))
+            self._saved[key] = self.network.saved_entries(sample)
         saved, largest = self._saved[key]
         size = torch.finfo(self.network.dtype).bits // 8
         return saved * size, size * (_LIVE_ROWS * self.network.n_params + _LIVE_GRADIENTS * largest)
-
-    def _measure(self, sample: Any) -> tuple[int, int]:
-        """Entries that a forward pass saves for its backward pass: in all, and the largest."""
-        network = self.network
-        parameters = {k: v.requires_grad_(True) for k, v in network.parameters().items()}
-        own = {value.data_ptr() for value in [*parameters.values(), *network.model.parameters()]}
-        saved: list[int] = [0]
-
-        def pack(tensor: Tensor) -> None:
-            if tensor.data_ptr() not in own:
-                saved.append(tensor.numel())
-
-        with (
-            differentiable_kernels(network.model),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, _refuse),
-        ):
-            network.call(parameters, network.constants(), network.prepare(sample))
-        return sum(saved), max(saved)
-
-
-def _refuse(packed: None) -> Tensor:
-    raise AssertionError("the graph of a size measurement is never walked")
