@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from laplace.utils.enums import LinkApprox, PredType
-from torch import Tensor
 
 from laplace_debiased.calibration import checks, metrics
 from laplace_debiased.calibration.batches import inputs_only, iterate, split_batch, to_device
@@ -20,14 +19,13 @@ from laplace_debiased.calibration.temperature import TemperatureScaling, fit_tem
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import CoverageError
 from laplace_debiased.estimation import FitRequest
-from laplace_debiased.likelihoods import LikelihoodName, mutual_information, softmax
+from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.modes import undisturbed
 from laplace_debiased.network.precision import exact_arithmetic
-from laplace_debiased.posterior import DebiasedKronLLLaplace
+from laplace_debiased.posterior import DebiasedKronLLLaplace, predicting
 from laplace_debiased.posterior.host import DebiasedPosterior
-from laplace_debiased.posterior.predicting import informed_probabilities
 from laplace_debiased.posterior.priors import subject_of
-from laplace_debiased.predictive.probabilities import class_probabilities
+from laplace_debiased.predictive.probabilities import informed_probabilities
 from laplace_debiased.tuning import GridSearch, PriorGrid, Validation
 
 _NAMES = {
@@ -155,6 +153,7 @@ def _last_layer(
         dict_key_y=asked.dict_key_y,
         ignore_index=asked.ignore_index,
         allow_probabilities=asked.allow_probabilities,
+        n_outputs=asked.n_outputs,
     )
     try:
         ll.fit(train_loader, n_data=la.n_data, seed=seed, progress_bar=progress_bar)
@@ -201,31 +200,30 @@ class _Ways:
 
     def answers(self, inputs: Any) -> Answers:
         """Predictions of one batch; one pass serves the posterior and its prior alone."""
-        la, scalar = self.la, len(self.la.prior_precision) == 1
-        priors = la.prior_precision.detach() if scalar else torch.ones_like(la.prior_precision[:1])
-        with exact_arithmetic(la._device):
-            swept = la.predictor.sweep(
-                inputs, torch.as_tensor(la._H_factor), priors, diagonal=False
+        subject, priors = subject_of(self.la), self.la.prior_precision.detach()
+        scalar = len(priors) == 1
+        with exact_arithmetic(subject.device):
+            swept = subject.predictor.sweep(
+                inputs, subject.h, priors[:1], subject.selection, diagonal=False
             )
-        mean = swept.outputs
+        mean, chosen = swept.outputs, swept.chosen
         found: Answers = {
             "map": torch.softmax(mean.double(), -1),
             "temperature": self.scaling.probs(mean.double()),
-            "prior_only": _answer(mean, swept.prior_only / self.prior, self.link),
+            "prior_only": informed_probabilities(
+                mean, swept.prior_only / self.prior, self.link, chosen=chosen
+            ),
         }
         if self.last_layer is not None:
-            found["last_layer"] = informed_probabilities(self.last_layer, inputs)
-        found["posterior"] = (
-            _answer(mean, swept.covariances[0], la.tuned_link_approx or LinkApprox.MC)
-            if scalar
-            else informed_probabilities(la, inputs)
-        )
+            found["last_layer"] = predicting.informed_probabilities(self.last_layer, inputs)
+        if scalar:
+            link = self.la.tuned_link_approx or LinkApprox.MC
+            found["posterior"] = informed_probabilities(
+                mean, swept.covariances[0], link, chosen=chosen
+            )
+        else:
+            found["posterior"] = predicting.informed_probabilities(self.la, inputs)
         return found
-
-
-def _answer(mean: Tensor, covariance: Tensor, link: LinkApprox) -> tuple[Tensor, Tensor]:
-    probabilities = class_probabilities(mean, covariance, link, None, None, softmax)
-    return probabilities, mutual_information(mean, covariance)
 
 
 def _hyper_parameters(la: Any) -> dict[str, float | str]:
