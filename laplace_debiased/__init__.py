@@ -5,9 +5,11 @@ Debiased conjugate gradients and ``NewtonCG`` are in ``laplace_debiased.optim``.
 
 from laplace_debiased._version import __version__
 from laplace_debiased.calibration import (
+    Comparison,
     Evaluation,
     PredictiveReport,
     TemperatureScaling,
+    compare,
     evaluate,
     fit_temperature,
     predictive_report,
@@ -38,6 +40,7 @@ from laplace_debiased.posterior import (
 )
 
 __all__ = [
+    "Comparison",
     "CoverageError",
     "DebiasedKronLLLaplace",
     "DebiasedKronLaplace",
@@ -60,6 +63,7 @@ __all__ = [
     "SubsetOfWeights",
     "TemperatureScaling",
     "__version__",
+    "compare",
     "directional_profile",
     "evaluate",
     "fit_temperature",

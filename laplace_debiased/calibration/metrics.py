@@ -4,6 +4,7 @@ import numpy as np
 from scipy.special import entr, erf
 
 from laplace_debiased.calibration.batches import FloatArray, IntArray
+from laplace_debiased.network.rng import preserved_rng
 
 COVERAGE_LEVEL = 0.95
 TRUE_POSITIVE_RATE = 0.95
@@ -21,6 +22,24 @@ def label_nll(probs: FloatArray, labels: IntArray, floor: float) -> FloatArray:
 def label_probability(probs: FloatArray, labels: IntArray) -> FloatArray:
     """Probability that each sample's label was given [n]."""
     return np.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
+
+
+def paired_interval(first: FloatArray, second: FloatArray, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean difference of two scores of the same samples [n]."""
+    from scipy.stats import bootstrap
+
+    differences = first - second
+    if np.ptp(differences) == 0.0:
+        return float(differences[0]), float(differences[0])
+    found = bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=2_000,
+        batch=100,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def brier_score(probs: FloatArray, labels: IntArray) -> float:
@@ -105,7 +124,8 @@ def ood_detection(inside: FloatArray, outside: FloatArray) -> tuple[float, float
         the share of out-of-distribution samples that pass as in-distribution at the threshold
         where at least 95 % of the in-distribution samples do (Liang, Li, Srikant, 2018).
     """
-    from sklearn.metrics import roc_auc_score, roc_curve
+    with preserved_rng():  # importing scikit-learn draws from ``random``
+        from sklearn.metrics import roc_auc_score, roc_curve
 
     is_inside = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
     score = -np.concatenate([inside, outside])

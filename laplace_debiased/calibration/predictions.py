@@ -165,10 +165,15 @@ def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> 
     device = getattr(source, "_device", None)
     with undisturbed(_model(source), generators=loader_generators(loader)):
         parts = [
-            _with_information(ask(to_device(inputs_only(batch), device)))
+            ask(to_device(inputs_only(batch), device))
             for batch in iterate(loader, "ood_loader", options.progress_bar)
         ]
-    probs, information = zip(*parts, strict=True)
+    return unlabelled(parts)
+
+
+def unlabelled(answers: Sequence[Any]) -> Unlabelled:
+    """A posterior's answers, batch by batch, to inputs whose labels do not matter."""
+    probs, information = zip(*map(_with_information, answers), strict=True)
     return Unlabelled(torch.cat(probs), _known(information))
 
 
@@ -189,19 +194,34 @@ def _two_classes(probs: FloatArray) -> FloatArray:
 
 def _classify(la: Any, ask: Call, loader: Targets, options: Options) -> ClassPredictions:
     key, device = getattr(la, "dict_key_y", "labels"), getattr(la, "_device", None)
-    probs, informations, labels = [], [], []
+    answers, targets = [], []
     for batch in iterate(loader, "loader", options.progress_bar):
         x, y = split_batch(batch, key)
-        predicted, information = _with_information(ask(to_device(x, device)))
+        answers.append(ask(to_device(x, device)))
+        targets.append(y)
+    return classified(la, answers, targets)
+
+
+def classified(la: Any, answers: Sequence[Any], targets: Sequence[Any]) -> ClassPredictions:
+    """A posterior's answers, batch by batch, as predictions beside their targets.
+
+    Args:
+        la: the posterior, which says what labels mean and which of them count.
+        answers: probabilities [batch, ...], or pairs of them and the mutual information.
+        targets: of every batch.
+    """
+    probs, informations, labels = [], [], []
+    for answer, y in zip(answers, targets, strict=True):
+        predicted, information = _with_information(answer)
         predicted, target = positions_as_samples(predicted, to_numpy(torch.as_tensor(y)))
         probs.append(predicted)
         informations.append(information)
         labels.append(target)
     ignored = getattr(la, "ignore_index", None)
-    targets, known = concatenate(labels), _known(informations)
-    rows = _rows(torch.cat(probs), targets, la.likelihood, ignored)
+    together, known = concatenate(labels), _known(informations)
+    rows = _rows(torch.cat(probs), together, la.likelihood, ignored)
     if known is not None:
-        known = without_ignored(known, targets, ignored)[0]
+        known = without_ignored(known, together, ignored)[0]
     return replace(rows, information=known)
 
 

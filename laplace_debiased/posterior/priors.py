@@ -256,7 +256,7 @@ def optimize_prior_precision(
         links = _links(self, link_approx, pred)
         call = TuningCall(val_loader, pred, links, loss, n_samples, progress_bar, refine, seed)
         grid = PriorGrid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-        result = call.search(_subject(self), grid)
+        result = call.search(subject_of(self), grid)
         link = links[0] if result.link is None else LinkApprox(result.link)
         best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
     with uninterrupted():
@@ -281,7 +281,7 @@ def _links(
     return _LINKS if given is None else (given,)
 
 
-def _subject(self: Tunable) -> Subject:
+def subject_of(self: Tunable) -> Subject:
     """What a tuning sees of the posterior."""
     sigma = float(torch.as_tensor(self.sigma_noise).detach())
     return Subject(
@@ -316,7 +316,7 @@ def _warn_if_harmful(self: Tunable, prior: Tensor) -> None:
         precision = self._precision(differentiable=False)
     with exact_arithmetic(self._device):
         batches = training_sample(self._fitted_on, N_SAMPLES)
-        warn_if_harmful(Validation(_subject(self), batches, None), prior, precision)
+        warn_if_harmful(Validation(subject_of(self), batches, None), prior, precision)
 
 
 def _sampled_at(

@@ -9,10 +9,14 @@ import torch
 from laplace.utils.enums import LinkApprox
 from torch import Tensor
 
-from laplace_debiased.likelihoods import ChosenMoments, InverseLink, mutual_information
+from laplace_debiased.likelihoods import InverseLink
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Predictor
-from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
+from laplace_debiased.predictive.probabilities import (
+    class_probabilities,
+    informed_probabilities,
+    needs_covariance,
+)
 from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
 
 
@@ -98,8 +102,4 @@ class Predictive:
         binary = inverse is torch.sigmoid
         kind = OutputCovariance.DIAGONAL if binary else OutputCovariance.PER_SAMPLE
         found = self.moments(inputs, kind, self.selection)
-        mean, covariance, chosen = found.mean, found.covariance, found.chosen
-        probabilities = class_probabilities(mean, covariance, link, None, None, inverse, chosen)
-        if chosen is None:
-            return probabilities, mutual_information(mean, covariance, inverse)
-        return probabilities, ChosenMoments(mean, covariance, chosen).mutual_information()
+        return informed_probabilities(found.mean, found.covariance, link, inverse, found.chosen)

@@ -11,6 +11,7 @@ from laplace_debiased.likelihoods import (
     InverseLink,
     laplace_bridge,
     monte_carlo,
+    mutual_information,
     probit,
     softmax,
 )
@@ -71,6 +72,23 @@ def class_probabilities(
         case LinkApprox.BRIDGE_NORM:
             return laplace_bridge(mean, covariance, normalise=True)
     raise ValueError(f"unknown link approximation {link!r}.")
+
+
+def informed_probabilities(
+    mean: Tensor,
+    covariance: Tensor,
+    link: LinkApprox,
+    inverse_link: InverseLink = softmax,
+    chosen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`class_probabilities`, and the mutual information of label and outputs [...], in nats.
+
+    The information is over the points of "mc" whatever the link, summed over binary labels.
+    """
+    probabilities = class_probabilities(mean, covariance, link, None, None, inverse_link, chosen)
+    if chosen is None:
+        return probabilities, mutual_information(mean, covariance, inverse_link)
+    return probabilities, ChosenMoments(mean, covariance, chosen).mutual_information()
 
 
 def _of_chosen(

@@ -1,0 +1,286 @@
+"""`compare`: a posterior beside the baselines that it has to beat, on the same data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from laplace.utils.enums import LinkApprox, PredType
+
+from laplace_debiased.calibration import checks, metrics
+from laplace_debiased.calibration.batches import inputs_only, iterate, split_batch, to_device
+from laplace_debiased.calibration.comparison import ComparedRow, Comparison
+from laplace_debiased.calibration.evaluation import score_classification
+from laplace_debiased.calibration.predictions import classified, unlabelled
+from laplace_debiased.calibration.temperature import TemperatureScaling, fit_temperature
+from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.errors import CoverageError
+from laplace_debiased.estimation import FitRequest
+from laplace_debiased.likelihoods import LikelihoodName
+from laplace_debiased.network.modes import undisturbed
+from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.posterior import DebiasedKronLLLaplace, predicting
+from laplace_debiased.posterior.host import DebiasedPosterior
+from laplace_debiased.posterior.priors import subject_of
+from laplace_debiased.predictive.probabilities import informed_probabilities
+from laplace_debiased.tuning import GridSearch, PriorGrid, Validation
+
+_NAMES = {
+    "map": "MAP",
+    "temperature": "temperature scaling",
+    "prior_only": "prior only",
+    "last_layer": "last layer",
+    "posterior": "this posterior",
+}
+
+Answers = dict[str, Any]
+"""Of every row, for one batch: probabilities, or a pair of them and the mutual information."""
+
+
+def compare(
+    la: Any,
+    val_loader: Iterable[Any],
+    test_loader: Iterable[Any],
+    *,
+    ood_loader: Iterable[Any] | None = None,
+    train_loader: Any = None,
+    n_bins: int = 15,
+    seed: int = 0,
+    progress_bar: bool = True,
+) -> Comparison:
+    """Compare a tuned classification posterior with the baselines that it has to beat.
+
+    The rows: the MAP model; temperature scaling, chosen on the validation data; the posterior's
+    prior alone (λ = 0), at a prior precision and under a link of its own; a last-layer posterior in
+    closed form, fitted on the way on the same training data and tuned on the validation data; and
+    ``la`` as it is. ``la`` and its model are left as they were.
+
+    Args:
+        la: a fitted classification posterior of this library, tuned on ``val_loader``.
+        val_loader: labelled batches on which baselines are chosen.
+        test_loader: labelled batches that are scored.
+        ood_loader: inputs from elsewhere, with or without labels.
+        train_loader: training data for the last layer; by default those of ``la.fit``. A posterior
+            from a file knows none: its table has no such row without it.
+        n_bins: bins of the calibration errors.
+        seed: of the last layer's draws and of the bootstrap.
+        progress_bar: show progress.
+
+    Returns:
+        Table (``.table``, or print it), ``.plot()`` of reliability and risk-coverage, and
+        ``.to_dict()``; paired bootstrap intervals of the NLL against temperature scaling.
+
+    Raises:
+        TypeError: if ``la`` is no posterior of this library.
+        NotFittedError: before ``fit``.
+        ModelChangedError: if the model is no longer the one of the fit.
+        ValueError: for another likelihood, or data that cannot be scored.
+    """
+    n_bins = checks.count(n_bins, "n_bins")
+    _check_posterior(la)
+    network = la.arguments
+    scaling = fit_temperature(
+        la._target.model,
+        val_loader,
+        ignore_index=la.ignore_index,
+        dict_key_y=network.dict_key_y,
+        progress_bar=progress_bar,
+    )
+    prior, link = _prior_only(la, val_loader, progress_bar)
+    last_layer = _last_layer(la, train_loader, val_loader, seed, progress_bar)
+    ways = _Ways(la, scaling, prior, link, last_layer)
+    return _scored(ways, test_loader, ood_loader, n_bins, seed, progress_bar)
+
+
+def _check_posterior(la: Any) -> None:
+    if not isinstance(la, DebiasedPosterior):
+        raise TypeError(
+            f"la must be a posterior of this library; got {type(la).__name__}. Score others by "
+            "evaluate."
+        )
+    la._check_H_init()
+    la._check_model()
+    if la.likelihood != LikelihoodName.CLASSIFICATION:
+        raise ValueError(
+            f"compare is for likelihood='classification'; this one's is {la.likelihood!r}: score "
+            "it by evaluate."
+        )
+
+
+def _prior_only(la: Any, val_loader: Any, progress_bar: bool) -> tuple[float, LinkApprox]:
+    """Prior precision and link of the prior alone: as the tuning found them, else by a search."""
+    found = la.tuning_result
+    if found is None or found.prior_only_precision is None:
+        search = GridSearch(
+            Validation(subject_of(la), val_loader, None),
+            PriorGrid(),
+            PredType.GLM,
+            (LinkApprox.MC, LinkApprox.PROBIT),
+            n_samples=None,
+            refine=True,
+            seed=0,
+        )
+        with undisturbed(la._target.model, generators=loader_generators(val_loader)):
+            found = search.run(progress_bar)
+    return found.prior_only_precision, LinkApprox(found.prior_only_link)
+
+
+def _last_layer(
+    la: Any, train_loader: Any, val_loader: Any, seed: int, progress_bar: bool
+) -> DebiasedKronLLLaplace | None:
+    """A tuned last-layer posterior of the same training data; None, with a reason, without one."""
+    if isinstance(la, DebiasedKronLLLaplace):
+        return None
+    remembered: FitRequest | None = la._fitted_on
+    if train_loader is None and remembered is not None:
+        train_loader = remembered.train_loader
+    if train_loader is None:
+        warnings.warn(
+            "the training data of this posterior are not known (it was not fitted here): pass "
+            "train_loader for the row of the last layer.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return None
+    asked = la.arguments
+    ll = DebiasedKronLLLaplace(
+        la._target.model,
+        la.likelihood,
+        dict_key_x=asked.dict_key_x,
+        dict_key_y=asked.dict_key_y,
+        ignore_index=asked.ignore_index,
+        allow_probabilities=asked.allow_probabilities,
+        n_outputs=asked.n_outputs,
+    )
+    try:
+        ll.fit(train_loader, n_data=la.n_data, seed=seed, progress_bar=progress_bar)
+    except (CoverageError, ValueError) as error:
+        warnings.warn(f"there is no row of the last layer: {error}", UserWarning, stacklevel=3)
+        return None
+    with warnings.catch_warnings():
+        # Where its prior helps nothing, the table shows it.
+        warnings.filterwarnings("ignore", "the best prior precision", UserWarning)
+        ll.optimize_prior_precision(val_loader=val_loader, progress_bar=progress_bar)
+    return ll
+
+
+@dataclass(frozen=True, eq=False)
+class _Ways:
+    """All ways to predict, batch by batch.
+
+    Attributes:
+        la: the posterior.
+        scaling: the temperature.
+        prior: prior precision of the prior alone.
+        link: its link.
+        last_layer: its posterior, or None.
+    """
+
+    la: Any
+    scaling: TemperatureScaling
+    prior: float
+    link: LinkApprox
+    last_layer: DebiasedKronLLLaplace | None
+
+    def settings(self, key: str) -> dict[str, float | str]:
+        """What was chosen on validation data for a row."""
+        match key:
+            case "temperature":
+                return {"temperature": self.scaling.temperature}
+            case "prior_only":
+                return {"prior precision": self.prior, "link": self.link.value}
+            case "last_layer":
+                return _hyper_parameters(self.last_layer)
+            case "posterior":
+                return _hyper_parameters(self.la)
+        return {}
+
+    def answers(self, inputs: Any) -> Answers:
+        """Predictions of one batch; one pass serves the posterior and its prior alone."""
+        subject, priors = subject_of(self.la), self.la.prior_precision.detach()
+        scalar = len(priors) == 1
+        with exact_arithmetic(subject.device):
+            swept = subject.predictor.sweep(
+                inputs, subject.h, priors[:1], subject.selection, diagonal=False
+            )
+        mean, chosen = swept.outputs, swept.chosen
+        found: Answers = {
+            "map": torch.softmax(mean.double(), -1),
+            "temperature": self.scaling.probs(mean.double()),
+            "prior_only": informed_probabilities(
+                mean, swept.prior_only / self.prior, self.link, chosen=chosen
+            ),
+        }
+        if self.last_layer is not None:
+            found["last_layer"] = predicting.informed_probabilities(self.last_layer, inputs)
+        if scalar:
+            link = self.la.tuned_link_approx or LinkApprox.MC
+            found["posterior"] = informed_probabilities(
+                mean, swept.covariances[0], link, chosen=chosen
+            )
+        else:
+            found["posterior"] = predicting.informed_probabilities(self.la, inputs)
+        return found
+
+
+def _hyper_parameters(la: Any) -> dict[str, float | str]:
+    link = la.tuned_link_approx or LinkApprox.MC
+    priors = la.prior_precision
+    known = {"prior precision": float(priors)} if len(priors) == 1 else {}
+    return {**known, "link": link.value}
+
+
+def _scored(
+    ways: _Ways,
+    test_loader: Any,
+    ood_loader: Any,
+    n_bins: int,
+    seed: int,
+    progress_bar: bool,
+) -> Comparison:
+    la, device, key_y = ways.la, ways.la._device, ways.la.dict_key_y
+    targets: list[Any] = []
+
+    def labelled(batch: Any) -> Any:
+        inputs, y = split_batch(batch, key_y)
+        targets.append(y)
+        return inputs
+
+    def walk(loader: Any, name: str, inputs_of: Callable[[Any], Any]) -> dict[str, list[Any]]:
+        gathered: dict[str, list[Any]] = {}
+        with undisturbed(la._target.model, generators=loader_generators(loader)):
+            for batch in iterate(loader, name, progress_bar):
+                for key, answer in ways.answers(to_device(inputs_of(batch), device)).items():
+                    gathered.setdefault(key, []).append(answer)
+        return gathered
+
+    inside = walk(test_loader, "test_loader", labelled)
+    outside = {} if ood_loader is None else walk(ood_loader, "ood_loader", inputs_only)
+    rows = []
+    for key, answers in inside.items():
+        predictions = classified(la, answers, targets)
+        elsewhere = unlabelled(outside[key]) if key in outside else None
+        probs = predictions.probs
+        correct = probs.argmax(axis=1) == predictions.labels
+        rows.append(
+            ComparedRow(
+                key,
+                _NAMES[key],
+                score_classification(predictions, elsewhere, n_bins),
+                predictions.nll,
+                metrics.risk_coverage(probs.max(axis=1), correct),
+                ways.settings(key),
+            )
+        )
+    baseline = next(row.nlls for row in rows if row.key == "temperature")
+    return Comparison(
+        tuple(
+            row
+            if row.key == "temperature"
+            else replace(row, interval=metrics.paired_interval(row.nlls, baseline, seed))
+            for row in rows
+        )
+    )
