@@ -28,6 +28,7 @@ __all__ = [
     "check_loader",
     "index_batches",
     "inner_loader",
+    "is_indexable",
     "loader_generators",
     "loader_length",
     "restartable",
@@ -131,7 +132,8 @@ def _is_own_walk(loader: Any) -> bool:
     )
 
 
-def _is_indexable(loader: Any) -> bool:
+def is_indexable(loader: Any) -> bool:
+    """Whether a loader walks a map-style dataset by indices of its own."""
     return (
         _is_own_walk(loader)
         and not isinstance(loader.dataset, IterableDataset)
@@ -159,7 +161,7 @@ def index_batches(loader: Any, seed: int) -> list[list[int]] | None:
         One list of dataset indices per batch; None where the loader has no integer indices
         (an ``IterableDataset``, a plain iterable, a loader class with its own walk).
     """
-    if not _is_indexable(loader):
+    if not is_indexable(loader):
         return None
     with preserved_rng(seed, generators=loader_generators(loader)):
         listed = [list(batch) for batch in loader.batch_sampler]
@@ -182,7 +184,7 @@ def can_draw(loader: Any) -> bool:
 
 def _undrawable(loader: Any) -> str | None:
     """Why samples cannot be drawn from what is behind a loader; None if they can."""
-    if not _is_indexable(loader):
+    if not is_indexable(loader):
         return (
             f"n_samples cannot be drawn from a {type(loader).__name__} that is not a plain "
             "DataLoader over a map-style dataset: pass such a loader, or n_samples=None and only "
