@@ -9,7 +9,7 @@ from laplace_debiased.data.coefficients import (
     draw_coefficients,
     magnitude_coefficients,
 )
-from laplace_debiased.data.loaders import loader_length, split_batch
+from laplace_debiased.data.loaders import loader_length, split_batch, whole_loader
 from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws, PoolScores, Share
 from laplace_debiased.data.pool import Kept, Score, plan_by_curvature, score_pool
 from laplace_debiased.data.supply import Supply
@@ -35,4 +35,5 @@ __all__ = [
     "sampling_probabilities",
     "score_pool",
     "split_batch",
+    "whole_loader",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.data import CurvaturePlan, PoolScores
+from laplace_debiased.data import CurvaturePlan, PoolScores, Supply
 from laplace_debiased.data.loaders import is_indexable
 from laplace_debiased.estimation.arguments import Arguments
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
@@ -32,6 +32,7 @@ from laplace_debiased.network.last_layer import found_last_layer
 from laplace_debiased.network.outputs import check_weights
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.wrappers import check_whole
 from laplace_debiased.options import CurvatureOptions
 from laplace_debiased.parallel import ALONE, Ranks
 
@@ -69,6 +70,7 @@ def run_fit(
     """
     clock = FitClock(shows=request.progress_bar)
     options = arguments.options_for(request)
+    check_whole(target.model)
     check_weights(target.model)
     model = fingerprint(target.model)
     if previous is not None:
@@ -94,8 +96,7 @@ def run_fit(
         with clock.scoring(score) as counted:
             scores = _scored_anew if kept is None else kept.scores
             plan = make_plan(supply, request, options, earlier, counted, ranks, scores)
-            plan = plan.of_first(ranks)
-        _check_same_data(plan, request, ranks)
+            plan = _same_plan(plan, supply, request, ranks)
         coverage = coverage.without(_problems(structure, engine, target, plan, ranks))
         coverage.require(strict=arguments.strict)
         accept(coverage)
@@ -139,23 +140,32 @@ def _problems(
     return found
 
 
-def _check_same_data(plan: CurvaturePlan, request: FitRequest, ranks: Ranks) -> None:
-    """Check that all ranks read the same data set, or streams of their own.
+def _same_plan(
+    plan: CurvaturePlan, supply: Supply | None, request: FitRequest, ranks: Ranks
+) -> CurvaturePlan:
+    """Rank 0's plan, if all ranks read the same data set or streams of their own.
 
     Raises:
         ValueError: if they do not, or if N of several streams is not given.
     """
     if ranks.world == 1:
-        return
+        return plan
     if any(source.is_own for source in plan.sources):
         if request.n_data is None:
             raise ValueError(
                 "every rank's loader gives batches of its own, so that the size of the training "
                 "set is unknown: pass n_data, the samples of all ranks together."
             )
-        return
+        return plan.of_first(ranks)
+    pool = None if supply is None else supply.pool
+    if pool is None and plan.indices is not None:
+        pool = torch.unique(torch.cat(plan.indices))
+    behind = None if pool is None else digest_of([pool])
+    ranks.agree("fit", {"samples that a sampler leaves to it (pass whole data sets)": behind})
+    plan = plan.of_first(ranks)
     labels = digest_of([next(plan.batches()).targets])
     ranks.agree("fit", {"labels of the first batch of the data set": labels})
+    return plan
 
 
 _OF_NO_CONSEQUENCE = ("byte_budget",)

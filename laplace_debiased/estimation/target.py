@@ -16,6 +16,7 @@ from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.last_layer import LastLayerNetwork
 from laplace_debiased.network.precision import HALF_DTYPES
 from laplace_debiased.network.samples import network_samples
+from laplace_debiased.network.wrappers import check_whole, plain_network
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 from laplace_debiased.predictive.draws import HeadProducts, JacobianProducts, NetworkProducts
 
@@ -40,12 +41,20 @@ class Target:
     """The user's own network, and which of its weights carry a posterior.
 
     Attributes:
-        model: the network; never copied, never changed.
+        model: the network; never copied, never changed. Of ``DistributedDataParallel`` what is
+            inside.
         last_layer: its last layer, if that alone is meant; None for all weights.
+
+    Raises:
+        ValueError: if the weights are cut up over processes.
     """
 
     model: nn.Module
     last_layer: LastLayer | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", plain_network(self.model))
+        check_whole(self.model)
 
     @property
     def network(self) -> nn.Module:
