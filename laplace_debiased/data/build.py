@@ -42,6 +42,7 @@ def plan_from_supply(
     seed: int = 0,
     batch_size: int | None = None,
     dict_key_y: str = "labels",
+    ranks: Ranks = ALONE,
 ) -> CurvaturePlan:
     """Split a loader's samples into disjoint folds, all of them or a uniform draw.
 

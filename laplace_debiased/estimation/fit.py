@@ -105,7 +105,18 @@ def run_fit(
         if kept is not None:
             kept.bind(plan, covered=list(coverage.covered))
         task = Task(
-            target, options, loss, request, supply, plan, coverage, model, clock, earlier, ranks, kept
+            target,
+            options,
+            loss,
+            request,
+            supply,
+            plan,
+            coverage,
+            model,
+            clock,
+            earlier,
+            ranks,
+            kept,
         )
         fit = structure.estimate(structure.engine(target, coverage), task)
         if kept is not None:

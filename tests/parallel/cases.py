@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from laplace.curvature import CurvlinopsGGN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -110,6 +111,7 @@ CASES = {
     "factors": Case(options={"magnitudes": "kfac"}),
     "factors, two batches": Case(options={"magnitudes": "kfac", "scheme": "two_batch"}),
     "factors, one batch": Case(options={"magnitudes": "kfac", "scheme": "single"}),
+    "a backend": Case(options={"magnitudes": "kfac", "backend": CurvlinopsGGN}, network="wide"),
     "few rows": Case(network="wide"),
     "few rows, three folds": Case(options={"folds": 3}, network="wide"),
     "few rows, two batches": Case(options={"scheme": "two_batch"}, network="wide"),
@@ -162,7 +164,7 @@ def numbers(la: Any) -> dict[str, Tensor]:
         "covariance": covariance,
         "probabilities": la(INPUTS, link_approx="probit"),
         "evidence": la.log_marginal_likelihood().reshape(1),
-        "loss": torch.tensor([fit.mean_loss, fit.effective_samples]).double(),
+        "loss": torch.tensor([fit.mean_loss, fit.effective_samples or 0.0]).double(),
         "sizes": torch.tensor([fit.n_samples, fit.n_data, fit.n_outputs, len(fit.drawn)]),
     }
     for index, part in enumerate(fit.comparisons):

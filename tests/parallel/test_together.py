@@ -35,7 +35,10 @@ def everything(rank: int) -> dict[str, Any]:
     places = ranks.positions(4)
     rows = assembled(ranks, "rows", places.double().unsqueeze(1) * 10, places, 4)
     # A rank's results differ from what the others would find: they are the owner's.
-    jobs = [Job(float(n), lambda n=n: (torch.full((n, 2), float(rank)), None)) for n in range(4)]
+    jobs = [
+        Job("a job", float(n), lambda n=n: (torch.full((n, 2), float(rank)), None))
+        for n in range(4)
+    ]
     results = shared_out(ranks, "jobs")(jobs)
     return {
         "given": before,
