@@ -155,7 +155,7 @@ class FitCheckpoint:
         nothing = torch.empty(0, dtype=torch.int64)
         done = torch.cat([nothing, *(everyones[rank][index][1] for rank, index in taken)])
         own = torch.cat([nothing, *(places[index] for index in mine)])
-        share = plan.share(self._ranks, done if len(done) else None)
+        share = plan.share(self._ranks, done)
         write, close = partial(self._write, name), partial(self._close, name)
         return SharedProgress(write, close, key, sums, share, own, complete)
 

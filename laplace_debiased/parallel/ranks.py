@@ -66,7 +66,7 @@ class Ranks:
 
     def positions(self, n: int, start: int = 0) -> Tensor:
         """Which of n samples this rank takes: every world-th, and so on from ``start``. int64."""
-        return torch.arange((self.rank - start) % self.world, n, self.world)
+        return torch.arange(n)[(self.rank - start) % self.world :: self.world]
 
     # -- staying together ------------------------------------------------------------------
 
