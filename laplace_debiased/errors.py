@@ -35,3 +35,11 @@ class StoredFileError(ValueError):
 
 class ModelCallError(RuntimeError, ValueError):
     """The model fails on the inputs that it was given; its own exception is the cause."""
+
+
+class RankFailedError(RuntimeError):
+    """Another process of a collective call raised; the message says which one, and what."""
+
+
+class RankLostError(RuntimeError):
+    """Another process of a collective call does not answer: it died, or is far too late."""

@@ -11,7 +11,7 @@ PACKAGE = "laplace_debiased"
 FLOORS = (
     {"_version", "errors"},
     {"checks"},
-    {"options", "files"},
+    {"options", "files", "parallel"},
     {"network"},
     {"likelihoods", "data"},
     {"curvature"},

@@ -191,10 +191,15 @@ class FactorAccumulator:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
-        self._of_columns = _sums_from_state(state["columns"])
-        self._of_inputs = _sums_from_state(state["inputs"])
-        self._transposed = dict(state["transposed"])
+        """Add what another's :meth:`state` holds."""
+        _add_state(self._of_columns, state["columns"])
+        _add_state(self._of_inputs, state["inputs"])
+        self._transposed |= state["transposed"]
+
+    def clear(self) -> None:
+        """Forget the sums."""
+        self._of_columns.clear()
+        self._of_inputs.clear()
 
     def means(self, n_samples: float) -> KroneckerFactors:
         """Per-sample means over ``n_samples`` draws.
@@ -274,8 +279,20 @@ class MagnitudeAccumulator:
         return {"tables": dict(self._tables)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
-        self._tables = dict(state["tables"])
+        """Add what another's :meth:`state` holds."""
+        for name, table in state["tables"].items():
+            _add_to(self._tables, name, table)
+
+    def clear(self) -> None:
+        """Forget the sums."""
+        self._tables = {}
+
+    def full(self) -> dict[str, Tensor]:
+        """The sums so far of every block, zeros where nothing was added."""
+        return {
+            name: self._tables.get(name, block.output_eigenvalues.new_zeros(block.table_shape))
+            for name, block in self._basis.items()
+        }
 
     def tables(self) -> tuple[Tensor, ...]:
         """One eigenvalue table per block, in the order of the basis; means over complements."""
@@ -294,11 +311,9 @@ def _sums_to_state(sums: Mapping[str, FactorSum]) -> dict[str, Any]:
     return {name: factor_to_state(total.value()) for name, total in sums.items()}
 
 
-def _sums_from_state(state: Mapping[str, Any]) -> dict[str, FactorSum]:
-    sums: dict[str, FactorSum] = defaultdict(FactorSum)
+def _add_state(sums: dict[str, FactorSum], state: Mapping[str, Any]) -> None:
     for name, total in state.items():
         sums[name].add(factor_from_state(total))
-    return sums
 
 
 def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

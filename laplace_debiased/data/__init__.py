@@ -9,9 +9,9 @@ from laplace_debiased.data.coefficients import (
     draw_coefficients,
     magnitude_coefficients,
 )
-from laplace_debiased.data.loaders import loader_length, split_batch
-from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws, PoolScores
-from laplace_debiased.data.pool import Score, plan_by_curvature, score_pool
+from laplace_debiased.data.loaders import loader_length, split_batch, whole_loader
+from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws, PoolScores, Share
+from laplace_debiased.data.pool import Kept, Score, plan_by_curvature, score_pool
 from laplace_debiased.data.supply import Supply
 from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
 
@@ -19,8 +19,10 @@ __all__ = [
     "Batch",
     "CurvaturePlan",
     "Draws",
+    "Kept",
     "PoolScores",
     "Score",
+    "Share",
     "Supply",
     "batches_overlap",
     "draw_coefficients",
@@ -33,4 +35,5 @@ __all__ = [
     "sampling_probabilities",
     "score_pool",
     "split_batch",
+    "whole_loader",
 ]

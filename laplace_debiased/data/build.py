@@ -21,6 +21,7 @@ from laplace_debiased.data.plan import CurvaturePlan, Draws, Source, plan_of
 from laplace_debiased.data.sources import IndexedSource, StreamSource, record_stream
 from laplace_debiased.data.supply import Supply
 from laplace_debiased.network.rng import derived_seed
+from laplace_debiased.parallel import ALONE, Ranks
 
 __all__ = [
     "batch_sizes",
@@ -41,6 +42,7 @@ def plan_from_supply(
     seed: int = 0,
     batch_size: int | None = None,
     dict_key_y: str = "labels",
+    ranks: Ranks = ALONE,
 ) -> CurvaturePlan:
     """Split a loader's samples into disjoint folds, all of them or a uniform draw.
 
@@ -59,6 +61,7 @@ def plan_from_supply(
         seed: Decides draws, splits, the shuffle and augmentations.
         batch_size: Samples per batch; None for the loader's own.
         dict_key_y: Key of the targets in mapping batches.
+        ranks: All ranks.
 
     Returns:
         The plan. Its population is N (less what is excluded), of which the pool drawn from, or all
@@ -76,7 +79,8 @@ def plan_from_supply(
     shares = checked_fractions(n_folds, fractions)
     size = None if batch_size is None else checked_integer("batch_size", batch_size)
     if supply.budget is None:
-        return _whole_plan(supply, _split_into(n_folds, shares), n_folds, seed, size, dict_key_y)
+        split = _split_into(n_folds, shares)
+        return _whole_plan(supply, split, n_folds, seed, size, dict_key_y, ranks)
     assert supply.pool is not None
     source = uniform_source(
         supply.loader,
@@ -102,10 +106,11 @@ def _whole_plan(
     seed: int,
     batch_size: int | None,
     dict_key_y: str,
+    ranks: Ranks,
 ) -> CurvaturePlan:
     """Everything that one walk yields."""
     n = supply.n_data
-    source = _whole_source(supply.loader, split, seed, batch_size, dict_key_y)
+    source = _whole_source(supply.loader, split, seed, batch_size, dict_key_y, ranks)
     walked = len(source.draws)
     if isinstance(source, StreamSource) and walked > n:
         warnings.warn(
@@ -128,6 +133,7 @@ def plan_from_two_loaders(
     n_data: int | None = None,
     seed: int = 0,
     dict_key_y: str = "labels",
+    ranks: Ranks = ALONE,
 ) -> CurvaturePlan:
     """Walk two loaders whole: fold 0 is ``loader`` (B), fold 1 ``magnitude_loader`` (B̃).
 
@@ -137,6 +143,7 @@ def plan_from_two_loaders(
         n_data: Size N of the training set; may be None if both loaders share one ``.dataset``.
         seed: Decides shuffles and augmentations.
         dict_key_y: Key of the targets in mapping batches.
+        ranks: All ranks.
 
     Returns:
         A plan whose folds are samples of an unknown population (``population=None``).
@@ -163,7 +170,7 @@ def plan_from_two_loaders(
     n = loader_length(loader, n_data)
     both = ((loader, "loader"), (magnitude_loader, "magnitude_loader"))
     sources = tuple(
-        _whole_source(one, _one_fold(k), derived_seed(seed, name), None, dict_key_y, name)
+        _whole_source(one, _one_fold(k), derived_seed(seed, name), None, dict_key_y, ranks, name)
         for k, (one, name) in enumerate(both)
     )
     overlap = batches_overlap(loader, sources[0].draws, magnitude_loader, sources[1].draws)
@@ -257,6 +264,7 @@ def _whole_source(
     seed: int,
     batch_size: int | None,
     dict_key_y: str,
+    ranks: Ranks,
     name: str = "loader",
 ) -> Source:
     walk_seed = derived_seed(seed, "walk")
@@ -267,9 +275,7 @@ def _whole_source(
                 f"batch_size={batch_size} needs a DataLoader over a map-style dataset; leave it "
                 f"out to take the batches of this {type(loader).__name__} as they come."
             )
-        record = record_stream(loader, walk_seed, dict_key_y, name)
-        draws = Draws.uniform(split(None, record.n_samples, seed))
-        return StreamSource(loader, draws, record, walk_seed, dict_key_y)
+        return _stream_source(loader, split, seed, dict_key_y, ranks, name)
     indices = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
     if not len(indices):
         raise ValueError(
@@ -279,3 +285,20 @@ def _whole_source(
     sizes = own if batch_size is None else batch_sizes(len(indices), batch_size, loader)
     draws = Draws.uniform(split(indices, len(indices), seed), indices)
     return IndexedSource(loader, draws, sizes, walk_seed, dict_key_y)
+
+
+def _stream_source(
+    loader: Any, split: _Split, seed: int, dict_key_y: str, ranks: Ranks, name: str
+) -> StreamSource:
+    """A loader without indices: the same on all ranks, or one after the other's."""
+    walk_seed = derived_seed(seed, "walk")
+    record = record_stream(loader, walk_seed, dict_key_y, content=ranks.world > 1)
+    records = ranks.gathered(f"the stream of {name}", record)
+    if all(other == record for other in records):
+        records = [record]
+    sizes = tuple(size for one in records for size in one.sizes)
+    if not sum(sizes):
+        raise ValueError(f"{name} is empty: it yields no samples.")
+    draws = Draws.uniform(split(None, sum(sizes), seed))
+    first = sum(one.n_samples for one in records[: ranks.rank]) if len(records) > 1 else 0
+    return StreamSource(loader, draws, sizes, record, walk_seed, dict_key_y, first)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -28,11 +29,13 @@ __all__ = [
     "check_loader",
     "index_batches",
     "inner_loader",
+    "is_indexable",
     "loader_generators",
     "loader_length",
     "restartable",
     "sampler_indices",
     "split_batch",
+    "whole_loader",
 ]
 
 
@@ -131,7 +134,8 @@ def _is_own_walk(loader: Any) -> bool:
     )
 
 
-def _is_indexable(loader: Any) -> bool:
+def is_indexable(loader: Any) -> bool:
+    """Whether a loader walks a map-style dataset by indices of its own."""
     return (
         _is_own_walk(loader)
         and not isinstance(loader.dataset, IterableDataset)
@@ -159,7 +163,7 @@ def index_batches(loader: Any, seed: int) -> list[list[int]] | None:
         One list of dataset indices per batch; None where the loader has no integer indices
         (an ``IterableDataset``, a plain iterable, a loader class with its own walk).
     """
-    if not _is_indexable(loader):
+    if not is_indexable(loader):
         return None
     with preserved_rng(seed, generators=loader_generators(loader)):
         listed = [list(batch) for batch in loader.batch_sampler]
@@ -182,7 +186,7 @@ def can_draw(loader: Any) -> bool:
 
 def _undrawable(loader: Any) -> str | None:
     """Why samples cannot be drawn from what is behind a loader; None if they can."""
-    if not _is_indexable(loader):
+    if not is_indexable(loader):
         return (
             f"n_samples cannot be drawn from a {type(loader).__name__} that is not a plain "
             "DataLoader over a map-style dataset: pass such a loader, or n_samples=None and only "
@@ -253,6 +257,46 @@ def restartable(loader: Any) -> Any:
     if _is_own_walk(loader) and isinstance(loader.dataset, IterableDataset):
         return inner_loader(loader)
     return loader
+
+
+def whole_loader(loader: Any, name: str) -> Any:
+    """The loader that a ``DistributedSampler`` or Accelerate made a share of; others as they are.
+
+    Shares of a training loop are of equal length, so that samples are repeated or left out, and
+    which rank has which is the loop's to decide. What is walked here is shared out here.
+
+    Raises:
+        ValueError: Accelerate prepared a stream, whose shares cannot be joined again.
+    """
+    prepared = type(loader).__module__.startswith("accelerate.")
+    if not prepared and not (is_indexable(loader) and _is_shared(loader.batch_sampler)):
+        return loader
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"{name} is a stream that Accelerate prepared, which repeats samples to give every "
+            "process as many: pass the loader as it was before prepare(), a stream of its own on "
+            "every rank, with n_data."
+        )
+    batches = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    sampler = batches.sampler
+    if _is_shared(batches) or isinstance(sampler, RandomSampler):
+        sampler = SequentialSampler(loader.dataset)
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=BatchSampler(sampler, batches.batch_size, batches.drop_last),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def _is_shared(batch_sampler: Any) -> bool:
+    return isinstance(getattr(batch_sampler, "sampler", None), DistributedSampler)
 
 
 def base_indices(dataset: Any, indices: Tensor) -> tuple[Any, Tensor]:

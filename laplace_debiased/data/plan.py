@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.network.inputs import select_rows
+from laplace_debiased.parallel import Ranks
 
-__all__ = ["Batch", "CurvaturePlan", "Draws", "PoolScores", "Source"]
+__all__ = ["Batch", "CurvaturePlan", "Draws", "Part", "PoolScores", "Share", "Source"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +24,15 @@ class Draws:
         counts: How often the sample was drawn into its fold. [n] int64
         weights: w_n = 1/(M q_n) of the draw, 1 for uniform draws. [n] float64
         indices: Index in the loader's dataset, None where unknown. [n] int64
+        positions: Place of each sample in the walk that these draws are a part of, ascending;
+            None where they are all of it. [n] int64
     """
 
     folds: Tensor
     counts: Tensor
     weights: Tensor
     indices: Tensor | None = None
+    positions: Tensor | None = None
 
     @classmethod
     def uniform(cls, folds: Tensor, indices: Tensor | None = None) -> Draws:
@@ -37,6 +41,21 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.folds)
+
+    def take(self, rows: Tensor, start: int = 0) -> Draws:
+        """Some of the draws of a whole walk, with their positions.
+
+        Args:
+            rows: Which, ascending. [k] int64
+            start: Place of the first draw in the walk over a whole plan.
+        """
+        return Draws(
+            self.folds[rows],
+            self.counts[rows],
+            self.weights[rows],
+            None if self.indices is None else self.indices[rows],
+            rows + start,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +70,8 @@ class Batch:
             [m] int64
         weights: w_n = 1/(M q_n), the weight of gradient terms with which a mean over draws is
             unbiased for the mean over the pool; 1 for uniform draws. [m] float64
+        positions: Place of each sample in the walk over a whole plan, where this is a part of one;
+            else None. [m] int64
     """
 
     inputs: Any
@@ -58,6 +79,7 @@ class Batch:
     folds: Tensor
     counts: Tensor
     weights: Tensor
+    positions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.folds)
@@ -70,6 +92,7 @@ class Batch:
             self.folds[rows],
             self.counts[rows],
             self.weights[rows],
+            None if self.positions is None else self.positions[rows],
         )
 
 
@@ -91,19 +114,68 @@ class PoolScores:
         return len(self.indices)
 
 
-class Source(Protocol):
-    """Part of a plan that knows its draws before it loads them."""
+class Part(Protocol):
+    """Samples that are walked."""
 
     @property
     def draws(self) -> Draws:
-        """All samples of one walk."""
+        """They, in the order of the walk."""
 
     @property
-    def n_batches(self) -> int:
-        """Batches in one walk."""
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Samples in each batch of one walk."""
 
     def walk(self) -> Iterator[Batch]:
         """Load the draws, in their order."""
+
+
+class Source(Part, Protocol):
+    """Part of a plan that knows its draws before it loads them."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether every rank has other samples here."""
+
+    def redrawn(self, draws: Draws, batch_sizes: tuple[int, ...]) -> Source:
+        """The same source with other draws."""
+
+    def share(self, ranks: Ranks, rows: Tensor, start: int) -> Part:
+        """What one rank takes.
+
+        Args:
+            ranks: All ranks.
+            rows: Which draws are to be shared out, ascending. [k] int64
+            start: Place of the source's first draw in the plan.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one rank walks of a plan.
+
+    Attributes:
+        parts: Where the samples come from, one after the other.
+    """
+
+    parts: tuple[Part, ...]
+
+    def batches(self) -> Iterator[Batch]:
+        """Walk them once; see :meth:`CurvaturePlan.batches`."""
+        for part in self.parts:
+            yield from part.walk()
+
+    def __len__(self) -> int:
+        """Batches in one walk."""
+        return sum(len(part.batch_sizes) for part in self.parts)
+
+    @property
+    def positions(self) -> Tensor:
+        """Places of the samples in the walk over the whole plan. [n] int64."""
+        places = [part.draws.positions for part in self.parts]
+        known = [one for one in places if one is not None]
+        if len(known) == len(places):
+            return torch.cat(known)
+        return torch.arange(sum(len(part.draws) for part in self.parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +197,9 @@ class CurvaturePlan:
         pool: Scores of the pool for draws by curvature, else None.
         held_out_folds: Folds that are a sample of the rest of the pool given all other folds; the
             others may give directions only. None for all of them.
+        distinct_sizes: Samples of each fold as they are walked: one that was drawn twice counts
+            once.
+        is_weighted: Whether the draws are weighted: from q ∝ curvature, with replacement in a fold.
     """
 
     n_data: int
@@ -134,6 +209,8 @@ class CurvaturePlan:
     unseen_mass: tuple[float, ...] | None
     indices: tuple[Tensor, ...] | None = field(repr=False)
     sources: tuple[Source, ...] = field(repr=False)
+    distinct_sizes: tuple[int, ...]
+    is_weighted: bool
     pool: PoolScores | None = field(default=None, repr=False)
     held_out_folds: frozenset[int] | None = None
 
@@ -152,12 +229,11 @@ class CurvaturePlan:
             ValueError: ``collate_fn`` dropped or added samples.
             TypeError: The loader yields something else than (inputs, targets) or a mapping.
         """
-        for source in self.sources:
-            yield from source.walk()
+        return Share(self.sources).batches()
 
     def __len__(self) -> int:
         """Batches in one walk."""
-        return sum(source.n_batches for source in self.sources)
+        return len(Share(self.sources))
 
     @property
     def n_folds(self) -> int:
@@ -167,18 +243,36 @@ class CurvaturePlan:
     @property
     def n_samples(self) -> int:
         """Samples in one walk; what was drawn twice into a fold is walked once."""
-        return sum(len(source.draws) for source in self.sources)
+        return sum(self.distinct_sizes)
 
-    @property
-    def distinct_sizes(self) -> tuple[int, ...]:
-        """Samples of each fold as they are walked: one that was drawn twice counts once."""
-        folds = torch.cat([source.draws.folds for source in self.sources])
-        return tuple(torch.bincount(folds, minlength=self.n_folds).tolist())
+    def share(self, ranks: Ranks, done: Tensor | None = None) -> Share:
+        """What one rank walks; everything, where there is one.
 
-    @property
-    def is_weighted(self) -> bool:
-        """Whether the draws are weighted: from q ∝ curvature, with replacement in a fold."""
-        return any(bool((source.draws.weights != 1).any()) for source in self.sources)
+        Args:
+            ranks: All ranks.
+            done: Places in the walk that nobody needs to see any more. [k] int64
+        """
+        if ranks.world == 1 and done is None:
+            return Share(self.sources)
+        parts, start = [], 0
+        for source in self.sources:
+            rows = torch.arange(len(source.draws))
+            if done is not None:
+                rows = rows[~torch.isin(rows + start, done)]
+            parts.append(source.share(ranks, rows, start))
+            start += len(source.draws)
+        return Share(tuple(parts))
+
+    def of_first(self, ranks: Ranks) -> CurvaturePlan:
+        """Rank 0's plan, over this rank's loaders."""
+        if ranks.world == 1:
+            return self
+        drawn = [(source.draws, source.batch_sizes) for source in self.sources]
+        numbers, drawn = ranks.from_first("the plan", lambda: [replace(self, sources=()), drawn])
+        sources = tuple(
+            source.redrawn(*given) for source, given in zip(self.sources, drawn, strict=True)
+        )
+        return replace(numbers, sources=sources)
 
 
 def plan_of(
@@ -201,6 +295,7 @@ def plan_of(
         for name in ("folds", "counts", "weights")
     )
     sizes = torch.bincount(folds, weights=counts.double(), minlength=n_folds)
+    distinct = torch.bincount(folds, minlength=n_folds)
     unseen = None
     if pool_size is not None:
         mass = torch.bincount(folds, weights=1 / (pool_size * weights), minlength=n_folds)
@@ -214,6 +309,8 @@ def plan_of(
         unseen_mass=unseen,
         indices=_fold_indices(sources, n_folds),
         sources=sources,
+        distinct_sizes=tuple(distinct.tolist()),
+        is_weighted=bool((weights != 1).any()),
         pool=pool,
         held_out_folds=held_out_folds,
     )

@@ -21,11 +21,15 @@ from laplace_debiased.data.sources import IndexedSource
 from laplace_debiased.data.supply import Supply
 from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabilities
 from laplace_debiased.network.rng import derived_seed
+from laplace_debiased.parallel import ALONE, Ranks, assembled
 
-__all__ = ["Score", "plan_by_curvature", "score_pool", "useful_pool_size"]
+__all__ = ["Kept", "Score", "plan_by_curvature", "score_pool", "useful_pool_size"]
 
 Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 """(inputs, targets [m, ...]) -> (score s [m], loss [m]), one value per sample."""
+
+Kept = Callable[[Tensor, Callable[[], PoolScores]], PoolScores]
+"""(indices [M], makes their scores) -> their scores."""
 
 EPSILON = 0.02
 """Share of uniform draws. On a ResNet-20 the variance of a draw is .186 at .1, .146 at .05, .125 at
@@ -40,6 +44,10 @@ _FEWEST, _MOST, _WHOLE = 4, 64, 32
 _PILOT, _LEAST_PILOT, _LARGEST_PILOT = 4, 32, 512
 
 
+def _scored_anew(indices: Tensor, score: Callable[[], PoolScores]) -> PoolScores:
+    return score()
+
+
 def score_pool(
     loader: Any,
     pool_indices: Tensor,
@@ -48,8 +56,9 @@ def score_pool(
     seed: int = 0,
     batch_size: int | None = None,
     dict_key_y: str = "labels",
+    ranks: Ranks = ALONE,
 ) -> PoolScores:
-    """Score each sample of a pool, in batches under guarded generators.
+    """Score each sample of a pool, in batches under guarded generators; each rank a share.
 
     Args:
         loader: DataLoader over a map-style dataset.
@@ -58,6 +67,7 @@ def score_pool(
         seed: Seed of augmentations in the dataset.
         batch_size: Samples per batch; None for the loader's own.
         dict_key_y: Key of the targets in mapping batches.
+        ranks: All ranks.
 
     Raises:
         ValueError: ``score`` returns a wrong shape, or scores that are negative or not finite.
@@ -70,8 +80,10 @@ def score_pool(
         derived_seed(seed, "score"),
         dict_key_y,
     )
-    scored: list[tuple[Tensor, Tensor]] = []
-    for batch in source.walk():
+    part = source if ranks.world == 1 else source.share(ranks, torch.arange(n), 0)
+    none = torch.empty(0, dtype=torch.float64)
+    scored: list[tuple[Tensor, Tensor]] = [(none, none)]
+    for batch in part.walk():
         found, losses = (v.detach().cpu().double() for v in score(batch.inputs, batch.targets))
         if found.shape != (len(batch),) or losses.shape != (len(batch),):
             raise ValueError(
@@ -84,7 +96,9 @@ def score_pool(
                 "the model's outputs on the training data for NaN."
             )
         scored.append((found, losses))
-    return PoolScores(pool_indices, *map(torch.cat, zip(*scored, strict=True)))
+    own = torch.stack([torch.cat(values) for values in zip(*scored, strict=True)], dim=1)
+    scores, losses = assembled(ranks, "the pool's scores", own, ranks.positions(n), n).unbind(1)
+    return PoolScores(pool_indices, scores, losses)
 
 
 def plan_by_curvature(
@@ -99,6 +113,8 @@ def plan_by_curvature(
     pool_size: int | None = None,
     batch_size: int | None = None,
     dict_key_y: str = "labels",
+    ranks: Ranks = ALONE,
+    kept: Kept = _scored_anew,
 ) -> CurvaturePlan:
     """Draw disjoint folds with q_n = (1−ε) s_n/Σs + ε/M from a scored pool.
 
@@ -121,6 +137,8 @@ def plan_by_curvature(
             that they have not seen.
         batch_size: Samples per batch; None for the loader's own.
         dict_key_y: Key of the targets in mapping batches.
+        ranks: All ranks.
+        kept: Gives the scores of indices, from a fit that was interrupted or by what it is handed.
 
     Raises:
         TypeError: A number is no int, or the loader yields neither pairs nor mappings.
@@ -132,8 +150,17 @@ def plan_by_curvature(
     loader = supply.loader
 
     def scored(indices: Tensor) -> PoolScores:
-        return score_pool(
-            loader, indices, score, seed=seed, batch_size=batch_size, dict_key_y=dict_key_y
+        return kept(
+            indices,
+            lambda: score_pool(
+                loader,
+                indices,
+                score,
+                seed=seed,
+                batch_size=batch_size,
+                dict_key_y=dict_key_y,
+                ranks=ranks,
+            ),
         )
 
     scores = scored(_pool(supply, pool_size, seed, scored))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,23 @@ from laplace_debiased.data.loaders import (
     split_batch,
 )
 from laplace_debiased.data.plan import Batch, Draws
-from laplace_debiased.network.rng import guarded_iter
+from laplace_debiased.network.inputs import tensors_of
+from laplace_debiased.network.rng import derived_seed, guarded_iter
+from laplace_debiased.parallel import Ranks
 
-__all__ = ["IndexedSource", "StreamRecord", "StreamSource", "record_stream"]
+__all__ = ["IndexedSource", "StreamPart", "StreamRecord", "StreamSource", "record_stream"]
 
 
 def _batch(inputs: Any, targets: Tensor, draws: Draws, start: int) -> Batch:
     rows = slice(start, start + len(targets))
-    return Batch(inputs, targets, draws.folds[rows], draws.counts[rows], draws.weights[rows])
+    return Batch(
+        inputs,
+        targets,
+        draws.folds[rows],
+        draws.counts[rows],
+        draws.weights[rows],
+        None if draws.positions is None else draws.positions[rows],
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +56,28 @@ class IndexedSource:
     dict_key_y: str
 
     @property
-    def n_batches(self) -> int:
-        """Batches in one walk."""
-        return len(self.batch_sizes)
+    def is_own(self) -> bool:
+        """All ranks have the dataset."""
+        return False
+
+    def redrawn(self, draws: Draws, batch_sizes: tuple[int, ...]) -> IndexedSource:
+        """The same source with other draws."""
+        return replace(self, draws=draws, batch_sizes=batch_sizes)
+
+    def share(self, ranks: Ranks, rows: Tensor, start: int) -> IndexedSource:
+        """Every world-th sample, in batches of the largest size that the source has."""
+        rows, size = rows[ranks.positions(len(rows), start)], max(self.batch_sizes)
+        sizes = tuple(min(size, len(rows) - i) for i in range(0, len(rows), size))
+        # Equal streams would augment the samples of all ranks alike.
+        seed = derived_seed(self.seed, "rank", ranks.rank)
+        return replace(self, draws=self.draws.take(rows, start), batch_sizes=sizes, seed=seed)
 
     def walk(self) -> Iterator[Batch]:
         """Load the draws, in their order."""
         if self.draws.indices is None:
             raise ValueError("IndexedSource needs draws with indices, got draws without.")
+        if not self.batch_sizes:
+            return
         batches = [part.tolist() for part in self.draws.indices.split(list(self.batch_sizes))]
         loaded = guarded_iter(
             lambda: inner_loader(self.loader, batches),
@@ -81,10 +104,12 @@ class StreamRecord:
     Attributes:
         sizes: Samples in each batch.
         checksums: Checksum of each batch's targets.
+        content: Checksum of all inputs and targets, where it was asked for.
     """
 
     sizes: tuple[int, ...]
     checksums: tuple[int, ...]
+    content: int = 0
 
     @property
     def n_samples(self) -> int:
@@ -92,54 +117,80 @@ class StreamRecord:
         return sum(self.sizes)
 
 
-def _checksum(targets: Tensor) -> int:
-    flat = targets.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes())
+def _checksum(tensor: Tensor, start: int = 0) -> int:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", start)
 
 
 def _stream(loader: Any, seed: int) -> Iterator[Any]:
     return guarded_iter(lambda: restartable(loader), seed, generators=loader_generators(loader))
 
 
-def record_stream(loader: Any, seed: int, dict_key_y: str, name: str = "loader") -> StreamRecord:
+def record_stream(loader: Any, seed: int, dict_key_y: str, *, content: bool) -> StreamRecord:
     """Walk a loader without indices once, for its batch sizes and checksums; loads all its data.
 
+    Args:
+        loader: The loader.
+        seed: Seed of a shuffle and of augmentations in it.
+        dict_key_y: Key of the targets in mapping batches.
+        content: Whether everything enters a checksum, and not the targets alone.
+
     Raises:
-        ValueError: The loader yields nothing, or a batch lacks its targets.
+        ValueError: A batch lacks its targets.
         TypeError: A batch is neither a pair nor a mapping.
     """
-    sizes, checksums = [], []
+    sizes, checksums, whole = [], [], 0
     for item in _stream(loader, seed):
-        targets = split_batch(item, dict_key_y)[1]
+        inputs, targets = split_batch(item, dict_key_y)
         sizes.append(len(targets))
         checksums.append(_checksum(targets))
-    if not sum(sizes):
-        raise ValueError(f"{name} is empty: it yields no samples.")
-    return StreamRecord(tuple(sizes), tuple(checksums))
+        for tensor in (*tensors_of(inputs), targets) if content else ():
+            whole = _checksum(tensor, whole)
+    return StreamRecord(tuple(sizes), tuple(checksums), whole)
 
 
 @dataclass(frozen=True, eq=False)
 class StreamSource:
     """Samples of a loader without indices, in the order in which they come.
 
+    Several ranks have either the same stream, or each its own; the draws are those of all then,
+    one stream after the other.
+
     Attributes:
         loader: The user's loader or iterable of batches.
         draws: The samples. [n]
-        record: The walk that the folds were assigned on.
+        batch_sizes: Samples in each batch; they sum to n.
+        record: The walk over this rank's stream that the folds were assigned on.
         seed: Seed of a shuffle and of augmentations in the loader.
         dict_key_y: Key of the targets in mapping batches.
+        first: Which of the draws is the first of this rank's stream.
     """
 
     loader: Any
     draws: Draws
+    batch_sizes: tuple[int, ...]
     record: StreamRecord
     seed: int
     dict_key_y: str
+    first: int = 0
 
     @property
-    def n_batches(self) -> int:
-        """Batches in one walk."""
-        return len(self.record.sizes)
+    def is_own(self) -> bool:
+        """Whether every rank has a stream of its own."""
+        return self.record.n_samples < len(self.draws)
+
+    def redrawn(self, draws: Draws, batch_sizes: tuple[int, ...]) -> StreamSource:
+        """The same source with other draws."""
+        return replace(self, draws=draws, batch_sizes=batch_sizes)
+
+    def share(self, ranks: Ranks, rows: Tensor, start: int) -> StreamPart:
+        """Every world-th sample of a stream that all have; of its own stream, a rank takes all."""
+        if self.is_own:
+            last = self.first + self.record.n_samples
+            rows = rows[(rows >= self.first) & (rows < last)]
+        else:
+            rows = rows[ranks.positions(len(rows), start)]
+        return StreamPart(self, self.draws.take(rows, start), rows)
 
     def walk(self) -> Iterator[Batch]:
         """Walk the loader; where it is split into folds its order must be as recorded.
@@ -149,19 +200,19 @@ class StreamSource:
         """
         # One fold is a set: it may come in any order. Several are told apart by position.
         ordered = bool((self.draws.folds != self.draws.folds[0]).any())
-        start = 0
+        start, length = 0, self.record.n_samples
         for number, item in enumerate(_stream(self.loader, self.seed)):
             inputs, targets = split_batch(item, self.dict_key_y)
             seen = (len(targets), _checksum(targets)) if ordered else None
-            if start + len(targets) > len(self.draws) or (ordered and seen != self._at(number)):
+            if start + len(targets) > length or (ordered and seen != self._at(number)):
                 raise self._changed(number)
-            yield _batch(inputs, targets, self.draws, start)
+            yield _batch(inputs, targets, self.draws, self.first + start)
             start += len(targets)
-        if start != len(self.draws):
-            raise self._changed(self.n_batches)
+        if start != length:
+            raise self._changed(len(self.record.sizes))
 
     def _at(self, number: int) -> tuple[int, int] | None:
-        if number >= self.n_batches:
+        if number >= len(self.record.sizes):
             return None
         return self.record.sizes[number], self.record.checksums[number]
 
@@ -171,3 +222,40 @@ class StreamSource:
             "apart: pass an unshuffled loader, or a DataLoader over a map-style dataset (its order "
             "is kept, shuffled or not), or an explicit magnitude_loader."
         )
+
+
+@dataclass(frozen=True, eq=False)
+class StreamPart:
+    """Some samples of a stream, which is walked whole.
+
+    Attributes:
+        whole: The stream.
+        draws: The samples. [k]
+        rows: Which of the stream's draws they are, ascending. [k] int64
+    """
+
+    whole: StreamSource
+    draws: Draws
+    rows: Tensor
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Samples in each batch that has any."""
+        ends = torch.tensor(self.whole.record.sizes, dtype=torch.int64).cumsum(0) + self.whole.first
+        counts = torch.bincount(torch.searchsorted(ends, self.rows, right=True))
+        return tuple(count for count in counts.tolist() if count)
+
+    def walk(self) -> Iterator[Batch]:
+        """The samples, in the order in which they come."""
+        taken = torch.zeros(len(self.whole.draws), dtype=torch.bool)
+        taken[self.rows] = True
+        start, done = self.whole.first, 0
+        for batch in self.whole.walk() if len(self.rows) else ():
+            rows = taken[start : start + len(batch)].nonzero().squeeze(-1)
+            start += len(batch)
+            if len(rows):
+                part = batch if len(rows) == len(batch) else batch.select(rows)
+                positions = self.draws.positions
+                assert positions is not None
+                yield replace(part, positions=positions[done : done + len(rows)])
+                done += len(rows)

@@ -1,6 +1,7 @@
 """The schemes: which data give directions, which magnitudes, and how folds are joined."""
 
 from laplace_debiased.debiasing.bases import (
+    eigenbases,
     eigenbasis,
     kfac_magnitudes,
     own_magnitudes,
@@ -16,6 +17,7 @@ __all__ = [
     "SchemePlan",
     "bias_report",
     "compared",
+    "eigenbases",
     "eigenbasis",
     "join_by_rank",
     "kfac_magnitudes",

@@ -2,7 +2,8 @@ r"""Eigenbases of Kronecker factors, and magnitudes along them that need factors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,35 +18,65 @@ from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
 from laplace_debiased.curvature.rows.sides import energies, is_thin, mean_energies
 from laplace_debiased.debiasing.thin import leading, thin_eigenpairs
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.parallel import Job, Result, Runner, in_turn
 
 
-def eigenbasis(
-    factors: KroneckerFactors,
-    max_rank: int | None = None,
-    watched: Callable[[Iterable[BlockFactors]], Iterable[BlockFactors]] = iter,
-) -> tuple[BlockBasis, ...]:
-    """Eigendecompose every factor.
+def eigenbases(
+    parts: Sequence[KroneckerFactors], max_rank: int | None = None, run: Runner = in_turn
+) -> list[tuple[BlockBasis, ...]]:
+    """Eigendecompose every factor of every part.
 
     A factor that is kept as k < D rows gives a thin side of its rank.
 
     Args:
-        factors: the factors.
+        parts: sets of factors.
         max_rank: at most so many directions per side, the leading ones; None for all.
-        watched: hands the blocks on, one after the other, to take their times.
+        run: runs the decompositions.
 
     Raises:
         NumericalError: naming the parameter, if a factor is not finite or does not converge.
     """
-    return tuple(_block_basis(block, max_rank) for block in watched(factors.blocks))
+    jobs = [
+        Job(block.name, _cost(factor), partial(_side, block.name, factor, what, max_rank))
+        for factors in parts
+        for block in factors.blocks
+        for factor, what in _sides(block)
+    ]
+    found = iter(run(jobs))
+    return [
+        tuple(
+            _block_basis(block.name, [next(found) for _ in _sides(block)]) for block in part.blocks
+        )
+        for part in parts
+    ]
 
 
-def _block_basis(block: BlockFactors, max_rank: int | None) -> BlockBasis:
-    what = "output-gradient covariance"
-    output_values, output_vectors = _side(block.name, block.output, what, max_rank)
-    if block.input is None:
-        return BlockBasis(block.name, output_vectors, output_values)
-    input_values, input_vectors = _side(block.name, block.input, "input covariance", max_rank)
-    return BlockBasis(block.name, output_vectors, output_values, input_vectors, input_values)
+def eigenbasis(factors: KroneckerFactors, max_rank: int | None = None) -> tuple[BlockBasis, ...]:
+    """:func:`eigenbases` of one set of factors."""
+    return eigenbases([factors], max_rank)[0]
+
+
+def _sides(block: BlockFactors) -> list[tuple[Factor, str]]:
+    sides: list[tuple[Factor, str]] = [(block.output, "output-gradient covariance")]
+    if block.input is not None:
+        sides.append((block.input, "input covariance"))
+    return sides
+
+
+def _cost(factor: Factor) -> float:
+    """Of its decomposition, in d³; a diagonal needs none."""
+    if isinstance(factor, RowsFactor):
+        n_rows, side = factor.rows.shape[-2:]
+        return float(n_rows**2 * side)
+    return 0.0 if factor.ndim == 1 else float(factor.shape[-1] * factor.numel())
+
+
+def _block_basis(name: str, sides: Sequence[Result]) -> BlockBasis:
+    [values, vectors], *inputs = sides
+    assert values is not None
+    if not inputs:
+        return BlockBasis(name, vectors, values)
+    return BlockBasis(name, vectors, values, inputs[0][1], inputs[0][0])
 
 
 def _side(

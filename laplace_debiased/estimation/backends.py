@@ -8,7 +8,7 @@ block before they are used.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
 from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, layers_of
+from laplace_debiased.curvature.over_ranks import Key, summed_factors
+from laplace_debiased.curvature.rows.gram import Factor, divided, scaled
 from laplace_debiased.data import Batch
 from laplace_debiased.estimation.arguments import Arguments, Backend
 from laplace_debiased.estimation.kron_estimator import FoldStatistics
@@ -28,6 +30,7 @@ from laplace_debiased.estimation.target import Target
 from laplace_debiased.network.inputs import to_device
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import Fisher
+from laplace_debiased.parallel import Ranks
 
 _SEED_STEP = 1_000_003
 """Spreads the seeds of successive batches, so that no two share their label draws."""
@@ -91,7 +94,7 @@ class BackendFactors:
         Raises:
             RuntimeError: if the backend returns blocks that do not fit the covered parameters.
         """
-        plan, request = self.task.plan, self.task.request
+        plan, request, ranks = self.task.plan, self.task.request, self.task.ranks
         model = isolated_network(self.task.target, self.task.coverage)
         engine = self.backend.kind(
             model,
@@ -101,19 +104,20 @@ class BackendFactors:
             **self._engine_kwargs(),
         )
         sums: list[list[KroneckerFactors]] = [[] for _ in plan.fold_sizes]
-        loss, n_outputs, n_calls = 0.0, 0, 0
-        for batch in self.task.clock.walk(plan, "factors"):
+        loss, n_outputs, n_calls = 0.0, 0, ranks.rank
+        for batch in self.task.clock.walk(plan.share(ranks), "factors"):
             for fold in batch.folds.unique().tolist():
                 part = batch.select((batch.folds == fold).nonzero().squeeze(-1))
                 with preserved_rng(request.seed + _SEED_STEP * n_calls), torch.enable_grad():
                     part_loss, factors, n_outputs = self._call(engine, model, part, n_calls)
-                n_calls += 1
+                n_calls += ranks.world
                 sums[fold].append(factors)
                 loss += part_loss
+        totals = ranks.gathered("the loss", (loss, n_outputs))
         return FoldStatistics(
-            tuple(KroneckerFactors.merge(parts) for parts in sums),
-            loss / sum(plan.fold_sizes),
-            n_outputs,
+            _over_ranks(ranks, self.task.names, sums, plan.fold_sizes),
+            sum(loss for loss, _ in totals) / sum(plan.fold_sizes),
+            max(n_outputs for _, n_outputs in totals),
         )
 
     def _engine_kwargs(self) -> dict[str, Any]:
@@ -158,6 +162,36 @@ class BackendFactors:
                 BlockFactors(name, output, factors[1].detach() if len(factors) == 2 else None)
             )
         return KroneckerFactors(tuple(blocks), m)
+
+
+def _over_ranks(
+    ranks: Ranks,
+    names: Sequence[str],
+    parts: Sequence[Sequence[KroneckerFactors]],
+    sizes: Sequence[int],
+) -> tuple[KroneckerFactors, ...]:
+    """Per fold, the factors of all its parts on all ranks."""
+    if ranks.world == 1:
+        return tuple(KroneckerFactors.merge(of_fold) for of_fold in parts)
+    own: dict[Key, Factor] = {}
+    for fold, of_fold in enumerate(parts):
+        if of_fold:
+            merged = KroneckerFactors.merge(of_fold)
+            for block in merged.blocks:
+                own[fold, "columns", block.name] = scaled(block.output, merged.n_samples)
+                if block.input is not None:
+                    own[fold, "inputs", block.name] = scaled(block.input, merged.n_samples)
+    means = {key: divided(f, sizes[key[0]]) for key, f in summed_factors(ranks, own).items()}
+    return tuple(
+        KroneckerFactors(
+            tuple(
+                BlockFactors(n, means[fold, "columns", n], means.get((fold, "inputs", n)))
+                for n in names
+            ),
+            size,
+        )
+        for fold, size in enumerate(sizes)
+    )
 
 
 def isolated_network(target: Target, coverage: Coverage) -> nn.Module:

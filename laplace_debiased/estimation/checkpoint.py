@@ -1,8 +1,12 @@
-"""Where a long fit is: the sums so far and the batches behind them, in a file that is always whole.
+"""Where a long fit is: the sums so far and the samples behind them, in files that are always whole.
 
 A walk over a plan gives the same batches in the same order each time. So a fit that was killed
 goes on from its last checkpoint: it loads the batches that are behind it without a pass over them,
 checks that they are the same, and adds the rest to the sums. The result is the same to the bit.
+
+Of several processes each keeps a file of its own, with the places in the plan that its sums stand
+for. Sums add up, so any number of processes may go on from any set of such files: they take over
+what these hold, each place once, and share out what is left of the plan.
 """
 
 from __future__ import annotations
@@ -10,47 +14,47 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.data import Batch, CurvaturePlan, Score
+from laplace_debiased.data import CurvaturePlan, PoolScores
+from laplace_debiased.errors import StoredFileError
+from laplace_debiased.estimation.progress import (
+    Progress,
+    Resumable,
+    SharedProgress,
+    State,
+    WalkProgress,
+    chosen_sums,
+)
 from laplace_debiased.files import PathLike, read_record, remove_file, resolved_path, write_record
-from laplace_debiased.network.identity import tensor_bytes
+from laplace_debiased.parallel import ALONE, Ranks
 
 KIND = "laplace_debiased fit checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_INTERVAL = 60.0
 """Seconds between two checkpoints."""
-
-
-class Resumable(Protocol):
-    """Sums that a walk adds to."""
-
-    def state(self) -> dict[str, Any]:
-        """The sums so far: tensors, plain values, and containers of such."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
 
 
 class FitCheckpoint:
     """The checkpoint of one fit.
 
     Args:
-        path: the file; written while the fit runs, removed when it has succeeded.
+        path: the file; written while the fit runs, removed when it has succeeded. Ranks from 1 on
+            write beside it, ``path.rank1`` and so on.
         task: what identifies the fit, plain values: a file of another fit is refused.
         interval: seconds between two writes; 0 writes after every batch.
-        device: device of the sums.
+        ranks: all ranks.
 
     Raises:
         TypeError: if ``path`` is no path or ``interval`` no number.
-        ValueError: if the file belongs to another fit, or ``interval`` is negative.
-        StoredFileError: if the file is damaged or something else.
+        ValueError: if a file belongs to another fit, or ``interval`` is negative.
+        StoredFileError: if a file is damaged, something else, or of an earlier version.
         FileNotFoundError: if the folder does not exist.
     """
 
@@ -59,43 +63,37 @@ class FitCheckpoint:
         path: PathLike,
         task: Mapping[str, Any],
         interval: float = DEFAULT_INTERVAL,
-        device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._path = resolved_path(path)
-        self._interval, self._device = _checked_interval(interval), torch.device(device)
-        if not self._path.parent.is_dir():
-            raise FileNotFoundError(f"checkpoint: the folder {self._path.parent} does not exist.")
-        self._record: dict[str, Any] = {"task": dict(task), "plan": {}, "scores": [], "walks": {}}
-        if self._path.exists():
-            found = read_record(self._path, KIND, FORMAT_VERSION)
-            self._check_same(found["task"], self._record["task"])
-            self._record = {key: found[key] for key in self._record}
+        self._base, self._ranks = resolved_path(path), ranks
+        self.path = self._base if ranks.is_first else self._of_rank(ranks.rank)
+        self._interval = _checked_interval(interval)
+        if not self._base.parent.is_dir():
+            raise FileNotFoundError(f"checkpoint: the folder {self._base.parent} does not exist.")
+        self._task = dict(task)
+        self._found = self._read()
+        self._record: dict[str, Any] = {"task": self._task, "plan": {}, "scores": [], "walks": {}}
         self._written = time.monotonic()
 
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._path
-
-    def scored(self, score: Score) -> Score:
-        """``score``, with the answers of the interrupted fit: the same pool, the same draws.
+    def scores(self, indices: Tensor, score: Callable[[], PoolScores]) -> PoolScores:
+        """Scores of some samples, from the interrupted fit if it had them.
 
         A score that differs in its last digit would change which samples are drawn.
         """
-        answers = iter(list(self._record["scores"]))
-
-        def replayed(inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-            known = next(answers, None)
-            if known is not None and len(known[0]) == len(targets):
-                return known[0], known[1]
-            given = score(inputs, targets)
-            self._record["scores"].append([value.detach().cpu() for value in given])
-            return given
-
-        return replayed
+        known = [
+            given
+            for record in self._found.values()
+            for given in record["scores"]
+            if torch.equal(given[0], indices)
+        ]
+        everyones = self._ranks.gathered("known scores", known[:1])
+        given = next((scores[0] for scores in everyones if scores), None)
+        found = score() if given is None else PoolScores(*given)
+        self._record["scores"].append([found.indices, found.scores, found.losses])
+        return found
 
     def bind(self, plan: CurvaturePlan, **details: Any) -> None:
-        """Check that the plan is that of the interrupted fit, or remember it.
+        """Check that the plan is that of the interrupted fit.
 
         Args:
             plan: the plan of this fit.
@@ -105,122 +103,148 @@ class FitCheckpoint:
             ValueError: if the data or draws are others.
         """
         present = {"data and draws": plan_digest(plan), **details}
-        if self._record["plan"]:
-            self._check_same(self._record["plan"], present)
+        for path, record in self._found.items():
+            if record["plan"]:
+                _check_same(path, record["plan"], present)
         self._record["plan"] = present
 
-    def walk(self, name: str, sums: Sequence[Resumable], key: str = "") -> WalkProgress:
+    def walk(
+        self, name: str, sums: Sequence[Resumable], plan: CurvaturePlan, key: str = ""
+    ) -> Progress:
         """One walk over the plan.
 
         Args:
             name: which walk of the fit.
-            sums: what adds up what the walk gives; restored here if there is a stored state.
+            sums: what adds up what the walk gives; what the files hold is added here.
+            plan: the whole plan.
             key: what the sums were made along; a walk along something else starts anew.
         """
-        stored = self._record["walks"].get(name)
-        if stored is not None and stored["key"] != key:
-            stored = None
-        if stored is not None:
-            for one, state in zip(sums, stored["sums"], strict=True):
-                one.restore(_moved(state, self._device))
-        return WalkProgress(self, name, key, tuple(sums), stored)
+        stored = [
+            walk
+            for record in self._found.values()
+            if (walk := record["walks"].get(name)) is not None and walk["key"] == key
+        ]
+        alone = self._ranks.world == 1 and set(self._found) <= {self.path}
+        if alone and not any("places" in walk for walk in stored):
+            for walk in stored:
+                self._restore(sums, walk)
+                self._record["walks"][name] = walk
+            first = stored[0] if stored else None
+            write = partial(self._write, name)
+            return WalkProgress(write, self.path, key, sums, plan.share(self._ranks), first)
+        return self._shared(name, sums, plan, key, stored)
 
-    def write(self, name: str, walk: Mapping[str, Any], *, now: bool = False) -> None:
+    def _shared(
+        self,
+        name: str,
+        sums: Sequence[Resumable],
+        plan: CurvaturePlan,
+        key: str,
+        stored: Sequence[Mapping[str, Any]],
+    ) -> SharedProgress:
+        """Take over stored sums, each by the rank that has read them, and share out the rest."""
+        places = [_places(walk, plan) for walk in stored]
+        everyones = self._ranks.gathered(
+            f"what is known of {name}",
+            [(walk["complete"], at) for walk, at in zip(stored, places, strict=True)],
+        )
+        taken, complete = chosen_sums(everyones, plan.n_samples)
+        mine = [index for rank, index in taken if rank == self._ranks.rank]
+        for index in mine:
+            self._restore(sums, stored[index])
+        nothing = torch.empty(0, dtype=torch.int64)
+        done = torch.cat([nothing, *(everyones[rank][index][1] for rank, index in taken)])
+        own = torch.cat([nothing, *(places[index] for index in mine)])
+        share = plan.share(self._ranks, done)
+        write, close = partial(self._write, name), partial(self._close, name)
+        return SharedProgress(write, close, key, sums, share, own, complete)
+
+    def _restore(self, sums: Sequence[Resumable], walk: Mapping[str, Any]) -> None:
+        for one, state in zip(sums, walk["sums"], strict=True):
+            one.restore(_moved(state, self._ranks.home))
+
+    def _write(self, name: str, state: State, *, now: bool = False) -> None:
         """Write a walk's state if the last write is long enough ago, or ``now``."""
         if not now and time.monotonic() - self._written < self._interval:
             return
-        self._record["walks"][name] = dict(walk)
-        write_record(self._path, KIND, FORMAT_VERSION, self._record)
+        self._record["walks"][name] = state()
+        write_record(self.path, KIND, FORMAT_VERSION, self._record)
         self._written = time.monotonic()
 
+    def _close(self, name: str, state: State) -> None:
+        """Keep a walk's state, of all ranks, with rank 0 alone."""
+        if self._ranks.is_first:
+            self._write(name, state, now=True)
+        self._ranks.meet(f"the file of {name}")
+        if not self._ranks.is_first:
+            self._record["walks"].pop(name, None)
+
     def remove(self) -> None:
-        """Remove the file: the fit is done."""
-        remove_file(self._path)
+        """Remove the files: the fit is done."""
+        for path in (self._base, self.path, *self._files_of_ranks()):
+            remove_file(path)
 
-    def _check_same(self, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-        for name in {**stored, **present}:
-            was, now = stored.get(name), present.get(name)
-            if was != now:
-                raise ValueError(
-                    f"the checkpoint {self._path} belongs to another fit: {name} was {was!r}, now "
-                    f"it is {now!r}. Call fit as before to go on, pass another checkpoint path, or "
-                    "remove the file to start anew."
-                )
+    # -- files -------------------------------------------------------------------------------
 
+    def _of_rank(self, rank: int) -> Path:
+        return self._base.with_name(f"{self._base.name}.rank{rank}")
 
-class WalkProgress:
-    """How far one walk over a plan is. Made by :meth:`FitCheckpoint.walk`."""
+    def _files_of_ranks(self) -> list[Path]:
+        prefix = f"{self._base.name}.rank"
+        return sorted(
+            path
+            for path in self._base.parent.iterdir()
+            if path.name.startswith(prefix) and path.name[len(prefix) :].isdigit()
+        )
 
-    def __init__(
-        self,
-        checkpoint: FitCheckpoint,
-        name: str,
-        key: str,
-        sums: tuple[Resumable, ...],
-        stored: Mapping[str, Any] | None,
-    ) -> None:
-        self._checkpoint, self._name, self._key, self._sums = checkpoint, name, key, sums
-        self._stored = stored
-        self.complete = stored is not None and bool(stored["complete"])
-        self._position, self._checksum = 0, 0
-
-    def is_behind(self, batch: Batch, generator: torch.Generator) -> bool:
-        """Whether a batch is in the sums already; call once per batch, in the order of the walk.
-
-        Args:
-            batch: the next batch.
-            generator: what the walk draws from; set to where it was when the last of them is met.
-
-        Raises:
-            RuntimeError: if the batches are not the ones that were summed up.
-        """
-        if self._stored is None:
-            return False
-        self._count(batch)
-        if self._position == self._stored["position"]:
-            if self._checksum != self._stored["checksum"]:
-                raise RuntimeError(
-                    f"the loader gave other batches than before the fit was interrupted, so "
-                    f"{self._checkpoint.path} cannot be continued: it shuffles or changes its "
-                    "samples by itself. Pass an unshuffled loader or a DataLoader over a map-style "
-                    "dataset, and remove the file to start anew."
-                )
-            generator.set_state(self._stored["generator"])
-            self._stored = None
-        return True
-
-    def add(self, batch: Batch, generator: torch.Generator) -> None:
-        """Tell that a batch is in the sums."""
-        self._count(batch)
-        self._checkpoint.write(self._name, self._state(generator))
-
-    def finish(self, generator: torch.Generator) -> None:
-        """Tell that all batches are in the sums.
-
-        Raises:
-            RuntimeError: if the walk ended before it came to where it had been.
-        """
-        if self._stored is not None and not self.complete:
-            raise RuntimeError(
-                f"the loader gave {self._position} batches, but {self._stored['position']} had "
-                f"been seen when the fit was interrupted; {self._checkpoint.path} cannot be "
-                "continued. Remove the file to start anew."
-            )
-        self._checkpoint.write(self._name, self._state(generator, complete=True), now=True)
-
-    def _count(self, batch: Batch) -> None:
-        self._position += 1
-        self._checksum = _checksum(batch.targets, _checksum(batch.inputs, self._checksum))
-
-    def _state(self, generator: torch.Generator, *, complete: bool = False) -> dict[str, Any]:
+    def _read(self) -> dict[Path, dict[str, Any]]:
+        """The records that this rank is to read: each file is read once, by a rank that sees it."""
+        seen = [path for path in (self._base, *self._files_of_ranks()) if path.exists()]
+        everyones = self._ranks.gathered("checkpoint files", [path.name for path in seen])
+        readers = _readers(everyones, self._base.name)
         return {
-            "key": self._key,
-            "position": self._position,
-            "checksum": self._checksum,
-            "complete": complete,
-            "generator": generator.get_state(),
-            "sums": [one.state() for one in self._sums],
+            path: self._checked(path) for path in seen if readers[path.name] == self._ranks.rank
         }
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        found = read_record(path, KIND, FORMAT_VERSION)
+        if found["format_version"] < FORMAT_VERSION:
+            raise StoredFileError(
+                f"{path} was written by an earlier version of laplace-debiased, which alone can "
+                "continue it: remove the file to start anew."
+            )
+        _check_same(path, found["task"], self._task)
+        return found
+
+
+def _places(walk: Mapping[str, Any], plan: CurvaturePlan) -> Tensor:
+    """Places in the plan that sums stand for; one process has stored the number of batches."""
+    if "places" in walk:
+        return walk["places"]
+    sizes = [size for source in plan.sources for size in source.batch_sizes]
+    return torch.arange(sum(sizes[: walk["position"]]))
+
+
+def _readers(everyones: Sequence[Sequence[str]], base: str) -> dict[str, int]:
+    """Who reads which file: the rank that it is named after if that sees it, else one that does."""
+    loads, readers = [0] * len(everyones), {}
+    for name in sorted({name for names in everyones for name in names}):
+        number = 0 if name == base else int(name.rpartition(".rank")[2])
+        seers = [rank for rank, names in enumerate(everyones) if name in names]
+        readers[name] = number if number in seers else min(seers, key=loads.__getitem__)
+        loads[readers[name]] += 1
+    return readers
+
+
+def _check_same(path: Path, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    for name in {**stored, **present}:
+        was, now = stored.get(name), present.get(name)
+        if was != now:
+            raise ValueError(
+                f"the checkpoint {path} belongs to another fit: {name} was {was!r}, now "
+                f"it is {now!r}. Call fit as before to go on, pass another checkpoint path, or "
+                "remove the file to start anew."
+            )
 
 
 def plan_digest(plan: CurvaturePlan) -> str:
@@ -228,24 +252,12 @@ def plan_digest(plan: CurvaturePlan) -> str:
     digest = hashlib.sha256(repr((plan.n_data, plan.fold_sizes, plan.population)).encode())
     for source in plan.sources:
         draws = source.draws
-        sizes = getattr(source, "batch_sizes", None)
-        digest.update(repr((len(draws), source.n_batches, sizes)).encode())
+        sizes = None if draws.indices is None else source.batch_sizes
+        digest.update(repr((len(draws), len(source.batch_sizes), sizes)).encode())
         for values in (draws.folds, draws.counts, draws.weights, draws.indices):
             if values is not None:
                 digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _checksum(value: Any, start: int) -> int:
-    if isinstance(value, Tensor):
-        return zlib.crc32(tensor_bytes(value), start)
-    if hasattr(value, "items"):
-        for key, entry in value.items():
-            start = _checksum(entry, zlib.crc32(str(key).encode(), start))
-    elif isinstance(value, tuple | list):
-        for entry in value:
-            start = _checksum(entry, start)
-    return start
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.data import CurvaturePlan, PoolScores, Supply
+from laplace_debiased.data.loaders import is_indexable
 from laplace_debiased.estimation.arguments import Arguments
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
 from laplace_debiased.estimation.plan import (
@@ -25,10 +28,13 @@ from laplace_debiased.estimation.target import Target
 from laplace_debiased.estimation.values import Earlier, Fit, check_same_model
 from laplace_debiased.network.identity import ModelFingerprint, digest_of, fingerprint
 from laplace_debiased.network.inputs import tensors_of
+from laplace_debiased.network.last_layer import found_last_layer
 from laplace_debiased.network.outputs import check_weights
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.wrappers import check_whole
 from laplace_debiased.options import CurvatureOptions
+from laplace_debiased.parallel import ALONE, Ranks
 
 
 def run_fit(
@@ -39,8 +45,11 @@ def run_fit(
     previous: Fit | None,
     chosen: Coverage | None,
     accept: Callable[[Coverage], None],
+    ranks: Ranks = ALONE,
 ) -> Fit:
     """Fit a curvature. Nothing outside is changed: who asked decides what to do with the result.
+
+    Several ranks do this together: each walks a share of one plan, and all have the same result.
 
     Args:
         structure: Kronecker or low rank.
@@ -50,6 +59,7 @@ def run_fit(
         previous: the fit that this one is added to; None for a new one.
         chosen: which parameters the structure named when the posterior was made, if any.
         accept: refuses a coverage that hyper-parameters do not fit, before the long work begins.
+        ranks: all ranks, in a collective call.
 
     Raises:
         ValueError, TypeError: for bad data, budgets, a checkpoint of another fit, or arguments
@@ -60,15 +70,14 @@ def run_fit(
     """
     clock = FitClock(shows=request.progress_bar)
     options = arguments.options_for(request)
+    check_whole(target.model)
     check_weights(target.model)
     model = fingerprint(target.model)
     if previous is not None:
         check_same_model(previous, model)
     # What a fit keeps must not be inference tensors, even where the caller is in that mode.
     with preserved_rng(request.seed), torch.inference_mode(False), exact_arithmetic(target.device):
-        target = target.located(
-            lambda: first_inputs_of_loader(request.train_loader, request.dict_key_y)
-        )
+        target = _located(target, request, ranks)
         loss = arguments.loss(positions=structure.takes_positions)
         coverage = structure.coverage(target, chosen)
         coverage.require(strict=arguments.strict)
@@ -79,11 +88,16 @@ def run_fit(
         earlier = None
         if previous is not None:
             earlier = Earlier(previous, supply is not None and supply.budget is not None)
-        kept = _opened_checkpoint(structure, target, arguments, request, options, model, earlier)
+        described = _described(structure, target, arguments, request, options, model, earlier)
+        given = {"checkpoint": request.checkpoint is not None, "override": request.override}
+        ranks.agree("fit", described | given)
+        kept = _opened_checkpoint(structure, request, described, ranks)
         score = Scorer(engine, target.model, loss, options.fisher)
-        with clock.scoring(score if kept is None else kept.scored(score)) as counted:
-            plan = make_plan(supply, request, options, earlier, counted)
-        coverage = coverage.without(structure.inspect(engine, target, plan))
+        with clock.scoring(score) as counted:
+            scores = _scored_anew if kept is None else kept.scores
+            plan = make_plan(supply, request, options, earlier, counted, ranks, scores)
+            plan = _same_plan(plan, supply, request, ranks)
+        coverage = coverage.without(_problems(structure, engine, target, plan, ranks))
         coverage.require(strict=arguments.strict)
         accept(coverage)
         if earlier is not None:
@@ -91,19 +105,85 @@ def run_fit(
         if kept is not None:
             kept.bind(plan, covered=list(coverage.covered))
         task = Task(
-            target, options, loss, request, supply, plan, coverage, model, clock, earlier, kept
+            target,
+            options,
+            loss,
+            request,
+            supply,
+            plan,
+            coverage,
+            model,
+            clock,
+            earlier,
+            ranks,
+            kept,
         )
         fit = structure.estimate(structure.engine(target, coverage), task)
         if kept is not None:
+            ranks.meet("the end of the checkpoint")
             kept.remove()
     return replace(fit, report=clock.report())
+
+
+def _scored_anew(indices: Tensor, score: Callable[[], PoolScores]) -> PoolScores:
+    return score()
+
+
+def _located(target: Target, request: FitRequest, ranks: Ranks) -> Target:
+    """The target with its last layer known, from any rank that has samples."""
+    if not target.is_to_be_found:
+        return target
+    inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
+    name = None if inputs is None else found_last_layer(target.model, inputs)
+    names = [found for found in ranks.gathered("the last layer", name) if found is not None]
+    if not names:
+        raise ValueError("train_loader is empty.")
+    return target.at(names[0])
+
+
+def _problems(
+    structure: Structure, engine: Any, target: Target, plan: CurvaturePlan, ranks: Ranks
+) -> Mapping[str, str]:
+    """Why a look at the data excludes parameters after all; what any rank sees counts."""
+    found: dict[str, str] = {}
+    for theirs in ranks.gathered("coverage", dict(structure.inspect(engine, target, plan))):
+        found |= theirs
+    return found
+
+
+def _same_plan(
+    plan: CurvaturePlan, supply: Supply | None, request: FitRequest, ranks: Ranks
+) -> CurvaturePlan:
+    """Rank 0's plan, if all ranks read the same data set or streams of their own.
+
+    Raises:
+        ValueError: if they do not, or if N of several streams is not given.
+    """
+    if ranks.world == 1:
+        return plan
+    if any(source.is_own for source in plan.sources):
+        if request.n_data is None:
+            raise ValueError(
+                "every rank's loader gives batches of its own, so that the size of the training "
+                "set is unknown: pass n_data, the samples of all ranks together."
+            )
+        return plan.of_first(ranks)
+    pool = None if supply is None else supply.pool
+    if pool is None and plan.indices is not None:
+        pool = torch.unique(torch.cat(plan.indices))
+    behind = None if pool is None else digest_of([pool])
+    ranks.agree("fit", {"samples that a sampler leaves to it (pass whole data sets)": behind})
+    plan = plan.of_first(ranks)
+    labels = digest_of([next(plan.batches()).targets])
+    ranks.agree("fit", {"labels of the first batch of the data set": labels})
+    return plan
 
 
 _OF_NO_CONSEQUENCE = ("byte_budget",)
 """Options that change no result beyond rounding."""
 
 
-def _opened_checkpoint(
+def _described(
     structure: Structure,
     target: Target,
     arguments: Arguments,
@@ -111,6 +191,30 @@ def _opened_checkpoint(
     options: CurvatureOptions,
     model: ModelFingerprint,
     earlier: Earlier | None,
+) -> dict[str, Any]:
+    """What identifies a fit, as plain values: the same on all ranks, and when it is continued."""
+    task: dict[str, Any] = {
+        "class": type(structure).__name__,
+        "last layer": None if target.last_layer is None else target.last_layer.name,
+        "model": model.digest,
+        "likelihood": arguments.likelihood,
+        "ignore_index": arguments.ignore_index,
+        "n_samples": request.n_samples,
+        "n_data": request.n_data,
+        "seed": request.seed,
+        "training set": _length(request.train_loader),
+        "magnitude_loader": _length(request.magnitude_loader),
+        "earlier fit": None if earlier is None else _digest(structure, earlier.fit),
+        "loader": type(request.train_loader).__name__,
+    }
+    for name, value in asdict(options).items():
+        if name not in _OF_NO_CONSEQUENCE:
+            task[name] = value.value if isinstance(value, Enum) else value
+    return task
+
+
+def _opened_checkpoint(
+    structure: Structure, request: FitRequest, described: Mapping[str, Any], ranks: Ranks
 ) -> FitCheckpoint | None:
     """The checkpoint of a fit, with what an interrupted one left there; None without a path.
 
@@ -123,33 +227,14 @@ def _opened_checkpoint(
             "checkpoint needs hessian_structure='kron' and our own pass: drop backend, or fit "
             "without a checkpoint."
         )
-    task: dict[str, Any] = {
-        "class": type(structure).__name__,
-        "last layer": None if target.last_layer is None else target.last_layer.name,
-        "model": model.digest,
-        "likelihood": arguments.likelihood,
-        "ignore_index": arguments.ignore_index,
-        "n_samples": request.n_samples,
-        "n_data": request.n_data,
-        "seed": request.seed,
-        "training set": _length(request.train_loader),
-        "magnitude_loader": _length(request.magnitude_loader),
-        "earlier fit": None if earlier is None else _described(structure, earlier.fit),
-        "loader": type(request.train_loader).__name__,
-    }
-    for name, value in asdict(options).items():
-        if name not in _OF_NO_CONSEQUENCE:
-            task[name] = value.value if isinstance(value, Enum) else value
-    return FitCheckpoint(request.checkpoint, task, request.checkpoint_interval, target.device)
+    return FitCheckpoint(request.checkpoint, described, request.checkpoint_interval, ranks)
 
 
 def _length(loader: Any) -> int | None:
-    try:
-        return len(getattr(loader, "dataset", loader))
-    except (TypeError, NotImplementedError):
-        return None
+    """Size of the data set; of a stream the plan knows more."""
+    return len(loader.dataset) if is_indexable(loader) else None
 
 
-def _described(structure: Structure, fit: Fit) -> str:
+def _digest(structure: Structure, fit: Fit) -> str:
     digest = digest_of(list(tensors_of(structure.to_state(fit))))
     return f"{digest} of {fit.n_samples}, N {fit.n_data}"

@@ -28,7 +28,7 @@ from laplace_debiased.debiasing import (
     Comparison,
     SchemePlan,
     compared,
-    eigenbasis,
+    eigenbases,
     join_by_rank,
     kfac_magnitudes,
     own_magnitudes,
@@ -48,6 +48,7 @@ from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import requiring_grad
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import Magnitudes, Sampling, Scheme
+from laplace_debiased.parallel import shared_out
 from laplace_debiased.predictive import KronPredictor, LastLayerKronPredictor, Predictor
 
 RECOMMENDED_SAMPLES = 256
@@ -115,17 +116,20 @@ class KronStructure:
         self, engine: CurvaturePass, target: Target, plan: CurvaturePlan
     ) -> Mapping[str, str]:
         """What one look at how the network uses its layers excludes."""
-        if target.last_layer is None:
-            inputs = first_inputs_of_plan(plan)
-            parameters = dict(target.model.named_parameters())
-            covered = [parameters[n] for layer in engine.layers for n in layer.parameter_names]
-            with model_lock(target.model), requiring_grad(covered):
-                return layer_problems(target.model, engine.layers, inputs)
-        if self.arguments.backend is not None:
+        if target.last_layer is not None and self.arguments.backend is None:
+            return {}  # our own pass checks every batch
+        inputs = first_inputs_of_plan(plan)
+        if inputs is None:
+            return {}
+        if target.last_layer is not None:
             # A backend differentiates the whole network, and would not see that its outputs are
-            # not the last layer's; our own pass checks every batch.
-            engine.outputs(first_inputs_of_plan(plan))
-        return {}
+            # not the last layer's.
+            engine.outputs(inputs)
+            return {}
+        parameters = dict(target.model.named_parameters())
+        covered = [parameters[n] for layer in engine.layers for n in layer.parameter_names]
+        with model_lock(target.model), requiring_grad(covered):
+            return layer_problems(target.model, engine.layers, inputs)
 
     def estimate(self, engine: CurvaturePass, task: Task) -> Fit:
         """Fold statistics, eigenbases, and magnitudes along them as the scheme says.
@@ -146,6 +150,12 @@ class KronStructure:
                 comparisons = measured.comparisons
             else:
                 curvature, comparisons = _added(earlier, new, estimator, task)
+            # The same to the bit on every rank: products differ in their last digits from one
+            # machine to another, and even with where in memory a matrix lies.
+            *tables, comparisons = task.ranks.from_first(
+                "the magnitudes", lambda: [*curvature.tables, comparisons]
+            )
+            curvature = replace(curvature, tables=tuple(tables))
         return task.result(
             curvature, comparisons, new.mean_loss, new.n_outputs, new.effective_samples
         )
@@ -224,7 +234,7 @@ def _measured(
 ) -> _Measured:
     """Directions and magnitudes of a scheme, with a second walk if they are exact."""
     options, scheme = task.options, scheme_plan(task.options.scheme, task.plan.fold_sizes)
-    bases = [_directions(statistics, step.direction_folds, task) for step in scheme.measurements]
+    bases = _directions(statistics, [step.direction_folds for step in scheme.measurements], task)
     held_out = [
         kfac_magnitudes(basis, statistics.merged(step.magnitude_folds))
         for basis, step in zip(bases, scheme.measurements, strict=True)
@@ -243,7 +253,7 @@ def _measured(
     basis = (
         bases[0]
         if scheme.posterior_basis_is_measured
-        else _directions(statistics, scheme.posterior_folds, task)
+        else _directions(statistics, [scheme.posterior_folds], task)[0]
     )
     shares = [step.share for step in scheme.measurements]
     return _Measured(
@@ -254,10 +264,11 @@ def _measured(
 
 
 def _directions(
-    statistics: FoldStatistics, folds: Sequence[int], task: Task
-) -> tuple[BlockBasis, ...]:
-    """Eigenbases of some folds together."""
-    return eigenbasis(statistics.merged(folds), task.options.max_rank, task.clock.decomposed)
+    statistics: FoldStatistics, sets: Sequence[Sequence[int]], task: Task
+) -> list[tuple[BlockBasis, ...]]:
+    """Eigenbases of sets of folds."""
+    run = shared_out(task.ranks, "eigenbases", task.clock.decomposed)
+    return eigenbases([statistics.merged(folds) for folds in sets], task.options.max_rank, run)
 
 
 def _added(
@@ -270,7 +281,7 @@ def _added(
     scheme = scheme_plan(task.options.scheme, task.plan.fold_sizes)
     if earlier.same_data and task.options.sampling is Sampling.CURVATURE:
         measured = _measured(new, estimator, task)
-        basis = _directions(merged, scheme.posterior_folds, task)
+        [basis] = _directions(merged, [scheme.posterior_folds], task)
         comparisons = (*earlier.fit.comparisons, *measured.comparisons)
     else:
         measured = _measured(merged, estimator, task)

@@ -19,6 +19,7 @@ from laplace_debiased.curvature import (
     MagnitudeAccumulator,
 )
 from laplace_debiased.curvature.factors import BlockBasis
+from laplace_debiased.curvature.over_ranks import factors_over_ranks, magnitudes_over_ranks
 from laplace_debiased.curvature.passes import Columns, map_calls
 from laplace_debiased.data import (
     Batch,
@@ -26,14 +27,13 @@ from laplace_debiased.data import (
 from laplace_debiased.debiasing import (
     Measurement,
 )
-from laplace_debiased.estimation.checkpoint import Resumable, WalkProgress
-from laplace_debiased.estimation.requirements import require_labels, require_logits
+from laplace_debiased.estimation.label_noise import SharedNoise
+from laplace_debiased.estimation.progress import Progress, Resumable
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.walking import (
     Tally,
     by_fold,
     coefficients_of,
-    effective_samples,
     fold_slices,
     nonzero_slice,
     rows_of,
@@ -96,17 +96,15 @@ class KronEstimator:
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             tally.add(loss, chunk.outputs, part)
             self._add_chunk(sums, chunk, part)
-        require_labels(torch.cat(tally.labels))
-        require_logits(loss, torch.cat(tally.sums_to_one))
+        tally = tally.over_ranks(self.task.ranks)
+        factors_over_ranks(self.task.ranks, sums)
+        if walk is not None:
+            walk.close([*sums, tally])
+        tally.require_usable(loss)
         factors = tuple(
             accumulator.means(size) for accumulator, size in zip(sums, plan.fold_sizes, strict=True)
         )
-        return FoldStatistics(
-            factors,
-            tally.total_loss / sum(plan.fold_sizes),
-            tally.n_outputs,
-            effective_samples(torch.cat(tally.shares)),
-        )
+        return FoldStatistics(factors, tally.mean_loss, tally.n_outputs, tally.effective_samples)
 
     def _add_chunk(
         self, sums: Sequence[FactorAccumulator], chunk: ColumnChunk, part: Batch
@@ -148,6 +146,9 @@ class KronEstimator:
                         accumulator.add(
                             layer, rows.select(used), coefficients[used].to(rows.columns)
                         )
+        magnitudes_over_ranks(self.task.ranks, sums)
+        if walk is not None:
+            walk.close(sums)
         return [accumulator.tables() for accumulator in sums]
 
     def _progress(
@@ -155,18 +156,18 @@ class KronEstimator:
         what: str,
         sums: Sequence[Resumable],
         bases: Sequence[tuple[BlockBasis, ...]] = (),
-    ) -> WalkProgress | None:
+    ) -> Progress | None:
         """Where a walk is, with its sums set to the checkpoint's; only along the same bases."""
         if self.task.checkpoint is None:
             return None
         values = [v for basis in bases for block in basis for v in vars(block).values()]
         key = digest_of([value for value in values if isinstance(value, Tensor)])
-        return self.task.checkpoint.walk(what, sums, key)
+        return self.task.checkpoint.walk(what, sums, self.task.plan, key)
 
     def _walk(
         self,
         what: str,
-        walk: WalkProgress | None,
+        walk: Progress | None,
         chunks: Callable[..., Iterator[AnyChunk]],
         *,
         weighted: bool = False,
@@ -185,7 +186,7 @@ class KronEstimator:
             for chunk in chunks(batch.inputs, columns, n_columns=self._n_columns):
                 yield batch, chunk
 
-    def _batches(self, what: str, walk: WalkProgress | None) -> Iterator[tuple[Batch, Columns]]:
+    def _batches(self, what: str, walk: Progress | None) -> Iterator[tuple[Batch, Columns]]:
         """Batches of the plan and their columns; label draws repeat from walk to walk.
 
         Whoever asks for the next batch is done with the one before.
@@ -193,13 +194,15 @@ class KronEstimator:
         if walk is not None and walk.complete:
             return
         plan, request = self.task.plan, self.task.request
+        share = plan.share(self.task.ranks) if walk is None else walk.share
         generator = torch.Generator().manual_seed(request.seed)
-        for unsorted in self.task.clock.walk(plan, what):
+        noise = SharedNoise(plan, share, request.seed, by_fold=True)
+        for unsorted in self.task.clock.walk(share, what):
             if walk is not None and walk.is_behind(unsorted, generator):
                 continue
             batch = by_fold(unsorted)
             with torch.no_grad():
-                yield batch, self._columns_of(batch, generator)
+                yield batch, self._columns_of(batch, generator, noise)
             if walk is not None:
                 walk.add(unsorted, generator)
         if walk is not None:
@@ -215,19 +218,22 @@ class KronEstimator:
             case Fisher.EMPIRICAL:
                 return 1
 
-    def _columns_of(self, batch: Batch, generator: torch.Generator) -> Columns:
+    def _columns_of(self, batch: Batch, generator: torch.Generator, shared: SharedNoise) -> Columns:
+        loss, options = self.task.loss, self.task.options
         noise: Tensor | None = None
 
         def columns(outputs: Tensor, rows: slice) -> Tensor:
             nonlocal noise
             targets = batch.targets[rows].to(outputs.device)
-            self.task.loss.check_targets(outputs, targets)
-            if self.task.options.fisher is Fisher.MC and noise is None:
-                shape = (len(batch), *outputs.shape[1:], self.task.options.mc_samples)
-                noise = self.task.loss.label_noise(shape, generator)
+            loss.check_targets(outputs, targets)
+
+            def draw(n: int, generator: torch.Generator) -> Tensor:
+                return loss.label_noise((n, *outputs.shape[1:], options.mc_samples), generator)
+
+            if options.fisher is Fisher.MC and noise is None:
+                places = batch.positions
+                noise = draw(len(batch), generator) if places is None else shared.rows(places, draw)
             drawn = None if noise is None else noise[rows]
-            return curvature_columns(
-                self.task.loss, outputs, targets, self.task.options.fisher, noise=drawn
-            )
+            return curvature_columns(loss, outputs, targets, options.fisher, noise=drawn)
 
         return columns

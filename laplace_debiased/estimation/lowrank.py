@@ -15,7 +15,7 @@ from laplace_debiased.curvature.lowrank import (
     FeatureRowPass,
     JoinedPart,
     RowPass,
-    matrix_average,
+    average_of_first,
 )
 from laplace_debiased.data import CurvaturePlan, loader_length
 from laplace_debiased.debiasing import Comparison, compared
@@ -67,13 +67,17 @@ class LowRankStructure:
         if self.arguments.rank is not None:
             return None
         inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
+        if inputs is None:
+            raise ValueError("train_loader is empty.")
         n_data = loader_length(request.train_loader, request.n_data)
         options = self.arguments.options_for(request)
         return automatic_budget(engine, loss, options, engine.outputs(inputs)[:1], n_data)
 
     def inspect(self, engine: RowPass, target: Target, plan: CurvaturePlan) -> Mapping[str, str]:
         """Nothing is excluded; samples that depend on each other are an error."""
-        engine.check_samples_are_independent(first_inputs_of_plan(plan))
+        inputs = first_inputs_of_plan(plan)
+        if inputs is not None:
+            engine.check_samples_are_independent(inputs)
         return {}
 
     def estimate(self, engine: RowPass, task: Task) -> Fit:
@@ -96,11 +100,11 @@ class LowRankStructure:
                 JoinedPart(old.basis, old.eigenvalues, 1 - share),
                 JoinedPart(pairs.basis, pairs.eigenvalues, share),
             ]
-            pairs = matrix_average(parts, self.arguments.rank)
+            pairs = average_of_first(task.ranks, parts, self.arguments.rank)
             comparisons = (*earlier.fit.comparisons, *comparisons)
-        mean_loss = survey.mean_loss if plan.pool is None else float(plan.pool.losses.mean())
-        n_outputs = survey.outputs.shape[-1]
-        return task.result(pairs, comparisons, mean_loss, n_outputs, survey.effective_samples)
+        tally = survey.tally
+        mean_loss = tally.mean_loss if plan.pool is None else float(plan.pool.losses.mean())
+        return task.result(pairs, comparisons, mean_loss, tally.n_outputs, tally.effective_samples)
 
     def predictor(self, engine: RowPass, fit: Fit) -> Predictor:
         """From the eigenpairs of the mean."""

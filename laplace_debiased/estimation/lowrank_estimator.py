@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,27 +15,29 @@ from laplace_debiased.curvature.lowrank import (
     JoinedPart,
     RowPass,
     SpanDirections,
+    average_of_first,
     core_root,
-    gram_matrix,
+    gram_over_ranks,
     lanczos_eigenpairs,
-    matrix_average,
-    orthonormal_pairs,
+    pairs_over_ranks,
     relative_cutoff,
     span_eigenpairs,
 )
 from laplace_debiased.data import (
     Batch,
     Draws,
+    Share,
     draw_coefficients,
 )
 from laplace_debiased.debiasing import Measurement, scheme_plan
-from laplace_debiased.estimation.requirements import require_labels, require_logits, rows_sum_to_one
+from laplace_debiased.estimation.label_noise import SharedNoise
 from laplace_debiased.estimation.row_budget import fits_gram, max_gram_samples
 from laplace_debiased.estimation.structure import Task
-from laplace_debiased.estimation.walking import coefficients_of, effective_samples
+from laplace_debiased.estimation.walking import Tally, coefficients_of, rows_of
 from laplace_debiased.likelihoods import LossModel, curvature_columns
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.options import Fisher
+from laplace_debiased.parallel import Ranks, summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,43 +47,29 @@ class Survey:
     Attributes:
         loss: the loss model.
         fisher: which second moment of output gradients.
-        outputs: f [M, C], in the order of the walk.
+        outputs: f [M, C] of this rank's samples, in the order of their walk.
         targets: [M, ...].
-        draws: folds, counts and weights of all samples.
         noise: label noise [M, ...] for ``Fisher.MC``.
+        draws: folds, counts and weights of the samples of all ranks, one rank after the other.
+        tally: the loss, and more, of all ranks.
+        n_columns: R.
     """
 
     loss: LossModel
     fisher: Fisher
     outputs: Tensor
     targets: Tensor
-    draws: Draws
     noise: Tensor | None
+    draws: Draws
+    tally: Tally
+    n_columns: int
 
     def columns(self, index: Tensor | slice) -> Tensor:
-        """Columns S [n, C, R] of some samples."""
+        """Columns S [n, C, R] of some of this rank's samples."""
         noise = None if self.noise is None else self.noise[index]
         return curvature_columns(
             self.loss, self.outputs[index], self.targets[index], self.fisher, noise=noise
         )
-
-    @cached_property
-    def n_columns(self) -> int:
-        """R."""
-        return self.columns(slice(0, 1)).shape[-1]
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean loss over the draws, weighted like the curvature, in nats."""
-        weights = self.draws.counts * self.draws.weights
-        losses = self.loss.losses(self.outputs, self.targets).double().cpu()
-        return float((losses * weights).sum() / self.draws.counts.sum())
-
-    @property
-    def effective_samples(self) -> float:
-        """(Σ w h)² / Σ (w h)² over draws, h the trace of each sample's loss Hessian."""
-        traces = self.loss.hessian_trace(self.outputs, self.targets).double().cpu()
-        return effective_samples((traces * self.draws.weights).repeat_interleave(self.draws.counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,48 +108,72 @@ class LowRankEstimator:
             ValueError: if the rows do not fit in memory and no ``rank`` is given.
             NumericalError: if the curvature is not finite, or vanishes.
         """
-        n_rows = len(survey.outputs) * survey.n_columns
+        n_rows = len(survey.draws) * survey.n_columns
         if fits_gram(n_rows, self.row_pass, self.task.options.byte_budget):
             return self._by_gram_matrix(survey)
         return self._by_products(survey, n_rows)
 
     def survey(self) -> Survey:
         """The first walk: outputs, targets and draws."""
-        generator = torch.Generator().manual_seed(self.task.request.seed)
+        plan, ranks, network = self.task.plan, self.task.ranks, self.row_pass.network
+        generator, tally = torch.Generator().manual_seed(self.task.request.seed), Tally()
+        shared = SharedNoise(plan, self._share, self.task.request.seed, by_fold=False)
         outputs, targets, noises, parts = [], [], [], []
         for batch in self._batches("outputs"):
             outputs.append(self.row_pass.outputs(batch.inputs))
-            targets.append(batch.targets.to(outputs[-1].device))
-            self.task.loss.check_targets(outputs[-1], targets[-1])
-            parts.append(batch)
+            part = rows_of(batch, slice(None), outputs[-1].device)
+            self.task.loss.check_targets(outputs[-1], part.targets)
+            tally.add(self.task.loss, outputs[-1], part)
+            targets.append(part.targets)
+            parts.append(part)
             if self.task.options.fisher is Fisher.MC:
-                shape = (len(batch), outputs[-1].shape[-1], self.task.options.mc_samples)
-                noises.append(self.task.loss.label_noise(shape, generator))
-        require_logits(self.task.loss, rows_sum_to_one(torch.cat(outputs)))
-        require_labels(torch.cat([self.task.loss.n_labels(part) for part in targets]))
-        draws = Draws(
-            *(
-                torch.cat([getattr(b, name) for b in parts])
-                for name in ("folds", "counts", "weights")
-            )
-        )
-        noise = torch.cat(noises).to(outputs[-1].device) if noises else None
-        return Survey(
+                draw = partial(self._label_noise, outputs[-1])
+                places = batch.positions
+                noises.append(
+                    draw(len(batch), generator) if places is None else shared.rows(places, draw)
+                )
+        tally = tally.over_ranks(ranks)
+        tally.require_usable(self.task.loss)
+        none = torch.empty((0, tally.n_outputs), dtype=network.dtype, device=network.device)
+        found = torch.cat(outputs) if outputs else none
+        survey = Survey(
             self.task.loss,
             self.task.options.fisher,
-            torch.cat(outputs),
-            torch.cat(targets),
-            draws,
-            noise,
+            found,
+            torch.cat(targets) if targets else none[:, 0],
+            torch.cat(noises).to(found.device) if noises else None,
+            _draws_of(parts, ranks),
+            tally,
+            0,
         )
+        n_columns = survey.columns(slice(0, 1)).shape[-1] if outputs else 0
+        return replace(survey, n_columns=max(ranks.gathered("columns", n_columns)))
+
+    def _label_noise(self, outputs: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        shape = (n, outputs.shape[-1], self.task.options.mc_samples)
+        return self.task.loss.label_noise(shape, generator)
 
     # -- all rows in memory ----------------------------------------------------------------
 
     def _by_gram_matrix(self, survey: Survey) -> tuple[Eigenpairs, list[MeasuredDirections]]:
         """Everything from one Gram matrix of all rows; only the final basis is formed."""
-        plan, rows = self.task.plan, self._rows(survey)
-        gram = gram_matrix(rows)
-        cutoff = relative_cutoff(rows.dtype)
+        ranks, rows = self.task.ranks, self._rows(survey)
+        gram = gram_over_ranks(ranks, rows)
+
+        def solve() -> list[Tensor]:
+            measured, joined = self._from_gram(gram, survey, relative_cutoff(rows.dtype))
+            parts = [value for one in measured for value in (one.own, one.held_out, one.magnitudes)]
+            return [joined.coefficients, joined.eigenvalues, *parts]
+
+        coefficients, eigenvalues, *parts = ranks.from_first("directions", solve)
+        pairs = pairs_over_ranks(ranks, rows, SpanDirections(coefficients, eigenvalues))
+        return pairs, [MeasuredDirections(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
+
+    def _from_gram(
+        self, gram: Tensor, survey: Survey, cutoff: float
+    ) -> tuple[list[MeasuredDirections], SpanDirections]:
+        """What was measured along every set of directions, and the directions of all together."""
+        plan = self.task.plan
         measured, factors = [], []
         for step in scheme_plan(self.task.options.scheme, plan.fold_sizes).measurements:
             own = draw_coefficients(plan, survey.draws, step.direction_folds)
@@ -171,11 +183,11 @@ class LowRankEstimator:
             part = self._measure_rows(step, survey, found, projections)
             measured.append(part)
             factors.append(found.coefficients @ core_root(part.magnitudes, step.share))
-        joined = span_eigenpairs(gram, torch.cat(factors, 1), rank=self.rank, cutoff=cutoff)
-        return orthonormal_pairs(rows, joined), measured
+        factor = torch.cat(factors, 1)
+        return measured, span_eigenpairs(gram, factor, rank=self.rank, cutoff=cutoff)
 
     def _rows(self, survey: Survey) -> Tensor:
-        """All rows of a plan [M·R, P], R of them per sample."""
+        """This rank's rows [M·R, P], R of them per sample."""
         network = self.row_pass.network
         shape = (len(survey.outputs), survey.n_columns, network.n_params)
         rows = torch.empty(shape, dtype=network.dtype, device=network.device)
@@ -218,20 +230,21 @@ class LowRankEstimator:
             JoinedPart(pairs.basis, part.magnitudes, step.share)
             for pairs, part, step in zip(found, measured, steps, strict=True)
         ]
-        return matrix_average(parts, self.rank), measured
+        return average_of_first(self.task.ranks, parts, self.rank), measured
 
     def _leading(self, survey: Survey, step: Measurement, rank: int) -> Eigenpairs:
-        weights = draw_coefficients(self.task.plan, survey.draws, step.direction_folds)
-        roots = weights.sqrt().to(survey.outputs)
+        weights = survey.outputs.new_zeros(len(survey.outputs))
 
         def walk() -> Iterator[tuple[Any, Tensor]]:
             for start, batch in self._positioned(None):
-                used = weights[start : start + len(batch)].nonzero().squeeze(-1)
+                own = draw_coefficients(self.task.plan, batch, step.direction_folds)
+                used = own.nonzero().squeeze(-1)
                 if len(used):
+                    weights[start : start + len(batch)] = own.to(weights)
                     yield select_rows(batch.inputs, used), start + used
 
         def columns_at(positions: Tensor) -> Tensor:
-            return survey.columns(positions) * roots[positions].reshape(-1, 1, 1)
+            return survey.columns(positions) * weights[positions].sqrt().reshape(-1, 1, 1)
 
         return lanczos_eigenpairs(
             self.row_pass.network,
@@ -240,6 +253,7 @@ class LowRankEstimator:
             rank,
             seed=self.task.request.seed,
             progress_bar=self.task.request.progress_bar,
+            ranks=self.task.ranks,
         )
 
     def _measure_products(
@@ -247,7 +261,7 @@ class LowRankEstimator:
     ) -> list[MeasuredDirections]:
         """Directional curvatures in one walk over the rows."""
         plan = self.task.plan
-        sums: list[list[Tensor | float]] = [[0.0, 0.0] for _ in steps]
+        sums = [[torch.zeros_like(pairs.eigenvalues) for _ in range(2)] for pairs in found]
         for start, batch in self._positioned("magnitudes"):
             columns = survey.columns(slice(start, start + len(batch)))
             wanted = [
@@ -264,9 +278,10 @@ class LowRankEstimator:
                         per_row = coefficients[tile.samples].to(squares)
                         per_row = per_row.repeat_interleave(r, output_size=n * r)
                         total[index] = total[index] + per_row @ squares
+        flat = summed(self.task.ranks, "directional curvature", [t for both in sums for t in both])
         return [
-            MeasuredDirections(pairs.eigenvalues, torch.as_tensor(held), torch.as_tensor(core))
-            for pairs, (core, held) in zip(found, sums, strict=True)
+            MeasuredDirections(pairs.eigenvalues, held, core)
+            for pairs, core, held in zip(found, flat[::2], flat[1::2], strict=True)
         ]
 
     def _too_many_rows(self, n_rows: int, n_columns: int) -> str:
@@ -286,9 +301,28 @@ class LowRankEstimator:
             yield start, batch
             start += len(batch)
 
+    @cached_property
+    def _share(self) -> Share:
+        """What this rank walks."""
+        return self.task.plan.share(self.task.ranks)
+
     def _batches(self, what: str | None) -> Iterable[Batch]:
-        plan = self.task.plan
-        return plan.batches() if what is None else self.task.clock.walk(plan, what)
+        share = self._share
+        return share.batches() if what is None else self.task.clock.walk(share, what)
+
+
+def _draws_of(parts: Sequence[Batch], ranks: Ranks) -> Draws:
+    """The draws of all ranks' batches, one rank after the other."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    own = Draws(
+        torch.cat([nothing, *(part.folds for part in parts)]),
+        torch.cat([nothing, *(part.counts for part in parts)]),
+        torch.cat([nothing.double(), *(part.weights for part in parts)]),
+    )
+    everyones = ranks.gathered("draws", own)
+    return Draws(
+        *(torch.cat([getattr(d, n) for d in everyones]) for n in ("folds", "counts", "weights"))
+    )
 
 
 def _per_row(per_sample: Tensor, survey: Survey, like: Tensor) -> Tensor:

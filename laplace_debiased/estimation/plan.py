@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.data import (
     CurvaturePlan,
+    Kept,
     Score,
     Supply,
     plan_by_curvature,
@@ -30,6 +31,7 @@ from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.precision import full_precision
 from laplace_debiased.network.rng import derived_seed, preserved_rng
 from laplace_debiased.options import CurvatureOptions, Fisher, Sampling, Scheme
+from laplace_debiased.parallel import Ranks
 
 
 def supply_for(
@@ -59,6 +61,8 @@ def make_plan(
     options: CurvatureOptions,
     earlier: Earlier | None,
     score: Score,
+    ranks: Ranks,
+    kept: Kept,
 ) -> CurvaturePlan:
     """Which samples a fit looks at.
 
@@ -72,6 +76,8 @@ def make_plan(
         options: the choices; the scheme is resolved.
         earlier: the fit that this one adds to, if any.
         score: scores a batch of the pool.
+        ranks: all ranks.
+        kept: gives scores, from an interrupted fit or by what it is handed.
 
     Raises:
         ValueError, TypeError: as the data room says, for budgets, loaders and sizes.
@@ -83,6 +89,7 @@ def make_plan(
             n_data=request.n_data,
             seed=request.seed,
             dict_key_y=request.dict_key_y,
+            ranks=ranks,
         )
     seed = request.seed
     by_curvature = options.sampling is Sampling.CURVATURE
@@ -102,9 +109,16 @@ def make_plan(
             symmetric=options.scheme is Scheme.CROSS_FIT,
             pool_size=options.pool_size,
             dict_key_y=request.dict_key_y,
+            ranks=ranks,
+            kept=kept,
         )
     return plan_from_supply(
-        supply, folds=n_folds, fractions=fractions, seed=seed, dict_key_y=request.dict_key_y
+        supply,
+        folds=n_folds,
+        fractions=fractions,
+        seed=seed,
+        dict_key_y=request.dict_key_y,
+        ranks=ranks,
     )
 
 
@@ -174,14 +188,11 @@ def _feature_norms(seen: SeenCall | None, scores: Tensor) -> Tensor:
 def first_inputs_of_loader(loader: Any, dict_key_y: str) -> Any:
     """Model inputs of a training loader's first batch; its generators are left as they were.
 
-    Raises:
-        ValueError: if the loader is empty.
+    None if the loader is empty.
     """
     with preserved_rng(generators=loader_generators(loader)):
         batch = next(iter(loader), None)
-    if batch is None:
-        raise ValueError("train_loader is empty.")
-    return split_batch(batch, dict_key_y)[0]
+    return None if batch is None else split_batch(batch, dict_key_y)[0]
 
 
 def training_sample(request: FitRequest, n_samples: int) -> list[tuple[Any, Tensor]]:
@@ -208,11 +219,14 @@ def training_sample(request: FitRequest, n_samples: int) -> list[tuple[Any, Tens
 def first_inputs_of_plan(plan: CurvaturePlan) -> Any:
     """Model inputs of a plan's first batch; of its first two, where they hold one sample each.
 
-    Whether samples mix shows on two samples only.
+    Whether samples mix shows on two samples only. None where this rank has no samples.
     """
     batches = plan.batches()
     try:
-        inputs = next(batches).inputs
+        first = next(batches, None)
+        if first is None:
+            return None
+        inputs = first.inputs
         following = next(batches, None) if batch_length(inputs) == 1 else None
     finally:
         batches.close()  # type: ignore[attr-defined]

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_debiased.curvature import BlockFactors
-from laplace_debiased.data import Batch, CurvaturePlan, Score
+from laplace_debiased.data import Batch, CurvaturePlan, Score, Share
+from laplace_debiased.parallel import Job
 
 POOL = "pool"
 DECOMPOSITIONS = "decompositions"
@@ -85,25 +85,23 @@ class FitClock:
         finally:
             self._stages[name] = self._stages.get(name, 0.0) + time.perf_counter() - start
 
-    def walk(self, plan: CurvaturePlan, stage: str) -> Iterator[Batch]:
-        """Batches of a plan; what is done with them counts."""
+    def walk(self, plan: CurvaturePlan | Share, stage: str) -> Iterator[Batch]:
+        """Batches of a plan, or of a share of one; what is done with them counts."""
         with self.stage(stage), self._bar(stage, total=len(plan)) as bar:
             for batch in plan.batches():
                 self._samples[stage] = self._samples.get(stage, 0) + len(batch)
                 yield batch
                 bar.update()
 
-    def decomposed(self, blocks: Iterable[BlockFactors]) -> Iterator[BlockFactors]:
+    def decomposed(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """Factors to decompose; what is done with each counts for its parameter."""
         with self.stage(DECOMPOSITIONS), self._bar(DECOMPOSITIONS) as bar:
-            for block in blocks:
-                bar.set_postfix_str(block.name)
+            for job in jobs:
+                bar.set_postfix_str(job.name)
                 start = time.perf_counter()
-                yield block
+                yield job
                 seconds = time.perf_counter() - start
-                self._decompositions[block.name] = (
-                    self._decompositions.get(block.name, 0.0) + seconds
-                )
+                self._decompositions[job.name] = self._decompositions.get(job.name, 0.0) + seconds
                 bar.update()
 
     @contextmanager

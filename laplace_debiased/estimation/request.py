@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laplace_debiased.checks import as_integer
+from laplace_debiased.data import whole_loader
 from laplace_debiased.files import PathLike
 from laplace_debiased.options import Scheme
 
@@ -18,7 +19,8 @@ class FitRequest:
     """The arguments of one call of ``fit``.
 
     Attributes:
-        train_loader: the training loader (B with a magnitude loader).
+        train_loader: the training loader (B with a magnitude loader), whole where it was shared
+            out over processes.
         magnitude_loader: B̃, or None.
         n_samples: curvature budget in all; None for everything, "auto" for what is recommended.
         n_data: N where it is not the size of the data set.
@@ -30,7 +32,7 @@ class FitRequest:
         checkpoint_interval: seconds between two writes of it.
 
     Raises:
-        ValueError: for a budget that is another string.
+        ValueError: for a budget that is another string, or a loader that cannot be made whole.
         ArgumentTypeError: for a seed that is no integer.
     """
 
@@ -46,6 +48,8 @@ class FitRequest:
     checkpoint_interval: float = 60.0
 
     def __post_init__(self) -> None:
+        for name in ("train_loader", "magnitude_loader"):
+            object.__setattr__(self, name, whole_loader(getattr(self, name), name))
         object.__setattr__(self, "seed", as_integer("seed", self.seed))
         if isinstance(self.n_samples, str) and self.n_samples != AUTO:
             raise ValueError(

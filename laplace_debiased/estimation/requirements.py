@@ -8,18 +8,19 @@ from torch import Tensor
 from laplace_debiased.likelihoods import LossModel, SoftmaxCrossEntropy
 
 
-def require_labels(n_labels: Tensor) -> None:
+def require_labels(n_labelled: int, n_samples: int) -> None:
     """Check that some label counts.
 
     Args:
-        n_labels: labels that count, of every sample [m].
+        n_labelled: samples with a label that counts.
+        n_samples: all of them.
 
     Raises:
         ValueError: if there is none.
     """
-    if not bool((n_labels > 0).any()):
+    if not n_labelled:
         raise ValueError(
-            f"none of the {len(n_labels)} samples has a label that counts: every target is "
+            f"none of the {n_samples} samples has a label that counts: every target is "
             "ignore_index. Check the labels, or ignore_index."
         )
 
@@ -32,7 +33,7 @@ def rows_sum_to_one(outputs: Tensor) -> Tensor:
     return sums_to_one.reshape(len(rows), -1).all(-1)
 
 
-def require_logits(loss: LossModel, sums_to_one: Tensor) -> None:
+def require_logits(loss: LossModel, n_summing_to_one: int, n_samples: int) -> None:
     """Check that class outputs are not probabilities already.
 
     Softmax of a softmax is a silent error: all that the loss sees are logits between 0 and 1. That
@@ -40,16 +41,17 @@ def require_logits(loss: LossModel, sums_to_one: Tensor) -> None:
 
     Args:
         loss: the loss model.
-        sums_to_one: of all samples of a walk, from :func:`rows_sum_to_one` [m].
+        n_summing_to_one: samples of a walk whose outputs do, see :func:`rows_sum_to_one`.
+        n_samples: all of them.
 
     Raises:
         ValueError: if all do.
     """
     if not isinstance(loss, SoftmaxCrossEntropy) or loss.allow_probabilities:
         return
-    if len(sums_to_one) > 1 and bool(sums_to_one.all()):
+    if n_samples > 1 and n_summing_to_one == n_samples:
         raise ValueError(
-            f"the model's outputs are probabilities: those of all {len(sums_to_one)} samples sum "
+            f"the model's outputs are probabilities: those of all {n_samples} samples sum "
             "to one. likelihood='classification' takes logits; remove the softmax at the model's "
             "end. If these are logits nevertheless, pass allow_probabilities=True."
         )

@@ -12,6 +12,7 @@ from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.curvature.softmax_head import SoftmaxHeadRule
 from laplace_debiased.data import Batch
 from laplace_debiased.estimation.kron_estimator import KronEstimator
+from laplace_debiased.estimation.label_noise import SharedNoise
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
 from laplace_debiased.options import Fisher
 
@@ -24,7 +25,7 @@ class SoftmaxHeadEstimator(KronEstimator):
     def _n_columns(self) -> int:
         return 1
 
-    def _columns_of(self, batch: Batch, generator: torch.Generator) -> Columns:
+    def _columns_of(self, batch: Batch, generator: torch.Generator, shared: SharedNoise) -> Columns:
         def columns(outputs: Tensor, rows: slice) -> Tensor:
             targets = batch.targets[rows].to(outputs.device)
             self.task.loss.check_targets(outputs, targets)

@@ -19,6 +19,7 @@ from laplace_debiased.estimation.values import Earlier, Fit
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.options import CurvatureOptions
+from laplace_debiased.parallel import ALONE, Ranks
 from laplace_debiased.predictive import Predictor
 
 
@@ -37,6 +38,7 @@ class Task:
         model: fingerprint of the network.
         clock: takes the times of its stages.
         earlier: the fit that this one is added to, or None.
+        ranks: all ranks.
         checkpoint: where the walks keep what they have so far, or None.
     """
 
@@ -50,6 +52,7 @@ class Task:
     model: ModelFingerprint
     clock: FitClock
     earlier: Earlier | None = None
+    ranks: Ranks = ALONE
     checkpoint: FitCheckpoint | None = field(default=None, repr=False)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.network.functional import FunctionalNetwork
-from laplace_debiased.network.last_layer import LastLayerNetwork, found_last_layer
+from laplace_debiased.network.last_layer import LastLayerNetwork
 from laplace_debiased.network.precision import HALF_DTYPES
 from laplace_debiased.network.samples import network_samples
+from laplace_debiased.network.wrappers import check_whole, plain_network
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 from laplace_debiased.predictive.draws import HeadProducts, JacobianProducts, NetworkProducts
 
@@ -41,12 +41,20 @@ class Target:
     """The user's own network, and which of its weights carry a posterior.
 
     Attributes:
-        model: the network; never copied, never changed.
+        model: the network; never copied, never changed. Of ``DistributedDataParallel`` what is
+            inside.
         last_layer: its last layer, if that alone is meant; None for all weights.
+
+    Raises:
+        ValueError: if the weights are cut up over processes.
     """
 
     model: nn.Module
     last_layer: LastLayer | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", plain_network(self.model))
+        check_whole(self.model)
 
     @property
     def network(self) -> nn.Module:
@@ -71,15 +79,10 @@ class Target:
         """Whether it is known which weights are meant."""
         return self.last_layer is None or self.last_layer.name is not None
 
-    def located(self, first_inputs: Callable[[], Any]) -> Target:
-        """The target with its last layer known, from one forward pass if the user named none.
-
-        Args:
-            first_inputs: gives some model inputs.
-        """
-        if self.last_layer is None or self.last_layer.is_given:
-            return self
-        return self.at(found_last_layer(self.model, first_inputs()))
+    @property
+    def is_to_be_found(self) -> bool:
+        """Whether the last layer is looked for at every fit: the user named none."""
+        return self.last_layer is not None and not self.last_layer.is_given
 
     def at(self, name: str) -> Target:
         """The target with its last layer of that name."""

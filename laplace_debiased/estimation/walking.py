@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,13 @@ from laplace_debiased.data import (
     magnitude_coefficients,
 )
 from laplace_debiased.debiasing import Measurement
-from laplace_debiased.estimation.requirements import rows_sum_to_one
+from laplace_debiased.estimation.requirements import (
+    require_labels,
+    require_logits,
+    rows_sum_to_one,
+)
 from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.parallel import Ranks
 
 
 @dataclass
@@ -28,45 +33,73 @@ class Tally:
 
     Attributes:
         total_loss: weighted loss over the draws so far.
+        share: Σ over draws of weight times trace of the loss Hessian.
+        squared_share: Σ of its square.
+        n_draws: draws.
+        n_samples: samples; one that was drawn twice counts once.
+        n_labelled: samples with a label that counts.
+        n_summing_to_one: samples whose outputs look like probabilities.
         n_outputs: C.
-        shares: per chunk, weight times trace of the loss Hessian of every draw.
-        labels: per chunk, number of labels of every sample.
-        sums_to_one: per chunk, whether every sample's outputs look like probabilities.
     """
 
     total_loss: float = 0.0
+    share: float = 0.0
+    squared_share: float = 0.0
+    n_draws: int = 0
+    n_samples: int = 0
+    n_labelled: int = 0
+    n_summing_to_one: int = 0
     n_outputs: int = 0
-    shares: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    sums_to_one: list[Tensor] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         """The sums so far, to be given to :meth:`restore`."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return asdict(self)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Add what another's :meth:`state` holds."""
         for name, value in state.items():
-            setattr(self, name, list(value) if isinstance(value, list) else value)
+            before = getattr(self, name)
+            setattr(self, name, max(before, value) if name == "n_outputs" else before + value)
+
+    def over_ranks(self, ranks: Ranks) -> Tally:
+        """That of all ranks."""
+        total = Tally()
+        for state in ranks.gathered("the loss", self.state()):
+            total.restore(state)
+        return total
 
     def add(self, loss: LossModel, outputs: Tensor, part: Batch) -> None:
-        """Add a chunk."""
+        """Add the outputs of some samples."""
         losses = loss.losses(outputs, part.targets).double()
-        weights = (part.weights * part.counts).to(losses)
-        self.total_loss += float((losses * weights).sum())
-        traces = loss.hessian_trace(outputs, part.targets).double()
-        self.shares.append(
-            (traces * part.weights.to(traces)).repeat_interleave(part.counts.to(traces.device))
-        )
+        counts, weights = part.counts.to(losses.device), part.weights.to(losses)
+        shares = loss.hessian_trace(outputs, part.targets).double() * weights
+        self.total_loss += float((losses * weights * counts).sum())
+        self.share += float((shares * counts).sum())
+        self.squared_share += float((shares.square() * counts).sum())
+        self.n_draws += int(counts.sum())
+        self.n_samples += len(outputs)
+        self.n_labelled += int((loss.n_labels(part.targets) > 0).sum())
+        self.n_summing_to_one += int(rows_sum_to_one(outputs).sum())
         self.n_outputs = outputs.shape[-1]
-        self.labels.append(loss.n_labels(part.targets))
-        self.sums_to_one.append(rows_sum_to_one(outputs))
 
+    def require_usable(self, loss: LossModel) -> None:
+        """Check labels and outputs of a whole walk.
 
-def effective_samples(shares: Tensor) -> float:
-    """(Σ s)² / Σ s² of non-negative shares."""
-    squares = float(shares.square().sum())
-    return float(shares.sum()) ** 2 / squares if squares > 0 else float(len(shares))
+        Raises:
+            ValueError: if no label counts, or the outputs are probabilities already.
+        """
+        require_labels(self.n_labelled, self.n_samples)
+        require_logits(loss, self.n_summing_to_one, self.n_samples)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over the draws, weighted like the curvature, in nats."""
+        return self.total_loss / self.n_draws
+
+    @property
+    def effective_samples(self) -> float:
+        """(Σ w h)² / Σ (w h)² over draws, h the trace of each sample's loss Hessian."""
+        return self.share**2 / self.squared_share if self.squared_share > 0 else self.n_draws
 
 
 def scaled_columns(columns: Columns, weights: Tensor) -> Columns:

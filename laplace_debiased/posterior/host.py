@@ -35,6 +35,7 @@ from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.watch import ModelWatch
+from laplace_debiased.parallel import Ranks
 from laplace_debiased.posterior import drawing, predicting, priors, saving, state
 from laplace_debiased.posterior.predicting import (
     checked_link,
@@ -321,36 +322,40 @@ class DebiasedPosterior(_Host):
             An exception of the loader passes through. In all cases the earlier posterior and the
             model are left as they were.
         """
-        request = FitRequest(
-            train_loader,
-            magnitude_loader,
-            n_samples,
-            n_data,
-            seed,
-            override,
-            progress_bar,
-            self.dict_key_y,
-            checkpoint,
-            checkpoint_interval,
-        )
-        previous = None if override else self._fit
-        fit = run_fit(
-            self._structure,
-            self._target,
-            self._arguments,
-            request,
-            previous,
-            self._chosen or self._coverage,
-            self._check_priors,
-        )
-        noise = None
-        if self._arguments.residual_noise:
-            noise = residual_noise(fit.mean_loss, fit.n_outputs)
-        with uninterrupted():
-            self._adopt(fit)
-            self._fitted_on = request
-            if noise is not None:
-                self.sigma_noise = noise
+        ranks = Ranks.present(self._target.device)
+        with ranks.together("fit"):
+            request = FitRequest(
+                train_loader,
+                magnitude_loader,
+                n_samples,
+                n_data,
+                seed,
+                override,
+                progress_bar and ranks.is_first,
+                self.dict_key_y,
+                checkpoint,
+                checkpoint_interval,
+            )
+            previous = None if override else self._fit
+            fit = run_fit(
+                self._structure,
+                self._target,
+                self._arguments,
+                request,
+                previous,
+                self._chosen or self._coverage,
+                self._check_priors,
+                ranks,
+            )
+            noise = None
+            if self._arguments.residual_noise:
+                noise = residual_noise(fit.mean_loss, fit.n_outputs)
+            ranks.meet("the end of the fit")
+            with uninterrupted():
+                self._adopt(fit)
+                self._fitted_on = request
+                if noise is not None:
+                    self.sigma_noise = noise
 
     def _check_priors(self, coverage: Coverage) -> None:
         """Refuse a coverage that the present priors do not fit."""

@@ -5,6 +5,11 @@ decomposed. The Hessian has negative eigenvalues, and a precision with them is n
 """
 
 from laplace_debiased.curvature.lowrank.feature_rows import FeatureRowPass
+from laplace_debiased.curvature.lowrank.over_ranks import (
+    average_of_first,
+    gram_over_ranks,
+    pairs_over_ranks,
+)
 from laplace_debiased.curvature.lowrank.products import (
     Product,
     arpack_eigenpairs,
@@ -35,12 +40,15 @@ __all__ = [
     "SpanDirections",
     "Tile",
     "arpack_eigenpairs",
+    "average_of_first",
     "core_root",
     "ggn_product",
     "gram_matrix",
+    "gram_over_ranks",
     "lanczos_eigenpairs",
     "matrix_average",
     "orthonormal_pairs",
+    "pairs_over_ranks",
     "product_cutoff",
     "relative_cutoff",
     "significant_pairs",

@@ -16,11 +16,13 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from laplace_debiased.curvature.lowrank.over_ranks import solved_over_ranks
 from laplace_debiased.curvature.lowrank.span import Eigenpairs
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.transforms import directional_outputs, vjp, vmap
+from laplace_debiased.parallel import ALONE, Ranks
 
 Product = Callable[[Tensor], Tensor]
 """X [P, j] ↦ C X [P, j] for a symmetric C [P, P]."""
@@ -71,6 +73,7 @@ def lanczos_eigenpairs(
     *,
     seed: int = 0,
     progress_bar: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Eigenpairs:
     """The ``rank`` largest eigenvalues of G = Σ_n J_nᵀ S_n S_nᵀ J_n, and their eigenvectors.
 
@@ -83,6 +86,7 @@ def lanczos_eigenpairs(
         rank: number of eigenpairs, below P.
         seed: seed of the starting vector.
         progress_bar: count products.
+        ranks: all ranks; each walks samples of its own.
 
     Raises:
         ValueError: if ``rank`` is not below P.
@@ -94,8 +98,12 @@ def lanczos_eigenpairs(
             f"Lanczos finds fewer than all {size} eigenpairs; got rank={rank}. Use a smaller rank."
         )
     product = ggn_product(network, walk, columns_at)
-    pairs = arpack_eigenpairs(product, network, rank, seed=seed, progress_bar=progress_bar)
-    return significant_pairs(pairs, product_cutoff(network.dtype))
+
+    def solve(product: Product) -> Eigenpairs:
+        pairs = arpack_eigenpairs(product, network, rank, seed=seed, progress_bar=progress_bar)
+        return significant_pairs(pairs, product_cutoff(network.dtype))
+
+    return solved_over_ranks(ranks, product, solve)
 
 
 def arpack_eigenpairs(

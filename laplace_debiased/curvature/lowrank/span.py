@@ -83,11 +83,16 @@ def relative_cutoff(dtype: torch.dtype) -> float:
 
 def gram_matrix(rows: Tensor) -> Tensor:
     """K = Z Zᵀ [q, q] in float64, from rows Z [q, P] in blocks of columns."""
-    gram = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
-    for block in rows.split(_block_width(len(rows)), dim=1):
-        wide = block.double()
-        gram.addmm_(wide, wide.T)
-    return gram
+    return products_of_rows(rows, rows)
+
+
+def products_of_rows(rows: Tensor, others: Tensor) -> Tensor:
+    """Z Yᵀ [q, p] in float64, from rows Z [q, P] and Y [p, P] in blocks of columns."""
+    products = rows.new_zeros((len(rows), len(others)), dtype=torch.float64)
+    width = _block_width(max(len(rows), len(others)))
+    for one, two in zip(rows.split(width, dim=1), others.split(width, dim=1), strict=True):
+        products.addmm_(one.double(), two.double().T)
+    return products
 
 
 def span_eigenpairs(
@@ -135,6 +140,16 @@ def span_eigenpairs(
 def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
     """Form the basis Zᵀ A, orthonormal to the precision of its dtype.
 
+    Args:
+        rows: Z [q, P].
+        directions: coefficients and the eigenvalues that the result has.
+    """
+    return orthonormalised(combined_rows(rows, directions.coefficients), directions.eigenvalues)
+
+
+def orthonormalised(basis: Tensor, eigenvalues: Tensor) -> Eigenpairs:
+    """Eigenpairs of U diag(λ) Uᵀ for a basis that is orthonormal but for rounding.
+
     Directions of small eigenvalue come out of cancelling rows, so that the Gram matrix L Lᵀ of what
     was formed may be off the identity. Then U L^-ᵀ is orthonormal, and Lᵀ diag(λ) L is what the
     matrix U diag(λ) Uᵀ is in that basis; its eigenvectors are orthonormal however small the λ.
@@ -143,16 +158,15 @@ def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
     there.
 
     Args:
-        rows: Z [q, P].
-        directions: coefficients and the eigenvalues that the result has.
+        basis: U [P, k].
+        eigenvalues: λ [k].
     """
-    basis = combined_rows(rows, directions.coefficients)
     overlap = gram_matrix(basis.T)
     identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
     if float((overlap - identity).abs().max()) <= _ORTHONORMAL[basis.dtype]:
-        return Eigenpairs(basis, directions.eigenvalues)
+        return Eigenpairs(basis, eigenvalues)
     root, inverse = _root_and_inverse(overlap)
-    core = root.T @ (directions.eigenvalues[:, None] * root)
+    core = root.T @ (eigenvalues[:, None] * root)
     values, rotation = torch.linalg.eigh((core + core.T) / 2)
     rotation = inverse.T @ rotation.flip(1)
     return Eigenpairs(combined_rows(basis.T, rotation), values.flip(0).clamp_min(0.0))

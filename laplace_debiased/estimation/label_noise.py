@@ -1,0 +1,65 @@
+"""Label draws that do not depend on who has which samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.data import CurvaturePlan, Share
+
+Draw = Callable[[int, torch.Generator], Tensor]
+"""Noise of so many samples [n, ...] from a generator."""
+
+
+class SharedNoise:
+    """Noise of a share's samples, as one process that walks the whole plan would draw it.
+
+    Every rank draws the noise of all samples, batch by batch, and keeps its own: a generator's
+    stream cannot be entered in its midst, and numbers cost little beside passes over a network.
+
+    Args:
+        plan: the whole plan.
+        share: what this rank walks of it.
+        seed: seed of the walk.
+        by_fold: whether a batch's samples are drawn for in the order of their folds.
+    """
+
+    def __init__(self, plan: CurvaturePlan, share: Share, seed: int, *, by_fold: bool) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sizes = iter([size for source in plan.sources for size in source.batch_sizes])
+        self._folds = torch.cat([source.draws.folds for source in plan.sources])
+        self._own = torch.zeros(len(self._folds), dtype=torch.bool)
+        self._own[share.positions] = True
+        self._by_fold, self._end = by_fold, 0
+        self._places = torch.empty(0, dtype=torch.int64)
+        self._noise: Tensor | None = None
+
+    def rows(self, places: Tensor, draw: Draw) -> Tensor:
+        """Noise of some samples [m, ...] by their places in the plan.
+
+        Places of one call lie behind those of the next.
+
+        Args:
+            places: of the samples [m].
+            draw: draws noise for them.
+        """
+        while self._noise is None or self._end <= int(places.max()):
+            self._draw_batch(draw)
+        found = self._noise[torch.searchsorted(self._places, places)]
+        behind = self._places <= int(places.max())
+        self._places, self._noise = self._places[~behind], self._noise[~behind]
+        return found
+
+    def _draw_batch(self, draw: Draw) -> None:
+        size = next(self._sizes)
+        noise = draw(size, self._generator)
+        batch = slice(self._end, self._end + size)
+        places = torch.arange(batch.start, batch.stop)
+        if self._by_fold:
+            noise = noise[self._folds[batch].argsort(stable=True).argsort()]
+        own, self._end = self._own[batch], batch.stop
+        self._places = torch.cat([self._places, places[own]])
+        kept = noise[own]
+        self._noise = kept if self._noise is None else torch.cat([self._noise, kept])

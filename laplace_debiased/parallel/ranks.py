@@ -1,0 +1,267 @@
+"""The processes of one collective call, and how they stay together.
+
+Before ranks exchange anything they meet: each tells whether it is well and where it is. A rank that
+raised takes part in one more meeting instead of what the others are about to do, so that all leave
+the call with an error, and are ready for the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.errors import RankFailedError, RankLostError
+
+T = TypeVar("T")
+
+_CPU = torch.device("cpu")
+
+_TOLD = "_laplace_debiased_told_ranks"
+"""Mark of an exception that the other ranks know of, so that an outer call does not tell again."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a collective call. Of one process all operations are identities.
+
+    Attributes:
+        rank: this process, 0..world−1.
+        world: how many there are.
+        device: where tensors must be to be exchanged.
+        home: where received tensors are wanted, the model's device.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = _CPU
+    home: torch.device = _CPU
+
+    @classmethod
+    def present(cls, home: torch.device) -> Ranks:
+        """All processes of the default group; this one alone where there is no group.
+
+        Args:
+            home: device of the model. Groups that cannot send from there get copies.
+        """
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not distributed.is_available():
+            return cls(home=home)
+        if not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return cls(home=home)
+        at = _exchange_device(str(distributed.get_backend_config()), home)
+        return cls(distributed.get_rank(), distributed.get_world_size(), at, home)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which draws, shows progress and writes."""
+        return self.rank == 0
+
+    def positions(self, n: int, start: int = 0) -> Tensor:
+        """Which of n samples this rank takes: every world-th, and so on from ``start``. int64."""
+        return torch.arange(n)[(self.rank - start) % self.world :: self.world]
+
+    # -- staying together ------------------------------------------------------------------
+
+    @contextmanager
+    def together(self, call: str) -> Iterator[None]:
+        """A collective call: if one rank raises inside, all do.
+
+        Args:
+            call: its name.
+
+        Raises:
+            RankFailedError: on the ranks that did not raise themselves.
+            RankLostError: if a rank does not answer.
+        """
+        if self.world == 1:
+            yield
+            return
+        try:
+            yield
+            self.meet(f"the end of {call}")
+        except (RankFailedError, RankLostError):
+            raise
+        except BaseException as error:
+            if not hasattr(error, _TOLD):
+                setattr(error, _TOLD, True)
+                # Whoever is gone cannot be told; this rank's own error is what matters here.
+                with suppress(RankFailedError, RankLostError):
+                    self.meet(call, f"{type(error).__name__}: {error}")
+            raise
+
+    def meet(self, where: str, failure: str | None = None) -> None:
+        """Wait for all ranks.
+
+        Args:
+            where: what comes next; the same on every rank.
+            failure: what this rank raised, if it did.
+
+        Raises:
+            RankFailedError: if a rank did, or ranks are at different places.
+            RankLostError: if a rank does not answer.
+        """
+        if self.world == 1:
+            return
+        place = int.from_bytes(hashlib.blake2b(where.encode(), digest_size=7).digest(), "big")
+        status = torch.tensor([failure is not None, place, -place], device=self.device)
+        failed, highest, lowest = self._exchange(lambda d: _maximum(d, status)).tolist()
+        if failed:
+            failures = self._gather_objects(failure)
+            first = next(rank for rank, text in enumerate(failures) if text is not None)
+            raise RankFailedError(
+                f"rank {first} of {self.world} raised {failures[first]} (see its own traceback); "
+                "this call has ended on every rank and changed nothing."
+            )
+        if highest != -lowest:
+            places = self._gather_objects(where)
+            other = next(rank for rank, text in enumerate(places) if text != places[0])
+            raise RankFailedError(
+                f"ranks make different calls: rank 0 is at {places[0]!r}, rank {other} at "
+                f"{places[other]!r}. Every rank must make the same calls with the same arguments."
+            )
+
+    def agree(self, call: str, values: Mapping[str, Any]) -> None:
+        """Check that plain values are the same on every rank.
+
+        Raises:
+            ValueError: on every rank, naming what differs.
+        """
+        if self.world == 1:
+            return
+        digest = hashlib.blake2b(repr(sorted(values.items())).encode(), digest_size=7).digest()
+        mark = int.from_bytes(digest, "big")
+        self.meet(f"the arguments of {call}")
+        status = torch.tensor([mark, -mark], device=self.device)
+        highest, lowest = self._exchange(lambda d: _maximum(d, status)).tolist()
+        if highest == -lowest:
+            return
+        everyone = self._gather_objects(dict(values))
+        for rank, theirs in enumerate(everyone):
+            differing = [
+                f"{name} ({theirs.get(name)!r}, not {everyone[0].get(name)!r})"
+                for name in {**everyone[0], **theirs}
+                if theirs.get(name) != everyone[0].get(name)
+            ]
+            if differing:
+                raise ValueError(
+                    f"{call} needs the same arguments on every rank, but rank {rank} differs from "
+                    f"rank 0 in: {', '.join(differing)}."
+                )
+
+    # -- exchanging --------------------------------------------------------------------------
+
+    def gathered(self, what: str, value: T) -> list[T]:
+        """Every rank's value, small and of plain types or CPU tensors, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        self.meet(what)
+        return self._gather_objects(value)
+
+    def from_first(self, what: str, make: Callable[[], Sequence[Any]]) -> list[Any]:
+        """What rank 0 makes, on every rank: tensors and plain values.
+
+        Args:
+            what: its name.
+            make: makes it; called on rank 0 alone.
+        """
+        if self.world == 1:
+            return list(make())
+        made = list(make()) if self.is_first else []
+        self.meet(what)
+        return self.broadcast(made, 0)
+
+    def broadcast(self, values: Sequence[Any], source: int) -> list[Any]:
+        """A rank's tensors (at home) and plain values on every rank; after a meeting."""
+        forms = [_Form.of(value) if isinstance(value, Tensor) else value for value in values]
+        forms = self._exchange(lambda d: _broadcast_object(d, forms, source, self.device))
+        received = []
+        for index, form in enumerate(forms):
+            if not isinstance(form, _Form):
+                received.append(form)
+                continue
+            if self.rank == source:
+                tensor = values[index].detach().to(self.device).contiguous()
+            else:
+                tensor = torch.empty(form.shape, dtype=form.dtype, device=self.device)
+            self._exchange(partial(_broadcast, tensor, source))
+            received.append(values[index] if self.rank == source else tensor.to(self.home))
+        return received
+
+    def add_up(self, flat: Tensor) -> None:
+        """Sum of every rank's vector, in place; it is on ``self.device``. After a meeting."""
+        self._exchange(lambda d: d.all_reduce(flat))
+
+    def _gather_objects(self, value: T) -> list[T]:
+        def gather(distributed: Any) -> list[T]:
+            found: list[Any] = [None] * self.world
+            distributed.all_gather_object(found, value)
+            return found
+
+        return self._exchange(gather)
+
+    def _exchange(self, operation: Callable[[Any], T]) -> T:
+        import torch.distributed
+
+        try:
+            return operation(torch.distributed)
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+            raise RankLostError(
+                f"rank {self.rank} of {self.world} waits for another rank in vain: it died, or "
+                "took longer than the time-out of the process group, see "
+                f"init_process_group(timeout=...). Start all ranks again. torch says: {said}"
+            ) from error
+
+
+ALONE = Ranks()
+"""One process."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A tensor that is yet to come."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Form:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+
+def _maximum(distributed: Any, tensor: Tensor) -> Tensor:
+    distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+    return tensor
+
+
+def _broadcast(tensor: Tensor, source: int, distributed: Any) -> None:
+    distributed.broadcast(tensor, source)
+
+
+def _broadcast_object(distributed: Any, value: T, source: int, device: torch.device) -> T:
+    box = [value]
+    distributed.broadcast_object_list(box, source, device=device)
+    return box[0]
+
+
+def _exchange_device(backends: str, home: torch.device) -> torch.device:
+    """Where tensors are exchanged: on the model's device if NCCL is there, else on the CPU.
+
+    Args:
+        backends: as torch says it, "cpu:gloo,cuda:nccl".
+        home: the model's.
+    """
+    of = dict(pair.split(":", 1) for pair in backends.split(",") if ":" in pair)
+    if home.type == "cuda" and of.get("cuda") == "nccl":
+        return home
+    if of.get("cpu") == "nccl" or "cpu" not in of:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
