@@ -114,12 +114,14 @@ class KronStructure:
         """
         if not request.override or not can_draw(request.train_loader):
             return None
-        recommended = RECOMMENDED_LAST_LAYER_SAMPLES
-        if not isinstance(engine, FeaturePass):
+        n_data, recommended = len(sampler_indices(request.train_loader)), RECOMMENDED_SAMPLES
+        if isinstance(engine, FeaturePass):
+            recommended = RECOMMENDED_LAST_LAYER_SAMPLES
+        elif n_data > recommended:
             inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
             sketch = self.arguments.options.sketched(engine.output_shape(inputs).numel())
             recommended = RECOMMENDED_SAMPLES if sketch is None else RECOMMENDED_SKETCHED_SAMPLES
-        return recommended if len(sampler_indices(request.train_loader)) > recommended else None
+        return recommended if n_data > recommended else None
 
     def inspect(
         self, engine: CurvaturePass, target: Target, plan: CurvaturePlan
