@@ -27,7 +27,7 @@ from laplace_debiased.data import (
 from laplace_debiased.debiasing import (
     Measurement,
 )
-from laplace_debiased.estimation.label_noise import SharedNoise
+from laplace_debiased.estimation.label_noise import SharedNoise, drawing
 from laplace_debiased.estimation.progress import Progress, Resumable
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.walking import (
