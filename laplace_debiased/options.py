@@ -80,6 +80,12 @@ class Positions(str, Enum):
     LAST = "last"
 
 
+ALL_COLUMNS_UP_TO = 64
+"""With up to so many outputs per sample, ``columns="auto"`` takes the whole root."""
+
+SKETCHED_COLUMNS = 2
+"""With more, so many random signs of it: see ``likelihoods/sketch.py``."""
+
 _LEAST = {"mc_samples": 1, "max_rank": 1, "byte_budget": 1, "pool_size": 1, "folds": 2}
 
 Choice = TypeVar("Choice", bound=Enum)
@@ -108,6 +114,9 @@ class CurvatureOptions:
         sampling: how a budget is drawn; see ``posterior/arguments.py`` for its default.
         fisher: which second moment stands for the loss Hessian.
         mc_samples: label draws per sample for ``Fisher.MC``.
+        columns: columns per sample for ``Fisher.TYPE2``: None for all of the loss Hessian's root,
+            R for so many random signs of it, which estimate it without bias; "auto" for all of up
+            to 64, else two.
         folds: number of folds of ``Scheme.CROSS_FIT``.
         direction_fraction: share of a budget that gives the directions in ``Scheme.TWO_BATCH``.
         pool_size: size of the pool from which curvature sampling draws; None for as many samples as
@@ -125,6 +134,7 @@ class CurvatureOptions:
     sampling: Sampling = field(kw_only=True)
     fisher: Fisher = Fisher.TYPE2
     mc_samples: int = 1
+    columns: int | str | None = "auto"
     folds: int = 2
     direction_fraction: float = 0.5
     pool_size: int | None = None
@@ -132,6 +142,12 @@ class CurvatureOptions:
     max_rank: int = 1024
 
     def __post_init__(self) -> None:
+        if isinstance(self.columns, str) and self.columns != "auto":
+            raise ValueError(
+                f"columns must be a positive integer, None or 'auto'; got {self.columns!r}."
+            )
+        if self.columns is not None and self.columns != "auto":
+            object.__setattr__(self, "columns", checked_integer("columns", self.columns))
         for name, minimum in _LEAST.items():
             value = getattr(self, name)
             if value is not None or name != "pool_size":
@@ -148,6 +164,18 @@ class CurvatureOptions:
                 "not an unbiased estimate of the curvature. Use magnitudes='ggn', or "
                 "sampling='uniform'."
             )
+
+    def sketched(self, n_outputs: int) -> int | None:
+        """R where the root of a sample with so many outputs is sketched; None where it is whole.
+
+        Args:
+            n_outputs: outputs of a sample, at all positions.
+        """
+        if self.fisher is not Fisher.TYPE2 or self.columns is None:
+            return None
+        if isinstance(self.columns, str):
+            return SKETCHED_COLUMNS if n_outputs > ALL_COLUMNS_UP_TO else None
+        return self.columns if self.columns < n_outputs else None
 
     @property
     def n_folds(self) -> int:

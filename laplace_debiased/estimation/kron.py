@@ -37,7 +37,7 @@ from laplace_debiased.debiasing import (
 from laplace_debiased.estimation.arguments import Arguments
 from laplace_debiased.estimation.backends import BackendFactors, check_backend
 from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator
-from laplace_debiased.estimation.plan import first_inputs_of_plan
+from laplace_debiased.estimation.plan import first_inputs_of_loader, first_inputs_of_plan
 from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.softmax_head import in_closed_form
 from laplace_debiased.estimation.structure import Task
@@ -61,6 +61,9 @@ which does not depend on m, is still the larger half of a fit (see the README).
 
 RECOMMENDED_LAST_LAYER_SAMPLES = 2_048
 """The same for a last layer: its curvature costs forward passes alone."""
+
+RECOMMENDED_SKETCHED_SAMPLES = 768
+"""With two sketched columns each: three times as many samples of as many signs are as steady."""
 
 Tables = tuple[Tensor, ...]
 Block = TypeVar("Block", BlockBasis, BlockFactors)
@@ -105,12 +108,20 @@ class KronStructure:
     def recommended_samples(
         self, engine: CurvaturePass, request: FitRequest, loss: LossModel
     ) -> int | None:
-        """256 (2,048 for a last layer) where the loader can be drawn from and holds more."""
+        """256 (2,048 for a last layer) where the loader can be drawn from and holds more.
+
+        768 where the loss Hessians' roots are sketched.
+        """
         if not request.override or not can_draw(request.train_loader):
             return None
-        last = isinstance(engine, FeaturePass)
-        recommended = RECOMMENDED_LAST_LAYER_SAMPLES if last else RECOMMENDED_SAMPLES
-        return recommended if len(sampler_indices(request.train_loader)) > recommended else None
+        n_data, recommended = len(sampler_indices(request.train_loader)), RECOMMENDED_SAMPLES
+        if isinstance(engine, FeaturePass):
+            recommended = RECOMMENDED_LAST_LAYER_SAMPLES
+        elif n_data > recommended:
+            inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
+            sketch = self.arguments.options.sketched(engine.output_shape(inputs).numel())
+            recommended = RECOMMENDED_SAMPLES if sketch is None else RECOMMENDED_SKETCHED_SAMPLES
+        return recommended if n_data > recommended else None
 
     def inspect(
         self, engine: CurvaturePass, target: Target, plan: CurvaturePlan
@@ -141,7 +152,11 @@ class KronStructure:
         along merged ones a sample could measure a direction that it has chosen before.
         """
         earlier = task.earlier
-        estimator = in_closed_form(KronEstimator(engine, task))
+        sketch = None
+        if isinstance(engine, BackwardPass):
+            inputs = first_inputs_of_plan(task.plan)
+            sketch = task.options.sketched(engine.output_shape(inputs).numel())
+        estimator = in_closed_form(KronEstimator(engine, task, sketch))
         with torch.no_grad():
             new = self._statistics(estimator, task)
             if earlier is None:

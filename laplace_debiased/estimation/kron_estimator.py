@@ -27,7 +27,7 @@ from laplace_debiased.data import (
 from laplace_debiased.debiasing import (
     Measurement,
 )
-from laplace_debiased.estimation.label_noise import SharedNoise
+from laplace_debiased.estimation.label_noise import SharedNoise, drawing
 from laplace_debiased.estimation.progress import Progress, Resumable
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.walking import (
@@ -39,7 +39,7 @@ from laplace_debiased.estimation.walking import (
     rows_of,
     scaled_columns,
 )
-from laplace_debiased.likelihoods import curvature_columns
+from laplace_debiased.likelihoods import curvature_columns, sketched_columns
 from laplace_debiased.network.identity import digest_of
 from laplace_debiased.options import Fisher, Magnitudes
 
@@ -76,10 +76,12 @@ class KronEstimator:
     Args:
         engine: the pass over the network.
         task: what the fit works on.
+        sketch: number of columns that stand for the loss Hessian's root; None for all of it.
     """
 
     engine: CurvaturePass
     task: Task
+    sketch: int | None = None
 
     def fold_statistics(self) -> FoldStatistics:
         """First walk: factors of every fold, and the loss."""
@@ -212,7 +214,7 @@ class KronEstimator:
     def _n_columns(self) -> int | None:
         match self.task.options.fisher:
             case Fisher.TYPE2:
-                return None
+                return self.sketch
             case Fisher.MC:
                 return self.task.options.mc_samples
             case Fisher.EMPIRICAL:
@@ -226,13 +228,13 @@ class KronEstimator:
             nonlocal noise
             targets = batch.targets[rows].to(outputs.device)
             loss.check_targets(outputs, targets)
-
-            def draw(n: int, generator: torch.Generator) -> Tensor:
-                return loss.label_noise((n, *outputs.shape[1:], options.mc_samples), generator)
-
-            if options.fisher is Fisher.MC and noise is None:
+            draw = drawing(loss, options, outputs, self.sketch)
+            if draw is not None and noise is None:
                 places = batch.positions
                 noise = draw(len(batch), generator) if places is None else shared.rows(places, draw)
+            if self.sketch is not None:
+                assert noise is not None
+                return sketched_columns(loss, outputs, targets, noise[rows], self.sketch)
             drawn = None if noise is None else noise[rows]
             return curvature_columns(loss, outputs, targets, options.fisher, noise=drawn)
 

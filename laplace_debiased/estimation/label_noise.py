@@ -1,4 +1,4 @@
-"""Label draws that do not depend on who has which samples."""
+"""Draws of labels and signs that do not depend on who has which samples."""
 
 from __future__ import annotations
 
@@ -8,9 +8,30 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.data import CurvaturePlan, Share
+from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.options import CurvatureOptions, Fisher
 
 Draw = Callable[[int, torch.Generator], Tensor]
 """Noise of so many samples [n, ...] from a generator."""
+
+
+def drawing(
+    loss: LossModel, options: CurvatureOptions, outputs: Tensor, sketch: int | None
+) -> Draw | None:
+    """How the noise of a fit's columns is drawn; None where they need none.
+
+    Args:
+        loss: the loss model.
+        options: the choices.
+        outputs: of a batch [m, C] or [m, T, C].
+        sketch: number of sketched columns, whose noise is a seed per sample; None for no sketch.
+    """
+    if sketch is not None:
+        return lambda n, generator: torch.randint(2**62, (n,), generator=generator)
+    if options.fisher is Fisher.MC:
+        shape = (*outputs.shape[1:], options.mc_samples)
+        return lambda n, generator: loss.label_noise((n, *shape), generator)
+    return None
 
 
 class SharedNoise:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,11 +30,11 @@ from laplace_debiased.data import (
     draw_coefficients,
 )
 from laplace_debiased.debiasing import Measurement, scheme_plan
-from laplace_debiased.estimation.label_noise import SharedNoise
+from laplace_debiased.estimation.label_noise import SharedNoise, drawing
 from laplace_debiased.estimation.row_budget import fits_gram, max_gram_samples
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.walking import Tally, coefficients_of, rows_of
-from laplace_debiased.likelihoods import LossModel, curvature_columns
+from laplace_debiased.likelihoods import LossModel, curvature_columns, sketched_columns
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.options import Fisher
 from laplace_debiased.parallel import Ranks, summed
@@ -49,10 +49,11 @@ class Survey:
         fisher: which second moment of output gradients.
         outputs: f [M, C] of this rank's samples, in the order of their walk.
         targets: [M, ...].
-        noise: label noise [M, ...] for ``Fisher.MC``.
+        noise: label noise [M, ...] for ``Fisher.MC``; seeds [M] of sketched columns.
         draws: folds, counts and weights of the samples of all ranks, one rank after the other.
         tally: the loss, and more, of all ranks.
         n_columns: R.
+        sketch: number of columns that stand for the loss Hessian's root; None for all of it.
     """
 
     loss: LossModel
@@ -63,10 +64,16 @@ class Survey:
     draws: Draws
     tally: Tally
     n_columns: int
+    sketch: int | None = None
 
     def columns(self, index: Tensor | slice) -> Tensor:
         """Columns S [n, C, R] of some of this rank's samples."""
         noise = None if self.noise is None else self.noise[index]
+        if self.sketch is not None:
+            assert noise is not None
+            return sketched_columns(
+                self.loss, self.outputs[index], self.targets[index], noise, self.sketch
+            )
         return curvature_columns(
             self.loss, self.outputs[index], self.targets[index], self.fisher, noise=noise
         )
@@ -118,7 +125,7 @@ class LowRankEstimator:
         plan, ranks, network = self.task.plan, self.task.ranks, self.row_pass.network
         generator, tally = torch.Generator().manual_seed(self.task.request.seed), Tally()
         shared = SharedNoise(plan, self._share, self.task.request.seed, by_fold=False)
-        outputs, targets, noises, parts = [], [], [], []
+        outputs, targets, noises, parts, sketch = [], [], [], [], None
         for batch in self._batches("outputs"):
             outputs.append(self.row_pass.outputs(batch.inputs))
             part = rows_of(batch, slice(None), outputs[-1].device)
@@ -126,8 +133,9 @@ class LowRankEstimator:
             tally.add(self.task.loss, outputs[-1], part)
             targets.append(part.targets)
             parts.append(part)
-            if self.task.options.fisher is Fisher.MC:
-                draw = partial(self._label_noise, outputs[-1])
+            sketch = self.task.options.sketched(outputs[-1][0].numel())
+            draw = drawing(self.task.loss, self.task.options, outputs[-1], sketch)
+            if draw is not None:
                 places = batch.positions
                 noises.append(
                     draw(len(batch), generator) if places is None else shared.rows(places, draw)
@@ -145,13 +153,10 @@ class LowRankEstimator:
             _draws_of(parts, ranks),
             tally,
             0,
+            sketch,
         )
         n_columns = survey.columns(slice(0, 1)).shape[-1] if outputs else 0
         return replace(survey, n_columns=max(ranks.gathered("columns", n_columns)))
-
-    def _label_noise(self, outputs: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        shape = (n, outputs.shape[-1], self.task.options.mc_samples)
-        return self.task.loss.label_noise(shape, generator)
 
     # -- all rows in memory ----------------------------------------------------------------
 

@@ -48,7 +48,8 @@ def automatic_budget(
         case Fisher.EMPIRICAL:
             n_columns = 1
         case Fisher.TYPE2:
-            n_columns = loss.hessian_root(outputs).shape[-1]
+            sketch = options.sketched(outputs[0].numel())
+            n_columns = loss.hessian_root(outputs).shape[-1] if sketch is None else sketch
     fitting = max_gram_samples(n_columns, row_pass, options.byte_budget)
     if n_data <= fitting:
         return None

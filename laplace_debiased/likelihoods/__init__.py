@@ -18,6 +18,7 @@ from laplace_debiased.likelihoods.losses import (
     curvature_columns,
     loss_model,
 )
+from laplace_debiased.likelihoods.sketch import sketched_columns
 from laplace_debiased.likelihoods.tail import ChosenMoments
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "mutual_information",
     "probit",
     "residual_noise",
+    "sketched_columns",
     "softmax",
 ]

@@ -53,6 +53,11 @@ class Bernoulli:
         """Diag √(p (1 − p)) [m, C, C]; formed from both tails, so that no digit is lost."""
         return torch.diag_embed((torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt())
 
+    def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
+        """√(p (1 − p)) z [m, C, n]."""
+        root = (torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt()
+        return root.unsqueeze(-1) * z
+
     def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Σ_c p_c (1 − p_c) [m]."""
         return (torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sum(-1)

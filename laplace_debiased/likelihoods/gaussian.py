@@ -50,6 +50,10 @@ class UnitGaussian:
         eye = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
         return eye.expand(m, -1, -1)
 
+    def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
+        """Z itself [m, C, n]."""
+        return z
+
     def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """C for every sample [m]."""
         return outputs.new_full((len(outputs),), float(outputs.shape[-1]))

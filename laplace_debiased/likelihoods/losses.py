@@ -53,6 +53,12 @@ class LossModel(Protocol):
     def hessian_root(self, outputs: Tensor) -> Tensor:
         """S [m, C, R] with S Sᵀ = ∇²_f ℓ of every sample; at each position of its own."""
 
+    def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
+        """S z [m, C, n] of vectors z [m, C, n] without forming S; more entries than R are not read.
+
+        At each position of its own, [m, T, C, n].
+        """
+
     def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Tr ∇²_f ℓ of every sample [m], at the labels that count (all, without ``targets``)."""
 
@@ -124,17 +130,18 @@ def curvature_columns(
     """
     match fisher:
         case Fisher.TYPE2:
-            return _expanded(_masked(model, targets, model.hessian_root(outputs)))
+            return _expanded(masked(model, targets, model.hessian_root(outputs)))
         case Fisher.EMPIRICAL:
             return model.output_gradient(outputs, targets).unsqueeze(-1)
         case Fisher.MC:
             if noise is None:
                 raise ValueError("fisher='mc' needs the noise of its label draws.")
             draws = model.sampled_output_gradients(outputs, noise)
-            return _masked(model, targets, draws / draws.shape[-1] ** 0.5)
+            return masked(model, targets, draws / draws.shape[-1] ** 0.5)
 
 
-def _masked(model: LossModel, targets: Tensor, columns: Tensor) -> Tensor:
+def masked(model: LossModel, targets: Tensor, columns: Tensor) -> Tensor:
+    """Columns [m, (T,) C, R], zero where a label does not count."""
     mask = model.label_mask(targets)
     return columns if mask is None else columns * mask.unsqueeze(-1).unsqueeze(-1)
 

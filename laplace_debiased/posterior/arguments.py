@@ -222,7 +222,7 @@ def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in _ENUMS and value is not None
         else value
         for name, value in given.items()
-        if value is not None or name == "pool_size"
+        if value is not None or name in ("pool_size", "columns")
     }
 
 

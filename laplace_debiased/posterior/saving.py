@@ -56,7 +56,7 @@ def constructor_arguments(arguments: Arguments, target: Target) -> dict[str, Any
     if target.last_layer is not None:
         given["feature_reduction"] = target.last_layer.reduction
         given["last_layer_name"] = target.last_layer.name
-    left_out = {"pool_size", "n_outputs"}  # None is a choice there
+    left_out = {"pool_size", "n_outputs", "columns"}  # None is a choice there
     return {k: v for k, v in given.items() if v is not None or k in left_out}
 
 

@@ -31,7 +31,8 @@ class Stream(IterableDataset):
 def auto(loader: object, *, elsewhere: bool = False) -> int | None:
     la = DebiasedLaplace(torch.nn.Linear(3, 2))
     request = FitRequest(loader, override=not elsewhere)
-    return KronStructure(la.arguments).recommended_samples(None, request, None)
+    structure = KronStructure(la.arguments)
+    return structure.recommended_samples(structure.engine(la._target, la.coverage), request, None)
 
 
 def test_auto_is_a_budget_where_the_data_are_more_than_that():
