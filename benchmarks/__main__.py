@@ -21,6 +21,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "fit": ("--case", "cnn", "--samples", "64", "--repetitions", "2"),
     "curvature_bias": ("--pairs", "2", "--k", "40"),
     "optimise": ("--one-step", "--seeds", "2"),
+    "outcomes": ("--limit", "100", "--draws", "1", "--epochs", "5"),
     "fidelity": ("--problem", "digits", "--budgets", "128", "--draws", "2"),
 }
 """Module and its arguments; each also takes ``--output``."""

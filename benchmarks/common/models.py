@@ -61,6 +61,50 @@ class CifarResNet20(nn.Module):
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
+class _PublicBlock(nn.Module):
+    """Two 3×3 convolutions; the shortcut is a 1×1 convolution where the shape changes."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.downsample: nn.Module = nn.Identity()
+        if channels_in != channels_out:
+            shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[m, channels_in, h, w] to [m, channels_out, h/stride, w/stride]."""
+        residual = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(residual + self.downsample(x))
+
+
+class PublicCifarResNet(nn.Module):
+    """ResNet of depth 6n + 2 for 32×32 images; parts named as in chenyaofo/pytorch-cifar-models."""
+
+    def __init__(self, depth: int, n_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        n_blocks = (depth - 2) // 6
+        self.layer1 = self._stage(16, 16, 1, n_blocks)
+        self.layer2 = self._stage(16, 32, 2, n_blocks)
+        self.layer3 = self._stage(32, 64, 2, n_blocks)
+        self.fc = nn.Linear(64, n_classes)
+
+    @staticmethod
+    def _stage(channels_in: int, channels_out: int, stride: int, n_blocks: int) -> nn.Sequential:
+        rest = (_PublicBlock(channels_out, channels_out, 1) for _ in range(n_blocks - 1))
+        return nn.Sequential(_PublicBlock(channels_in, channels_out, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[m, 3, 32, 32] to logits [m, 10]."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
 def freeze_batch_norm(model: nn.Module) -> nn.Module:
     """Exclude BatchNorm's scales and shifts from the posterior; laplace-torch cannot fit them."""
     for module in model.modules():

@@ -81,18 +81,24 @@ def compare(
     """
     n_bins = checks.count(n_bins, "n_bins")
     _check_posterior(la)
-    network = la.arguments
+    ways = ways_to_predict(la, val_loader, train_loader, seed, progress_bar)
+    return _scored(ways, test_loader, ood_loader, n_bins, seed, progress_bar)
+
+
+def ways_to_predict(
+    la: Any, val_loader: Any, train_loader: Any = None, seed: int = 0, progress_bar: bool = False
+) -> Ways:
+    """All that :func:`compare` compares, chosen on the validation data; arguments as there."""
     scaling = fit_temperature(
         la._target.model,
         val_loader,
         ignore_index=la.ignore_index,
-        dict_key_y=network.dict_key_y,
+        dict_key_y=la.dict_key_y,
         progress_bar=progress_bar,
     )
     prior, link = _prior_only(la, val_loader, progress_bar)
     last_layer = _last_layer(la, train_loader, val_loader, seed, progress_bar)
-    ways = _Ways(la, scaling, prior, link, last_layer)
-    return _scored(ways, test_loader, ood_loader, n_bins, seed, progress_bar)
+    return Ways(la, scaling, prior, link, last_layer)
 
 
 def _check_posterior(la: Any) -> None:
@@ -142,7 +148,7 @@ def _last_layer(
             "the training data of this posterior are not known (it was not fitted here): pass "
             "train_loader for the row of the last layer.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     asked = la.arguments
@@ -158,7 +164,7 @@ def _last_layer(
     try:
         ll.fit(train_loader, n_data=la.n_data, seed=seed, progress_bar=progress_bar)
     except (CoverageError, ValueError) as error:
-        warnings.warn(f"there is no row of the last layer: {error}", UserWarning, stacklevel=3)
+        warnings.warn(f"there is no row of the last layer: {error}", UserWarning, stacklevel=4)
         return None
     with warnings.catch_warnings():
         # Where its prior helps nothing, the table shows it.
@@ -168,7 +174,7 @@ def _last_layer(
 
 
 @dataclass(frozen=True, eq=False)
-class _Ways:
+class Ways:
     """All ways to predict, batch by batch.
 
     Attributes:
@@ -234,7 +240,7 @@ def _hyper_parameters(la: Any) -> dict[str, float | str]:
 
 
 def _scored(
-    ways: _Ways,
+    ways: Ways,
     test_loader: Any,
     ood_loader: Any,
     n_bins: int,

@@ -1,0 +1,1 @@
+"""What a user gets: scores of posteriors and baselines on networks that others have trained."""
