@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from laplace_debiased.factory import DebiasedLaplace
 from tests.bad_input.models import Noisy, Tempered, Words
@@ -77,10 +78,10 @@ ROWS = [
     ),
     Row(
         AREA,
-        "a layer without support, `strict=True`",
-        lambda w: w.posterior(w.linear(nn.PReLU()), strict=True),
+        "a parameter that cannot be covered, `strict=True`",
+        lambda w: w.posterior(w.linear(weight_norm(nn.Linear(4, 4))), strict=True),
         "CoverageError",
-        ("0.weight",),
+        ("0.parametrizations.weight", "re-parametrised by WeightNorm"),
     ),
     Row(
         AREA,
@@ -371,7 +372,7 @@ ROWS = [
         AREA,
         "an `Embedding` with `max_norm`, which overwrites its weight",
         lambda w: w.posterior(Words()).fit(w.loader(w.x.abs().long().clamp(max=4))),
-        "CoverageError",
+        "ValueError",
         ("max_norm", "words"),
     ),
     Row(
