@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from laplace_debiased.factory import DebiasedLaplace
-from tests.bad_input.models import Noisy, Tempered, Words
+from tests.bad_input.models import Noisy, Tempered, Words, normalised
 from tests.bad_input.rows import Row
 from tests.bad_input.world import World, Wrapped
 
@@ -79,7 +78,7 @@ ROWS = [
     Row(
         AREA,
         "a parameter that cannot be covered, `strict=True`",
-        lambda w: w.posterior(w.linear(weight_norm(nn.Linear(4, 4))), strict=True),
+        lambda w: w.posterior(w.linear(normalised()), strict=True),
         "CoverageError",
         ("0.parametrizations.weight", "re-parametrised by WeightNorm"),
     ),
