@@ -38,7 +38,7 @@ def jacobian(model: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
         return functional_call(model, {**values, **theta}, (x,)).flatten(1)
 
     blocks = jacrev(outputs)(chosen)
-    return torch.cat([blocks[name].flatten(2) for name in names], dim=-1)
+    return torch.cat([blocks[n].reshape(*blocks[n].shape[:2], -1) for n in names], dim=-1)
 
 
 def loss_hessians(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,11 @@
-"""From batches to numbers: layer capture, Kronecker factors, directional curvature."""
+"""From batches to numbers: recorded operations, Kronecker factors, directional curvature."""
 
-from laplace_debiased.curvature.coverage import Coverage, CoverageError, layer_coverage, layers_of
+from laplace_debiased.curvature.coverage import (
+    Coverage,
+    CoverageError,
+    host_coverage,
+    operation_coverage,
+)
 from laplace_debiased.curvature.factors import (
     BlockBasis,
     BlockFactors,
@@ -8,16 +13,16 @@ from laplace_debiased.curvature.factors import (
     KroneckerFactors,
     MagnitudeAccumulator,
 )
-from laplace_debiased.curvature.features import FeaturePass
-from laplace_debiased.curvature.inspection import layer_problems
-from laplace_debiased.curvature.layers import (
-    Layer,
-    LayerCall,
-    LayerRule,
-    LinearMapRule,
-    register_layer_rule,
-    registered_rules,
-    rule_for,
+from laplace_debiased.curvature.features import FeaturePass, Head
+from laplace_debiased.curvature.inspection import inspected
+from laplace_debiased.curvature.operations import (
+    LinearRule,
+    OperationCall,
+    OperationRule,
+    Reading,
+    RuleDefaults,
+    register_operation_rule,
+    registered_operations,
 )
 from laplace_debiased.curvature.passes import (
     BackwardPass,
@@ -26,7 +31,6 @@ from laplace_debiased.curvature.passes import (
     CurvaturePass,
     identity_columns,
 )
-from laplace_debiased.curvature.rows import LayerRows
 
 __all__ = [
     "BackwardPass",
@@ -39,18 +43,18 @@ __all__ = [
     "CurvaturePass",
     "FactorAccumulator",
     "FeaturePass",
+    "Head",
     "KroneckerFactors",
-    "Layer",
-    "LayerCall",
-    "LayerRows",
-    "LayerRule",
-    "LinearMapRule",
+    "LinearRule",
     "MagnitudeAccumulator",
+    "OperationCall",
+    "OperationRule",
+    "Reading",
+    "RuleDefaults",
+    "host_coverage",
     "identity_columns",
-    "layer_coverage",
-    "layer_problems",
-    "layers_of",
-    "register_layer_rule",
-    "registered_rules",
-    "rule_for",
+    "inspected",
+    "operation_coverage",
+    "register_operation_rule",
+    "registered_operations",
 ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from laplace_debiased.curvature.layers import Layer, rule_for
 from laplace_debiased.errors import CoverageError
 
 FROZEN = "frozen by the user (requires_grad=False)"
 TIED = "shared by several modules (tied weights)"
-UNUSED = "its module was not called in the forward pass, or does not affect the outputs"
+UNUSED = (
+    "no operation on it affects the outputs: its module is not called, or runs in compiled code"
+)
 NOT_LAST = "not in the last layer"
 _CHOSEN = (FROZEN, NOT_LAST)
 """Reasons that the user chose, which are no gaps."""
@@ -27,11 +29,14 @@ class Coverage:
         covered: names of the covered parameters, in the order of ``model.parameters()``.
         excluded: reason by name for every other parameter; these stay fixed at the MAP estimate.
         sizes: number of entries by parameter name.
+        general: covered parameters whose operations have no rule: their gradients are formed
+            sample by sample with ``torch.func``.
     """
 
     covered: tuple[str, ...]
     excluded: Mapping[str, str]
     sizes: Mapping[str, int]
+    general: frozenset[str] = frozenset()
 
     @property
     def n_covered(self) -> int:
@@ -56,10 +61,11 @@ class Coverage:
 
     def without(self, reasons: Mapping[str, str]) -> Coverage:
         """The same coverage with further parameters left out."""
-        return Coverage(
-            tuple(name for name in self.covered if name not in reasons),
-            MappingProxyType({**self.excluded, **reasons}),
-            self.sizes,
+        return replace(
+            self,
+            covered=tuple(name for name in self.covered if name not in reasons),
+            excluded=MappingProxyType({**self.excluded, **reasons}),
+            general=self.general - reasons.keys(),
         )
 
     def require(self, *, strict: bool) -> None:
@@ -80,16 +86,64 @@ class Coverage:
                 "no parameter of the model can carry a posterior:\n" + _lines(self.excluded)
             )
 
-    def __str__(self) -> str:
+    def low_share(self) -> str | None:
+        """What to say where less than half of the trainable entries is covered; else None."""
+        chosen = sum(self.sizes[n] for n, why in self.excluded.items() if why in _CHOSEN)
+        trainable = self.n_covered + self.n_excluded - chosen
+        if not trainable or self.n_covered >= trainable / 2:
+            return None
+        entries: dict[str, int] = {}
+        for name, why in self.gaps.items():
+            entries[why] = entries.get(why, 0) + self.sizes[name]
+        most = sorted(entries, key=lambda why: -entries[why])[:2]
+        reasons = "; ".join(f"{entries[why]:,} entries: {why}" for why in most)
+        return (
+            f"only {self.n_covered:,} of {trainable:,} trainable parameter entries "
+            f"({100 * self.n_covered / trainable:.0f} %) carry a posterior; the rest stays at its "
+            f"trained values. The commonest reasons: {reasons}. What covers more: "
+            "laplace_debiased.curvature.register_operation_rule for an operation of yours, "
+            "hessian_structure='lowrank' for any network, subset_of_weights='last_layer'. "
+            "print(la.coverage) names all parameters."
+        )
+
+    def table(self, *, whole: bool = False) -> str:
+        """As a table that a person can read.
+
+        Args:
+            whole: one row per parameter; else one per outermost module and reason, unless there
+                are few parameters.
+        """
         head = (
-            f"{self.n_covered} of {self.n_covered + self.n_excluded} parameter entries "
+            f"{self.n_covered:,} of {self.n_covered + self.n_excluded:,} parameter entries "
             f"({100 * self.share:.1f} %) carry a posterior."
         )
-        rows = [f"  {name:<40} {self.sizes[name]:>10}  covered" for name in self.covered]
-        rows += [
-            f"  {name:<40} {self.sizes[name]:>10}  {why}" for name, why in self.excluded.items()
-        ]
-        return "\n".join([head, *rows])
+        answers = [*((name, "covered") for name in self.covered), *self.excluded.items()]
+        if whole or len(answers) <= _WHOLE:
+            rows = [f"  {name:<40} {self.sizes[name]:>12,}  {why}" for name, why in answers]
+            return "\n".join([head, *rows])
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, why in answers:
+            groups.setdefault((_module_of(name), why), []).append(name)
+        width = max(len(module) for module, _ in groups)
+        rows = []
+        for (module, why), names in groups.items():
+            entries = sum(self.sizes[name] for name in names)
+            rows.append(f"  {module:<{width}} {len(names):>5} tensors {entries:>14,}  {why}")
+        return "\n".join([head, *rows, "  (coverage.table(whole=True) names every parameter)"])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+_WHOLE = 24
+"""Parameters up to which a table has a row for each."""
+
+
+def _module_of(name: str) -> str:
+    """The outer modules that a parameter sits in: two names, or more where they are numbers."""
+    parts = name.split(".")[:-1]
+    kept = [part for part in parts if not part.isdigit()][:2]
+    return ".".join(kept) if kept else ".".join(parts[:1]) or name
 
 
 def _lines(reasons: Mapping[str, str]) -> str:
@@ -115,84 +169,103 @@ def parameter_coverage(model: nn.Module) -> Coverage:
     )
 
 
-def layer_coverage(
-    model: nn.Module, *, host_layers: bool = False
-) -> tuple[Coverage, tuple[Layer, ...]]:
-    """Decide by layer type which parameters a Kronecker posterior can cover.
+def operation_coverage(model: nn.Module) -> Coverage:
+    """Which parameters a Kronecker posterior may cover, as far as no forward pass has shown more.
 
-    Args:
-        model: the network.
-        host_layers: only what laplace-torch's own backends get right: linear layers, and 2-d
-            convolutions without groups.
+    What a forward pass does with them decides (see ``inspection``); parameters of a
+    parametrisation are known to be none of the layer's own.
+    """
+    reasons = parametrisations(model)
+    named = dict(model.named_parameters())
+    excluded = {}
+    for name, parameter in named.items():
+        if not parameter.requires_grad:
+            excluded[name] = FROZEN
+        elif name in reasons:
+            excluded[name] = reasons[name]
+        elif not parameter.is_floating_point():
+            excluded[name] = f"its dtype is {parameter.dtype}"
+    return Coverage(
+        tuple(name for name in named if name not in excluded),
+        MappingProxyType(excluded),
+        MappingProxyType({name: parameter.numel() for name, parameter in named.items()}),
+    )
 
-    Returns:
-        The coverage, and the covered layers in the order of ``model.named_modules()``.
+
+def parametrisations(model: nn.Module) -> dict[str, str]:
+    """Reasons, by name, of parameters that a weight is computed from."""
+    found = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        kind = type(module).__name__.removeprefix("Parametrized")
+        if is_parametrized(module):
+            for attribute, chain in module.parametrizations.items():
+                names = ", ".join(type(step).__name__.lstrip("_") for step in chain)
+                for name, _ in chain.named_parameters():
+                    key = f"{prefix}parametrizations.{attribute}.{name}"
+                    found[key] = f"{kind}.{attribute} is re-parametrised by {names}"
+        for hook in module._forward_pre_hooks.values():
+            attribute = getattr(hook, "name", None)
+            if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and attribute:
+                for ending in ("_g", "_v", "_orig"):
+                    found[f"{prefix}{attribute}{ending}"] = (
+                        f"{kind}.{attribute} is re-parametrised by {type(hook).__name__}"
+                    )
+    return found
+
+
+def host_coverage(model: nn.Module) -> tuple[Coverage, tuple[HostLayer, ...]]:
+    """Which parameters laplace-torch's own backends get right, and the layers that own them.
+
+    Linear layers, and 2-d convolutions without groups, whose weights belong to no other layer.
     """
     owners = _owners(model)
-    covered: list[str] = []
     excluded: dict[str, str] = {}
+    layers: dict[str, HostLayer] = {}
     for name, parameter in model.named_parameters():
-        reason = _exclusion(parameter, owners[id(parameter)])
-        if reason is None and host_layers:
-            reason = _host_exclusion(owners[id(parameter)][0][1])
-        if reason is None:
-            covered.append(name)
-        else:
+        places = owners[id(parameter)]
+        module_name, module, attribute = places[0]
+        reason = _host_exclusion(module, attribute)
+        if not parameter.requires_grad:
+            reason = FROZEN
+        elif len(places) > 1:
+            reason = TIED
+        if reason is not None:
             excluded[name] = reason
+        else:
+            before = layers.get(module_name, HostLayer(module_name, module))
+            values = {"weight": before.weight, "bias": before.bias, attribute: name}
+            layers[module_name] = HostLayer(module_name, module, **values)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    coverage = Coverage(tuple(covered), MappingProxyType(excluded), MappingProxyType(sizes))
-    return coverage, layers_of(model, covered)
+    covered = tuple(name for name in sizes if name not in excluded)
+    coverage = Coverage(covered, MappingProxyType(excluded), MappingProxyType(sizes))
+    return coverage, tuple(layers.values())
 
 
-def _exclusion(parameter: nn.Parameter, places: list[tuple[str, nn.Module, str]]) -> str | None:
-    if not parameter.requires_grad:
-        return FROZEN
-    if len(places) > 1:
-        return TIED
-    _, module, attribute = places[0]
-    rule = rule_for(module)
+@dataclass(frozen=True, eq=False)
+class HostLayer:
+    """A layer that a laplace-torch backend covers.
+
+    Attributes:
+        name: its qualified name.
+        module: the layer.
+        weight: name of its weight, if that is covered.
+        bias: name of its bias, if that is covered.
+    """
+
+    name: str
+    module: nn.Module
+    weight: str | None = None
+    bias: str | None = None
+
+
+def _host_exclusion(module: nn.Module, attribute: str) -> str | None:
     kind = type(module).__name__
-    if rule is None:
-        return _no_rule(module, attribute)
-    if attribute not in rule.parameters:
-        if not isinstance(getattr(module, rule.parameters[0], None), nn.Parameter):
-            return f"{kind}.{attribute} is re-parametrised"
-        return f"{kind}.{attribute} is no parameter that the layer's rule covers"
-    if not isinstance(getattr(module, rule.parameters[0], None), nn.Parameter):
-        return f"the weight of its {kind} is re-parametrised"
-    return rule.unsupported(module)
-
-
-def _host_exclusion(module: nn.Module) -> str | None:
-    if isinstance(module, nn.Linear):
-        return None
-    if isinstance(module, nn.Conv2d):
-        if module.groups == 1:
-            return None
-        return f"{type(module).__name__} with groups is not supported by the backend"
-    return f"{type(module).__name__} layers are not supported by the backend"
-
-
-def _no_rule(module: nn.Module, attribute: str) -> str:
-    kind = type(module).__name__
-    if any(True for _ in module.children()):
-        return f"{kind}.{attribute} belongs to no layer"
-    return f"{kind} layers are not supported"
-
-
-def layers_of(model: nn.Module, covered: Iterable[str]) -> tuple[Layer, ...]:
-    """The layers that own the covered parameters."""
-    names = frozenset(covered)
-    layers = []
-    for module_name, module in model.named_modules():
-        rule = rule_for(module)
-        if rule is None:
-            continue
-        prefix = f"{module_name}." if module_name else ""
-        weight, bias = (
-            f"{prefix}{attribute}" if f"{prefix}{attribute}" in names else None
-            for attribute in rule.parameters
-        )
-        if weight or bias:
-            layers.append(Layer(module_name, module, rule, weight, bias))
-    return tuple(layers)
+    for supported in (nn.Linear, nn.Conv2d):
+        if isinstance(module, supported) and type(module).forward is supported.forward:
+            if getattr(module, "groups", 1) > 1:
+                return f"{kind} with groups is not supported by the backend"
+            if attribute in ("weight", "bias") and isinstance(module.weight, nn.Parameter):
+                return None
+            return f"{kind}.{attribute} is not supported by the backend"
+    return f"{kind} layers are not supported by the backend"

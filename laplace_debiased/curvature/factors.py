@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.passes import map_calls
-from laplace_debiased.curvature.rows import FactorRule, LayerRows, same_column_factor
+from laplace_debiased.curvature.operations.call import OperationCall
+from laplace_debiased.curvature.passes import parameter_rows, uses_of
+from laplace_debiased.curvature.rows import (
+    BiasRows,
+    BlockRows,
+    FactorRule,
+    MatrixRows,
+    MixedRows,
+)
 from laplace_debiased.curvature.rows.gram import (
     Factor,
     FactorSum,
@@ -25,7 +31,7 @@ from laplace_debiased.curvature.rows.gram import (
     summed,
 )
 from laplace_debiased.curvature.rows.sides import mean_energies, table_multiplicities
-from laplace_debiased.curvature.tape import Calls
+from laplace_debiased.curvature.tape import Cotangents
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.precision import full_precision
 
@@ -103,23 +109,14 @@ def sum_weighted(factors: Sequence[Factor], weights: Sequence[float]) -> Factor:
     return summed([scaled(f, weight) for f, weight in zip(factors, weights, strict=True)])
 
 
-def column_rows(
-    layer: Layer, inputs: Calls, cotangents: Calls, *, columns_only: bool = False
-) -> LayerRows:
-    """Rows of one column, R = 1, from what a :class:`ColumnChunk` holds; float32 or better.
-
-    Args:
-        layer: the layer.
-        inputs: what its module was called with, m samples.
-        cotangents: gradients of the column in its module's outputs.
-        columns_only: as in :class:`LayerCall`.
-    """
-    columns = map_calls(lambda g: full_precision(g).unsqueeze(1), cotangents)
-    return layer.rows_of_calls(inputs, columns, columns_only=columns_only)
-
-
 class FactorAccumulator:
     """Adds up the factors of one fold, chunk by chunk; ``means`` closes it.
+
+    A parameter that several calls read has, on either side, the sum of their columns' factors and
+    the mean of their inputs' factors. A table that is a linear map elsewhere (a tied embedding and
+    head) adds its tokens to the side of the map's columns and its columns to that of the map's
+    inputs. Eigenbases of these factors are as good as any for "ggn" magnitudes, which are exact
+    along them; as "kfac" magnitudes their products also hold terms across the two.
 
     Args:
         names: covered parameters, in order.
@@ -137,47 +134,48 @@ class FactorAccumulator:
         self._names = tuple(names)
         self._rule = FactorRule(summed_bias)
         self._thin = thin
+        self._of_rows: dict[str, FactorSum] = defaultdict(FactorSum)
         self._of_columns: dict[str, FactorSum] = defaultdict(FactorSum)
-        self._of_inputs: dict[str, FactorSum] = defaultdict(FactorSum)
-        self._transposed: dict[str, bool] = {}
 
-    def add_inputs(self, layer: Layer, inputs: Calls, counts: Tensor | None = None) -> None:
-        """Add a layer's inputs to the input factor of its weight; its calls count alike.
+    def add_inputs(self, calls: Sequence[OperationCall], counts: Tensor | None = None) -> None:
+        """Add what calls read to the factors of the parameters that act on it.
 
         Args:
-            layer: the layer.
-            inputs: what its module was called with, m samples.
+            calls: of m samples.
             counts: multiplicity of every sample [m]; None for ones.
         """
-        if layer.weight is None:
-            return
-        for call in inputs:
-            factor = layer.rule.input_factor(layer.module, call, counts)
-            if factor is None:
-                continue
-            mean = scaled(factor, 1 / len(inputs)) if len(inputs) > 1 else factor
-            self._add(self._of_inputs, layer.weight, mean)
-            if layer.rule.transposed:
-                self._transposed[layer.weight] = True
+        for name, places in uses_of(calls).items():
+            if len({calls[index].uses[slot].place.shape for index, slot in places}) > 1:
+                continue  # written out as a vector, which has no inputs
+            sides = [calls[index].inputs_act_on_rows(slot) for index, slot in places]
+            for (index, slot), on_rows in zip(places, sides, strict=True):
+                factor = calls[index].input_factor(slot, counts)
+                if factor is not None:
+                    mean = factor if len(sides) == 1 else scaled(factor, 1 / sides.count(on_rows))
+                    self._add(self._of_rows if on_rows else self._of_columns, name, mean)
 
-    def add_column(self, layer: Layer, inputs: Calls, cotangents: Calls) -> None:
-        """Add one back-propagated column to the factors of a layer's columns.
+    def add_column(self, calls: Sequence[OperationCall], column: Sequence[Cotangents]) -> None:
+        """Add one back-propagated column to the factors of the parameters' columns.
 
         Args:
-            layer: the layer.
-            inputs: as in :meth:`add_inputs`, of the same samples.
-            cotangents: gradients in its module's outputs, each scaled by the square root of its
-                sample's weight.
+            calls: of m samples.
+            column: gradients in what every call wrote [m, ...], each scaled by the square root of
+                its sample's weight.
         """
-        rows = column_rows(layer, inputs, cotangents, columns_only=True)
-        factor = None
-        if rows.weight is not None:
-            factor = rows.weight.column_factor(self._rule)
-            self._add(self._of_columns, layer.parameter_of("weight"), factor)
-        if rows.bias is not None:
-            if factor is None or not same_column_factor(rows, self._rule):
-                factor = rows.bias.column_factor(self._rule)
-            self._add(self._of_columns, layer.parameter_of("bias"), factor)
+        columns = with_column_axis(column)
+        latest: tuple[Tensor, Factor] | None = None  # weight and bias often have one factor
+        for name, places in uses_of(calls).items():
+            rows = parameter_rows(calls, places, columns, columns_only=True)
+            if rows is None:
+                continue
+            for part in rows.parts if isinstance(rows, MixedRows) else (rows,):
+                is_gram = _is_gram(part, self._rule)
+                if is_gram and latest is not None and _is_same_memory(part.columns, latest[0]):
+                    factor = latest[1]
+                else:
+                    factor = part.column_factor(self._rule)
+                    latest = (part.columns, factor) if is_gram else latest
+                self._add(self._of_columns if part.transposed else self._of_rows, name, factor)
 
     def _add(self, sums: dict[str, FactorSum], name: str, factor: Factor) -> None:
         sums[name].add(factor if self._thin else dense(factor))
@@ -185,21 +183,19 @@ class FactorAccumulator:
     def state(self) -> dict[str, Any]:
         """The sums so far: tensors and plain values, to be given to :meth:`restore`."""
         return {
+            "rows": _sums_to_state(self._of_rows),
             "columns": _sums_to_state(self._of_columns),
-            "inputs": _sums_to_state(self._of_inputs),
-            "transposed": dict(self._transposed),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Add what another's :meth:`state` holds."""
+        _add_state(self._of_rows, state["rows"])
         _add_state(self._of_columns, state["columns"])
-        _add_state(self._of_inputs, state["inputs"])
-        self._transposed |= state["transposed"]
 
     def clear(self) -> None:
         """Forget the sums."""
+        self._of_rows.clear()
         self._of_columns.clear()
-        self._of_inputs.clear()
 
     def means(self, n_samples: float) -> KroneckerFactors:
         """Per-sample means over ``n_samples`` draws.
@@ -209,19 +205,40 @@ class FactorAccumulator:
         """
         blocks = []
         for name in self._names:
-            if name not in self._of_columns:
+            if name not in self._of_rows:
                 raise RuntimeError(
                     f"parameter {name!r} did not affect the model's outputs on any sample of a "
                     "fold; freeze it with requires_grad_(False)."
                 )
-            columns = divided(self._of_columns[name].value(), n_samples)
-            inputs = None
-            if name in self._of_inputs:
-                inputs = divided(self._of_inputs[name].value(), n_samples)
-                if name in self._transposed:
-                    columns, inputs = inputs, columns
-            blocks.append(BlockFactors(name, columns, inputs))
+            rows = divided(self._of_rows[name].value(), n_samples)
+            columns = None
+            if name in self._of_columns:
+                columns = divided(self._of_columns[name].value(), n_samples)
+            blocks.append(BlockFactors(name, rows, columns))
         return KroneckerFactors(tuple(blocks), n_samples)
+
+
+def with_column_axis(column: Sequence[Cotangents]) -> list[Cotangents]:
+    """One column [m, ...] of every call as R = 1 of them [m, 1, ...]; float32 or better."""
+    return [
+        None if pulled is None else tuple(full_precision(g).unsqueeze(1) for g in pulled)
+        for pulled in column
+    ]
+
+
+def _is_gram(rows: BlockRows, rule: FactorRule) -> bool:
+    """Whether a factor of columns is their plain Gram matrix."""
+    if isinstance(rows, BiasRows):
+        return not rule.summed_bias or rows.columns.shape[2] == 1
+    return type(rows) is MatrixRows
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    return (one.data_ptr(), one.shape, one.stride()) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,11 +285,9 @@ class MagnitudeAccumulator:
         self._basis = {block.name: block for block in basis}
         self._tables: dict[str, Tensor] = {}
 
-    def add(self, layer: Layer, rows: LayerRows, coefficients: Tensor) -> None:
-        """Add one layer's rows with coefficients c [m]."""
-        for part, block in rows.blocks():
-            name = layer.parameter_of(part)
-            _add_to(self._tables, name, block.curvature(self._basis[name], coefficients))
+    def add(self, name: str, rows: BlockRows, coefficients: Tensor) -> None:
+        """Add a parameter's rows with coefficients c [m]."""
+        _add_to(self._tables, name, rows.curvature(self._basis[name], coefficients))
 
     def state(self) -> dict[str, Any]:
         """The sums so far, to be given to :meth:`restore`."""

@@ -3,23 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.linear_head import check_linear_head
-from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns, written_out
-from laplace_debiased.curvature.rows import LayerRows
+from laplace_debiased.curvature.operations import (
+    LinearRule,
+    OperationCall,
+    OperationRule,
+    Place,
+    Use,
+)
+from laplace_debiased.curvature.passes import (
+    Chunk,
+    ColumnChunk,
+    Columns,
+    parameter_rows,
+    uses_of,
+    written_out,
+)
+from laplace_debiased.curvature.rows import BlockRows
 from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
 from laplace_debiased.network.last_layer import reduced, watching
 from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import full_precision
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A network's last layer.
+
+    Attributes:
+        name: its qualified name.
+        module: the layer.
+        weight: name of its weight, if that is covered.
+        bias: name of its bias, if that is covered.
+    """
+
+    name: str
+    module: nn.Linear
+    weight: str | None
+    bias: str | None
+
+    def call(self, features: Tensor, rule: OperationRule) -> OperationCall:
+        """The layer's call on features [m, D]."""
+        shape = tuple(self.module.weight.shape)
+        uses = {}
+        if self.weight is not None:
+            uses["weight"] = Use(self.weight, Place(shape, (0, 0), shape))
+        if self.bias is not None:
+            uses["bias"] = Use(self.bias, Place(shape[:1], (0,), shape[:1]))
+        return OperationCall("linear", rule, uses, (features,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,20 +70,22 @@ class FeaturePass:
 
     Args:
         model: the user's network; left untouched.
-        layer: its last layer.
+        head: its last layer.
         reduction: how features of more than two dimensions are reduced, or None.
         byte_budget: working memory of one chunk, in bytes.
+        rule: how the head reads its parameters.
     """
 
     model: nn.Module
-    layer: Layer
+    head: Head
     reduction: FeatureReduction | None = None
     byte_budget: int = DEFAULT_BYTE_BUDGET
+    rule: OperationRule = field(default_factory=LinearRule)
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The last layer."""
-        return (self.layer,)
+    def names(self) -> tuple[str, ...]:
+        """The covered parameters."""
+        return tuple(name for name in (self.head.weight, self.head.bias) if name is not None)
 
     @property
     def device(self) -> torch.device:
@@ -56,14 +98,14 @@ class FeaturePass:
         Raises:
             ValueError: if the outputs are not W φ + b.
         """
-        inputs, head = to_device(inputs, self.device), self._head
+        inputs, head = to_device(inputs, self.device), self.head.module
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
             with evaluation_mode(self.model), watching(head) as seen:
                 outputs = invoke(self.model, inputs)
         if not isinstance(outputs, Tensor) or seen.features is None:
             raise ValueError(
-                f"the network does not return the outputs of its last layer {self.layer.name!r}."
+                f"the network does not return the outputs of its last layer {self.head.name!r}."
             )
         check_outputs(outputs, batch_length(inputs))
         features = reduced(seen.features, self.reduction)
@@ -73,11 +115,11 @@ class FeaturePass:
         width = head.in_features
         if features.shape[1] != width:
             raise ValueError(
-                f"the last layer {self.layer.name!r} maps {width} features, but the network gives "
+                f"the last layer {self.head.name!r} maps {width} features, but the network gives "
                 f"{features.shape[1]} per sample. Pass feature_reduction='pick_first', 'pick_last' "
                 "or 'average', as the model itself reduces them."
             )
-        check_linear_head(self.layer.name, head, outputs, features, dtypes)
+        check_linear_head(self.head.name, head, outputs, features, dtypes)
         return outputs, features
 
     def outputs(self, inputs: Any) -> Tensor:
@@ -85,14 +127,9 @@ class FeaturePass:
         return self.features(inputs)[0].detach()
 
     @property
-    def _head(self) -> nn.Linear:
-        assert isinstance(self.layer.module, nn.Linear)
-        return self.layer.module
-
-    @property
     def n_outputs(self) -> int:
         """C."""
-        return self._head.out_features
+        return self.head.module.out_features
 
     def output_shape(self, inputs: Any) -> torch.Size:
         """[C]."""
@@ -100,7 +137,7 @@ class FeaturePass:
 
     def columns_that_fit(self, inputs: Any) -> int:
         """How many columns of one sample fit the byte budget; at least one."""
-        each = 4 * (4 * self._head.out_features + self._head.in_features)
+        each = 4 * (4 * self.head.module.out_features + self.head.module.in_features)
         return max(1, self.byte_budget // each)
 
     def chunks(
@@ -132,14 +169,18 @@ class FeaturePass:
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
             to_pull = written_out(columns(outputs[rows], rows)).unbind(-1)
-            name = self.layer.name
-            each = ({name: ((column,),)} for column in to_pull)
-            yield ColumnChunk(rows, outputs[rows], {name: ((features[rows],),)}, each)
+            each = ([(column,)] for column in to_pull)
+            calls = (self.head.call(features[rows], self.rule),)
+            yield ColumnChunk(rows, outputs[rows], calls, each)
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
-        to_pull = written_out(columns(outputs, rows))
+        calls = [self.head.call(features, self.rule)]
+        pulled = [(written_out(columns(outputs, rows)).transpose(1, 2),)]
 
-        def layer_rows(layer: Layer) -> LayerRows:
-            return layer.rows((features,), (to_pull.transpose(1, 2),))
+        def blocks() -> Iterator[tuple[str, BlockRows]]:
+            for name, places in uses_of(calls).items():
+                found = parameter_rows(calls, places, pulled)
+                assert found is not None
+                yield name, found
 
-        return Chunk(rows, outputs, (self.layer,), layer_rows)
+        return Chunk(rows, outputs, blocks())

@@ -1,146 +1,155 @@
-"""What only a forward pass shows about a layer: unused, or not what its rule assumes."""
+"""What only a forward pass shows about a parameter: unused, or read in ways that no rule knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.coverage import UNUSED
-from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.passes import map_calls
-from laplace_debiased.curvature.tape import Calls, LayerTape, record
+from laplace_debiased.curvature.coverage import UNUSED, Coverage
+from laplace_debiased.curvature.general import GeneralRows, is_general
+from laplace_debiased.curvature.operations.call import OperationCall
+from laplace_debiased.curvature.passes import parameter_rows, uses_of
+from laplace_debiased.curvature.recorder import record
+from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.errors import ModelCallError, NumericalError
 from laplace_debiased.network.inputs import batch_length, select_rows, to_device
+from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.outputs import check_outputs, check_repeatable
 from laplace_debiased.network.precision import full_precision
 
 MISMATCH = (
-    "its gradient is not the sum over positions that its layer type implies: the layer's first "
-    "dimension is not the batch, or its parameters are used outside of the layer too"
-)
-BROADCAST = (
-    "it reads one row for the whole batch, and the model needs its output in that very shape"
+    "its gradient is not the sum over positions that its operations imply: their first dimension "
+    "is not the batch, or they mix samples"
 )
 _TOLERANCE = 2e-2
 """Relative, norm-wise. Round-off of float32 stays below 1e-4; a wrong layout is off by order 1."""
 
+_NOISE = 1e-6
+"""Of the largest gradient: a bias of keys, say, has no gradient but what round-off leaves."""
 
-def layer_problems(model: nn.Module, layers: tuple[Layer, ...], inputs: Any) -> dict[str, str]:
-    """Reasons, by parameter name, why layers cannot be covered after all.
 
-    Two samples go through the network. For each layer, the gradient of the *first* sample's
-    outputs in the parameters must equal what the recorded inputs and pull-backs of the first
-    sample give. Layers with another dimension in front, weights that are also used elsewhere, and
-    layers that mix samples fail this.
+def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
+    """What is left of a coverage after a look at what the network does with its parameters.
+
+    Two samples go through the network. For each parameter, the gradient of the *first* sample's
+    outputs must equal what the recorded inputs and pull-backs of the first sample give. Operations
+    with another dimension in front, and networks that mix samples, fail this. Small parameters
+    whose operations have no rule go through ``torch.func`` where the network allows that.
 
     Args:
         model: the network.
-        layers: the layers to examine.
+        coverage: which parameters to examine.
         inputs: some model inputs; at most two samples are used.
 
     Raises:
         ValueError: if the outputs are not [m, C], or differ between two forward passes.
         NumericalError: if one is NaN or infinite.
     """
-    device = next(model.parameters()).device
+    device, names = next(model.parameters()).device, coverage.covered
     probe = select_rows(to_device(inputs, device), slice(0, min(2, batch_length(inputs))))
     try:
-        tape, fixed = _record(model, layers, probe)
+        tape = record(model, names, probe)
     except ModelCallError:  # perhaps a network that takes one sample at a time; else it shows again
         probe = select_rows(probe, slice(0, 1))
-        tape, fixed = _record(model, layers, probe)
+        tape = record(model, names, probe)
     check_outputs(tape.outputs, batch_length(probe), positions=True)
     check_repeatable(tape.outputs, record(model, (), probe).outputs)
-    problems: dict[str, str] = {}
-    usable = []
-    for layer in layers:
-        if layer.name in fixed:
-            problems |= dict.fromkeys(layer.parameter_names, BROADCAST)
-        elif layer.name not in tape.calls:
-            problems |= dict.fromkeys(layer.parameter_names, UNUSED)
-        else:
-            usable.append(layer)
-    if usable:
-        problems |= _gradient_problems(tape, usable, model)
-    return problems
+    seen = uses_of(tape.calls)
+    problems = {name: UNUSED for name in names if name not in seen and name not in tape.refused}
+    for name, why in list(tape.refused.items()):
+        if not is_general(tape, name):
+            problems[name] = f"it goes through {why}"
+            del tape.refused[name]
+    problems |= _gradient_problems(model, tape, probe)
+    general = frozenset(tape.refused) - problems.keys()
+    return replace(coverage.without(problems), general=general)
 
 
-def _record(
-    model: nn.Module, layers: tuple[Layer, ...], probe: Any
-) -> tuple[LayerTape, frozenset[str]]:
-    """A tape, and the layers whose output the model does not take written out over the batch."""
-    broadcast: set[str] = set()
-    try:
-        return record(model, layers, probe, broadcast), frozenset()
-    except (RuntimeError, ValueError, AssertionError):
-        if not broadcast:
-            raise
-    fixed = frozenset(broadcast)
-    return record(model, [layer for layer in layers if layer.name not in fixed], probe), fixed
-
-
-def _gradient_problems(tape: LayerTape, layers: list[Layer], model: nn.Module) -> dict[str, str]:
+def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, str]:
+    tape.check_inputs()
     outputs = tape.outputs
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
     cotangent = cotangent.to(outputs.device, outputs.dtype)
-    pulled = tape.pull_back(cotangent)
-    parameters = dict(model.named_parameters())
-    names = [name for layer in layers for name in layer.parameter_names]
-    first = torch.zeros_like(cotangent)
-    first[0] = cotangent[0]
-    gradients = torch.autograd.grad(
-        outputs, [parameters[name] for name in names], grad_outputs=first, allow_unused=True
-    )
-    expected: dict[str, Tensor | None] = dict(zip(names, gradients, strict=True))
-    problems: dict[str, str] = {}
-    for layer in layers:
-        if layer.name not in pulled:
-            problems |= dict.fromkeys(layer.parameter_names, UNUSED)
-        elif not _matches(tape, layer, pulled[layer.name], expected):
-            problems |= dict.fromkeys(layer.parameter_names, MISMATCH)
+    calls, pulled = list(tape.calls), tape.pull_back(cotangent)
+    problems = {}
+    if tape.refused:
+        try:
+            general = GeneralRows.of(model, tape, tape.refused, probe)
+            pulled += general.pull_back(cotangent)
+            calls += general.calls
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            problems = {
+                name: f"it goes through {why}, and torch.func cannot vectorise the network"
+                for name, why in tape.refused.items()
+            }
+    uses = uses_of(calls)
+    expected = _first_gradients(tape, cotangent, uses)
+    first = [call.with_inputs(lambda a: full_precision(a.detach()[:1])) for call in calls]
+    columns: list[Cotangents] = [
+        None if found is None else tuple(full_precision(g[:1]).unsqueeze(1) for g in found)
+        for found in pulled
+    ]
+    norms = [float(g.norm()) for g in expected.values() if g is not None]
+    noise = _NOISE * max(norms, default=0.0)
+    for name, places in uses.items():
+        _require_finite(name, [calls[index] for index, _ in places])
+        if all(columns[index] is None for index, _ in places):
+            problems[name] = UNUSED
+        elif not _matches(first, places, columns, expected[name], noise):
+            why = tape.refused.get(name)
+            problems[name] = MISMATCH if why is None else f"it goes through {why}"
     return problems
 
 
+def _first_gradients(
+    tape: Tape, cotangent: Tensor, names: Collection[str]
+) -> dict[str, Tensor | None]:
+    """Gradients of the first sample's outputs by automatic differentiation."""
+    if not names:
+        return {}
+    first = torch.zeros_like(cotangent)
+    first[0] = cotangent[0]
+    leaves = [tape.parameters[name] for name in names]
+    gradients = torch.autograd.grad(tape.outputs, leaves, grad_outputs=first, allow_unused=True)
+    return dict(zip(names, gradients, strict=True))
+
+
 def _matches(
-    tape: LayerTape, layer: Layer, cotangents: Calls, expected: dict[str, Tensor | None]
+    calls: Sequence[OperationCall],
+    places: Sequence[tuple[int, str]],
+    columns: Sequence[Cotangents],
+    expected: Tensor | None,
+    noise: float,
 ) -> bool:
-    m = len(tape.outputs)
-    inputs = tape.inputs_of(layer.name)
-    tensors = [tensor for calls in (inputs, cotangents) for call in calls for tensor in call]
-    _require_finite(layer.name, tensors)
-    if any(tensor.ndim == 0 or len(tensor) != m for tensor in tensors):
-        return False
     try:
-        rows = layer.rows_of_calls(
-            map_calls(lambda a: full_precision(a.detach()[:1]), inputs),
-            map_calls(lambda g: full_precision(g[:1].unsqueeze(1)), cotangents),
-        )
-    except ValueError:
+        rows = parameter_rows(calls, places, columns)
+    except (ValueError, TypeError):
         return False
-    return all(
-        _close(block.gradients(), expected[layer.parameter_of(part)])
-        for part, block in rows.blocks()
-    )
+    return rows is not None and _close(rows.gradients(), expected, noise)
 
 
-def _require_finite(name: str, tensors: Iterable[Tensor]) -> None:
-    """Check a layer before its gradients are compared: NaN is no sign of another layout.
+def _require_finite(name: str, calls: Sequence[OperationCall]) -> None:
+    """Check what is read before gradients are compared: NaN is no sign of another layout.
 
     Raises:
-        NumericalError: naming the layer.
+        NumericalError: naming the parameter.
     """
-    if not all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors):
+    tensors = [tensor.detach() for call in calls for tensor in call.inputs]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise NumericalError(
-            f"an input or gradient of layer {name!r} is NaN or infinite, although the outputs are "
+            f"an input of an operation with {name!r} is NaN or infinite, although the outputs are "
             "not. Check the training data for NaN and infinite values."
         )
 
 
-def _close(actual: Tensor, expected: Tensor | None) -> bool:
+def _close(actual: Tensor, expected: Tensor | None, noise: float) -> bool:
     if expected is None:
         return False
     expected = expected.to_dense() if expected.is_sparse else expected
@@ -148,4 +157,4 @@ def _close(actual: Tensor, expected: Tensor | None) -> bool:
     if actual.numel() != expected.numel():
         return False
     scale = torch.maximum(actual.norm(), expected.norm())
-    return bool((actual - expected).norm() <= _TOLERANCE * scale)
+    return bool((actual - expected).norm() <= _TOLERANCE * scale + noise)

@@ -26,7 +26,7 @@ from laplace_debiased.curvature.rows.gram import (
 from laplace_debiased.parallel import Ranks, summed
 
 Key = tuple[int, str, str]
-"""Which fold, "columns" or "inputs", and the parameter's name."""
+"""Which fold, which side of the parameter as a matrix ("rows" or "columns"), and its name."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,15 @@ def factors_over_ranks(ranks: Ranks, sums: Sequence[FactorAccumulator]) -> None:
     own: dict[Key, Factor] = {
         (fold, side, name): factor_from_state(value)
         for fold, state in enumerate(states)
-        for side in ("columns", "inputs")
+        for side in ("rows", "columns")
         for name, value in state[side].items()
     }
     found = summed_factors(ranks, own)
-    transposed = ranks.gathered("transposed weights", [state["transposed"] for state in states])
     for fold, one in enumerate(sums):
-        total: dict[str, Any] = {"columns": {}, "inputs": {}, "transposed": {}}
+        total: dict[str, Any] = {"rows": {}, "columns": {}}
         for (of_fold, side, name), factor in found.items():
             if of_fold == fold:
                 total[side][name] = factor_to_state(factor)
-        for theirs in transposed:
-            total["transposed"] |= theirs[fold]
         one.clear()
         one.restore(total)
 

@@ -1,9 +1,9 @@
-"""Passes over a batch, layer by layer, in chunks that fit a byte budget."""
+"""Passes over a batch in chunks that fit a byte budget: forward, and columns pulled back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.rows import LayerRows
-from laplace_debiased.curvature.tape import Calls, LayerTape, record
+from laplace_debiased.curvature.general import GeneralRows
+from laplace_debiased.curvature.operations.call import OperationCall
+from laplace_debiased.curvature.recorder import record
+from laplace_debiased.curvature.rows import BlockRows, joined_rows
+from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes, to_device
 from laplace_debiased.network.modes import math_attention
 from laplace_debiased.network.outputs import check_outputs
@@ -58,6 +60,8 @@ class UnitColumns:
 Columns = Callable[[Tensor, slice], "Tensor | UnitColumns"]
 """From outputs [m, C] of the given rows of a batch to the columns [m, C, R] to pull back."""
 
+Uses = dict[str, list[tuple[int, str]]]
+"""By parameter name, which calls read it, and in which slot."""
 
 _STREAMING = 2
 """A pass that streams its columns takes this part of the byte budget: on a ResNet-20 chunks of
@@ -71,14 +75,13 @@ class Chunk:
     Attributes:
         rows: which samples of the batch.
         outputs: network outputs [m, C].
-        layer_rows: computes one layer's rows on demand, so that only one layer's patches are held.
-        layers: the layers that affect the outputs.
+        blocks: walks the parameters that affect the outputs, once, with their rows; computed on
+            demand, so that only one parameter's patches are held.
     """
 
     rows: slice
     outputs: Tensor
-    layers: tuple[Layer, ...]
-    layer_rows: Callable[[Layer], LayerRows]
+    blocks: Iterable[tuple[str, BlockRows]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,23 +94,23 @@ class ColumnChunk:
     Attributes:
         rows: which samples of the batch.
         outputs: network outputs [m, C].
-        inputs: by layer name, the recorded layer inputs.
-        columns: walks the R columns, once: by layer name, gradients in the layer's output, of the
-            model's dtype. Layers that do not affect the outputs are missing.
+        calls: what was recorded.
+        columns: walks the R columns, once: gradients in what every call wrote [m, ...], of the
+            model's dtype; None where a call does not affect the outputs.
     """
 
     rows: slice
     outputs: Tensor
-    inputs: Mapping[str, Calls]
-    columns: Iterator[Mapping[str, Calls]]
+    calls: tuple[OperationCall, ...]
+    columns: Iterator[Sequence[Cotangents]]
 
 
 class CurvaturePass(Protocol):
-    """Walks a batch: forward, pull back columns, and hand over every layer's rows."""
+    """Walks a batch: forward, pull back columns, and hand over every parameter's rows."""
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The covered layers."""
+    def names(self) -> tuple[str, ...]:
+        """The covered parameters."""
 
     def chunks(
         self,
@@ -147,23 +150,60 @@ def identity_columns(outputs: Tensor, rows: slice) -> Tensor:
     return eye.reshape(*shape, n_outputs).expand(m, *shape, n_outputs)
 
 
+def uses_of(calls: Sequence[OperationCall]) -> Uses:
+    """Which calls read which parameter, in the order of the calls."""
+    found: Uses = {}
+    for index, call in enumerate(calls):
+        for slot, use in call.uses.items():
+            found.setdefault(use.name, []).append((index, slot))
+    return found
+
+
+def parameter_rows(
+    calls: Sequence[OperationCall],
+    places: Sequence[tuple[int, str]],
+    columns: Sequence[Cotangents],
+    *,
+    columns_only: bool = False,
+) -> BlockRows | None:
+    """Rows of one parameter from all calls that read it; None if none affects the outputs.
+
+    Args:
+        calls: what was recorded.
+        places: which of them read the parameter, and in which slot.
+        columns: by call, R columns [m, R, ...] at what it wrote.
+        columns_only: leave out the inputs, for the factor of the columns.
+    """
+    # What is a matrix here and a vector there is written out, which takes the inputs.
+    alike = len({calls[index].uses[slot].place.shape for index, slot in places}) == 1
+    found = []
+    for index, slot in places:
+        pulled = columns[index]
+        if pulled is not None:
+            rows = calls[index].rows(slot, pulled, columns_only=columns_only and alike)
+            found.append(rows)
+    return joined_rows(found) if found else None
+
+
 @dataclass(frozen=True, eq=False)
 class BackwardPass:
     """The general pass: one forward pass per chunk, one backward pass per column.
 
     Memory of a chunk is that of its graph, of R gradients at every recorded output and of one
-    layer's patches and Jacobian; the chunk length follows from ``byte_budget``. No result depends
-    on it.
+    parameter's patches and Jacobian; the chunk length follows from ``byte_budget``. No result
+    depends on it.
 
     Args:
         model: the network; left untouched.
-        layers: its covered layers.
+        names: its covered parameters.
         byte_budget: working memory of one chunk, in bytes.
+        general: those of the parameters whose operations have no rule.
     """
 
     model: nn.Module
-    layers: tuple[Layer, ...]
+    names: tuple[str, ...]
     byte_budget: int = DEFAULT_BYTE_BUDGET
+    general: frozenset[str] = frozenset()
     _footprints: dict[tuple, Footprint] = field(default_factory=dict, repr=False)
 
     @property
@@ -206,7 +246,10 @@ class BackwardPass:
         """
         inputs = to_device(inputs, self.device)
         for rows, part in self._parts(inputs, n_columns, self.byte_budget):
-            yield self._chunk(part, rows, columns, differentiable)
+            # The fused attention kernels cannot be differentiated twice.
+            with math_attention() if differentiable else nullcontext():
+                taped = self._taped(part, rows)
+            yield self._chunk(taped, rows, columns, differentiable)
 
     def column_chunks(
         self, inputs: Any, columns: Columns, *, n_columns: int | None = None
@@ -214,16 +257,11 @@ class BackwardPass:
         """Forward, then one pull-back at a time, chunk by chunk; arguments as in ``chunks``."""
         inputs = to_device(inputs, self.device)
         for rows, part in self._parts(inputs, 1, self.byte_budget // _STREAMING):
-            tape = record(self.model, self.layers, part)
-            check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
-            outputs = full_precision(tape.outputs.detach())
-            recorded = {
-                layer.name: map_calls(_detached, tape.inputs_of(layer.name))
-                for layer in self.layers
-                if layer.name in tape.calls
-            }
-            to_pull = columns(outputs, rows).to(tape.outputs.dtype)
-            yield ColumnChunk(rows, outputs, recorded, _pull_back_each(tape, to_pull))
+            taped = self._taped(part, rows)
+            outputs = full_precision(taped.tape.outputs.detach())
+            calls = tuple(call.with_inputs(_detached) for call in taped.calls)
+            to_pull = columns(outputs, rows).to(taped.tape.outputs.dtype)
+            yield ColumnChunk(rows, outputs, calls, taped.pull_back_each(to_pull))
 
     def _parts(
         self, inputs: Any, n_columns: int | None, byte_budget: int
@@ -236,23 +274,22 @@ class BackwardPass:
             rows = slice(start, min(start + step, length))
             yield rows, inputs if rows == slice(0, length) else select_rows(inputs, rows)
 
-    def _chunk(self, inputs: Any, rows: slice, columns: Columns, differentiable: bool) -> Chunk:
-        # The fused attention kernels cannot be differentiated twice.
-        with math_attention() if differentiable else nullcontext():
-            tape = record(self.model, self.layers, inputs)
+    def _taped(self, inputs: Any, rows: slice) -> _Taped:
+        tape = record(self.model, self.names, inputs, self.general)
         check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
-        outputs = full_precision(tape.outputs if differentiable else tape.outputs.detach())
+        tape.check_inputs()
+        general = [name for name in self.names if name in self.general]
+        return _Taped(tape, GeneralRows.of(self.model, tape, general, inputs))
+
+    def _chunk(self, taped: _Taped, rows: slice, columns: Columns, differentiable: bool) -> Chunk:
+        outputs = taped.tape.outputs
+        outputs = full_precision(outputs if differentiable else outputs.detach())
+        convert = full_precision if differentiable else _detached
+        calls = [call.with_inputs(convert) for call in taped.calls]
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-            to_pull = columns(outputs, rows).to(tape.outputs.dtype)
-            stacks = _pull_back_all(tape, to_pull, differentiable)
-        present = tuple(layer for layer in self.layers if stacks.get(layer.name))
-
-        def layer_rows(layer: Layer) -> LayerRows:
-            inputs = tape.inputs_of(layer.name)
-            inputs = map_calls(full_precision if differentiable else _detached, inputs)
-            return layer.rows_of_calls(inputs, _stacked(stacks.pop(layer.name)))
-
-        return Chunk(rows, outputs, present, layer_rows)
+            to_pull = columns(outputs, rows).to(taped.tape.outputs.dtype)
+            stacks = _stacked(list(taped.pull_back_each(to_pull, differentiable)), len(calls))
+        return Chunk(rows, outputs, _blocks(calls, stacks))
 
     def _chunk_length(
         self, inputs: Any, length: int, n_columns: int | None, byte_budget: int
@@ -267,51 +304,73 @@ class BackwardPass:
         if key not in self._footprints:
             if batch_length(inputs) == 0:
                 raise ValueError("the model inputs hold no sample.")
-            tape = record(self.model, self.layers, select_rows(inputs, slice(0, 1)))
+            tape = record(self.model, self.names, select_rows(inputs, slice(0, 1)), self.general)
             check_outputs(tape.outputs, 1, positions=True)
-            self._footprints[key] = Footprint.of(tape, self.layers)
+            self._footprints[key] = Footprint.of(tape)
         return self._footprints[key]
 
 
-def _pull_back_all(
-    tape: LayerTape, columns: Tensor | UnitColumns, differentiable: bool
-) -> dict[str, list[Calls]]:
-    stacks: dict[str, list[Calls]] = {}
-    for pulled in _pull_back_each(tape, columns, differentiable):
-        for name, calls in pulled.items():
-            stacks.setdefault(name, []).append(calls)
-    return stacks
+@dataclass(frozen=True, eq=False)
+class _Taped:
+    """A tape, and beside it the rows of parameters that no rule knows."""
 
+    tape: Tape
+    general: GeneralRows
 
-def _pull_back_each(
-    tape: LayerTape, columns: Tensor | UnitColumns, differentiable: bool = False
-) -> Iterator[dict[str, Calls]]:
-    """One pull-back per column of ``columns`` [m, C, R]; nothing where no layer was recorded."""
-    n_columns = columns.shape[-1] if tape.calls else 0
-    for r in range(n_columns):
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+    @property
+    def calls(self) -> tuple[OperationCall, ...]:
+        return (*self.tape.calls, *self.general.calls)
+
+    def pull_back_each(
+        self, columns: Tensor | UnitColumns, differentiable: bool = False
+    ) -> Iterator[Sequence[Cotangents]]:
+        """One pull-back per column of ``columns`` [m, C, R]; nothing where nothing is recorded."""
+        n_columns = columns.shape[-1] if self.calls else 0
+        for r in range(n_columns):
             column = columns.column(r) if isinstance(columns, UnitColumns) else columns[..., r]
-            pulled = tape.pull_back(
-                column, create_graph=differentiable, retain_graph=r + 1 < n_columns
-            )
-        yield pulled
-
-
-def map_calls(function: Callable[[Tensor], Tensor], calls: Calls) -> Calls:
-    """A function of every tensor of a layer's calls."""
-    return tuple(tuple(function(tensor) for tensor in call) for call in calls)
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+                pulled = self.tape.pull_back(
+                    column, create_graph=differentiable, retain_graph=r + 1 < n_columns
+                )
+                pulled += self.general.pull_back(column)
+            yield pulled
 
 
 def _detached(tensor: Tensor) -> Tensor:
     return full_precision(tensor.detach())
 
 
-def _stacked(columns: list[Calls]) -> Calls:
-    """R columns of a layer's calls as one [m, R, ...] per tensor."""
-    return tuple(
-        tuple(full_precision(torch.stack(parts, dim=1)) for parts in zip(*call, strict=True))
-        for call in zip(*columns, strict=True)
-    )
+def _stacked(columns: list[Sequence[Cotangents]], n_calls: int) -> list[Cotangents]:
+    """R columns of every call as one [m, R, ...] per tensor; the columns are used up."""
+    stacks: list[Cotangents] = []
+    for index in range(n_calls):
+        parts = [column[index] for column in columns]
+        if any(part is None for part in parts) or not parts:
+            stacks.append(None)
+            continue
+        stacks.append(
+            tuple(
+                full_precision(torch.stack(tensors, dim=1))
+                for tensors in zip(*(part for part in parts if part is not None), strict=True)
+            )
+        )
+    return stacks
+
+
+def _blocks(
+    calls: Sequence[OperationCall], stacks: list[Cotangents]
+) -> Iterator[tuple[str, BlockRows]]:
+    """Rows of every parameter; columns are let go when their last reader has had them."""
+    uses = uses_of(calls)
+    waiting = [len(call.uses) for call in calls]
+    for name, places in uses.items():
+        rows = parameter_rows(calls, places, stacks)
+        for index, _ in places:
+            waiting[index] -= 1
+            if waiting[index] == 0:
+                stacks[index] = None
+        if rows is not None:
+            yield name, rows
 
 
 @dataclass(frozen=True)
@@ -319,7 +378,7 @@ class Footprint:
     """Working memory of one sample in a pass, from a tape of one sample.
 
     The graph holds about two tensors per recorded output (before and after its non-linearity);
-    the columns one per output and column; one layer at a time holds its patches twice and two
+    the columns one per output and column; one parameter at a time holds its patches twice and two
     arrays of the size of its rotated gradients.
 
     Attributes:
@@ -327,32 +386,32 @@ class Footprint:
         element: bytes of a number.
         inputs: entries of all recorded inputs.
         written: entries of all recorded outputs.
-        layers: per layer, entries of its patches and of one column's rows.
+        parameters: per parameter, entries of its patches and of one column's rows.
     """
 
     outputs: torch.Size
     element: int
     inputs: int
     written: int
-    layers: tuple[tuple[int, int], ...]
+    parameters: tuple[tuple[int, int], ...]
 
     @staticmethod
-    def of(tape: LayerTape, layers: tuple[Layer, ...]) -> Footprint:
+    def of(tape: Tape) -> Footprint:
         """From a tape of one sample."""
         read = written = 0
-        sizes = []
-        for layer in layers:
-            patches = working = 0
-            for call in tape.calls.get(layer.name, ()):
-                n_outputs = sum(shape.numel() for shape in call.shapes)
+        calls = [call.with_inputs(_detached) for call in tape.calls]
+        zeros: list[Cotangents] = []
+        zero = tape.outputs.detach().new_zeros(())
+        for call, shapes in zip(calls, tape.shapes, strict=True):
+            if call.uses:
                 read += sum(tensor.numel() for tensor in call.inputs)
-                written += n_outputs
-                zeros = (tape.outputs.new_zeros(shape).unsqueeze(1) for shape in call.shapes)
-                rows = layer.rows(tuple(map(_detached, call.inputs)), tuple(map(_detached, zeros)))
-                entries = sum(block.entries for _, block in rows.blocks())
-                patches += sum(block.patches for _, block in rows.blocks())
-                working = max(working, entries) + n_outputs
-            sizes.append((patches, working))
+                written += sum(shape.numel() for shape in shapes)
+            zeros.append(tuple(zero.expand(shape).unsqueeze(1) for shape in shapes))
+        sizes = []
+        for places in uses_of(calls).values():
+            rows = parameter_rows(calls, places, zeros)
+            if rows is not None:
+                sizes.append((rows.patches, rows.entries + rows.columns[:, 0].numel()))
         return Footprint(
             tape.outputs.shape[1:], tape.outputs.element_size(), read, written, tuple(sizes)
         )
@@ -362,12 +421,13 @@ class Footprint:
         columns = self.outputs.numel() if n_columns is None else n_columns
         graph = self.inputs + (2 + columns) * self.written
         largest = max(
-            (2 * patches + 2 * columns * rows for patches, rows in self.layers), default=0
+            (2 * patches + 2 * columns * rows for patches, rows in self.parameters), default=0
         )
         return max(1, self.element * (graph + largest))
 
     def columns_in(self, byte_budget: int) -> int:
         """How many columns fit; at least one."""
         fixed = self.bytes(0)
-        each = self.element * (self.written + 2 * max((rows for _, rows in self.layers), default=0))
+        rows = max((rows for _, rows in self.parameters), default=0)
+        each = self.element * (self.written + 2 * rows)
         return max(1, (byte_budget - fixed) // max(1, each))

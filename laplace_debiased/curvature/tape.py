@@ -1,100 +1,205 @@
-"""One forward pass with the covered layers' inputs recorded, and pull-backs to their outputs."""
+"""What one forward pass leaves behind: calls on covered parameters, and pull-backs to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from laplace_debiased.curvature.layers import Layer
-from laplace_debiased.curvature.rules.attention import ProjectionsApart, attention_layers
-from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors
-from laplace_debiased.network.interrupts import unbroken
-from laplace_debiased.network.modes import evaluation_mode, requiring_grad
+from laplace_debiased.curvature.operations.call import OperationCall
+from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR
 
-Calls = tuple[tuple[Tensor, ...], ...]
-"""Per call of a layer its tensors: one, or one per projection of an attention layer."""
+Cotangents = tuple[Tensor, ...] | None
+"""Gradients in what a call wrote [m, ...]; None where it does not affect the outputs."""
 
 
 @dataclass(frozen=True, eq=False)
-class RecordedCall:
-    """One call of a layer.
+class DirectCall:
+    """A call that read samples: what it wrote has them in front.
 
     Attributes:
-        inputs: what it read.
-        versions: their version counters at that moment.
+        call: the call.
+        versions: version counters of its inputs when it read them.
         edges: graph edges of what it wrote. An edge and not the tensor: a following in-place
             activation would otherwise redirect the gradient.
-        shapes: shapes of what it wrote.
+        shapes: shapes of what it wrote, with the samples in front [m, ...].
     """
 
-    inputs: tuple[Tensor, ...]
+    call: OperationCall
     versions: tuple[int, ...]
     edges: tuple[GradientEdge, ...]
     shapes: tuple[torch.Size, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class SharedCall:
+    """A call that all samples share, such as one that reads positions and no data.
+
+    Attributes:
+        call: the call, its inputs once for every sample.
+        output: what it wrote, or the parameter itself.
+        edge: its graph edge, as it was written; the tensor may be overwritten later.
+        version: its version counter then.
+    """
+
+    call: OperationCall
+    output: Tensor
+    edge: GradientEdge
+    version: int
+
+    @classmethod
+    def of(cls, call: OperationCall, output: Tensor) -> SharedCall:
+        """Of a call that has just written its output."""
+        return cls(call, output, get_gradient_edge(output), output._version)
+
+    def is_all_of(self, base: Tensor) -> bool:
+        """Whether a tensor is the output in another shape, and nothing else."""
+        output = self.output
+        return (
+            base.numel() == output.numel()
+            and base.data_ptr() == output.data_ptr()
+            and base.is_contiguous()
+            and output.is_contiguous()
+            and output._version == self.version
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """Where something that all samples share meets the samples, a copy for each of them.
+
+    Attributes:
+        edge: graph edge of the copies.
+        base: what was copied.
+        calls: which shared calls it depends on.
+    """
+
+    edge: GradientEdge
+    base: Tensor
+    calls: tuple[int, ...]
+
+
 @dataclass(eq=False)
-class LayerTape:
+class Tape:
     """What one forward pass left behind.
 
     Attributes:
+        length: m, the number of samples.
         outputs: network outputs [m, C], attached to the graph.
-        calls: calls of every recorded layer whose outputs have a graph, by layer name.
+        parameters: the covered parameters as leaves of this graph, by name.
+        direct: calls that read samples.
+        shared: calls that all samples share.
+        meetings: where those meet samples.
+        refused: why an operation on a parameter cannot be recorded, by parameter name.
+        depends_on_batch: those of them whose gradients are no sample's own.
     """
 
-    outputs: Tensor
-    calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
+    length: int
+    outputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    direct: list[DirectCall] = field(default_factory=list)
+    shared: list[SharedCall] = field(default_factory=list)
+    meetings: list[Meeting] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    depends_on_batch: set[str] = field(default_factory=set)
 
-    def inputs_of(self, layer: str) -> Calls:
-        """The recorded inputs of a layer.
+    def keep(self, call: OperationCall, read: tuple[Tensor, ...], *outputs: Tensor) -> None:
+        """Record a call that read samples.
+
+        Args:
+            call: the call.
+            read: its inputs as they were passed, for their version counters.
+            outputs: what it wrote [m·k, ...].
+        """
+        self.direct.append(
+            DirectCall(
+                call,
+                tuple(_version(tensor) for tensor in read),
+                tuple(get_gradient_edge(output) for output in outputs),
+                tuple(_in_front(output.shape, self.length, call.folded) for output in outputs),
+            )
+        )
+
+    @property
+    def calls(self) -> tuple[OperationCall, ...]:
+        """All calls, in the order of :meth:`pull_back`."""
+        return (*(kept.call for kept in self.direct), *(kept.call for kept in self.shared))
+
+    @property
+    def shapes(self) -> tuple[tuple[torch.Size, ...], ...]:
+        """Shapes [m, ...] of the cotangents of every call."""
+        shared = [torch.Size((self.length, *kept.output.shape)) for kept in self.shared]
+        return (*(kept.shapes for kept in self.direct), *((shape,) for shape in shared))
+
+    def uses(self) -> dict[str, list[tuple[int, str]]]:
+        """By parameter name, the calls (by their place in :attr:`calls`) and slots that read it."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for index, call in enumerate(self.calls):
+            for slot, use in call.uses.items():
+                found.setdefault(use.name, []).append((index, slot))
+        return found
+
+    def check_inputs(self) -> None:
+        """Check that what was read is still there.
 
         Raises:
-            RuntimeError: if the model has overwritten one since, in place.
+            RuntimeError: if the model has overwritten an input since, in place.
         """
-        for call in self.calls[layer]:
-            for inputs, version in zip(call.inputs, call.versions, strict=True):
-                if _version(inputs) != version:
+        for kept in self.direct:
+            for read, version in zip(kept.call.inputs, kept.versions, strict=True):
+                if _version(read) != version:
+                    names = ", ".join(repr(use.name) for use in kept.call.uses.values())
                     raise RuntimeError(
-                        f"the input of layer {layer!r} was modified in place after the layer had "
-                        "read it; its curvature cannot be recovered. Make the operation that "
-                        "follows out-of-place."
+                        f"an input of {kept.call.operation} with {names} was modified in place "
+                        "after it had been read; its curvature cannot be recovered. Make the "
+                        "operation that follows out-of-place."
                     )
-        return tuple(call.inputs for call in self.calls[layer])
 
-    def keep(self, name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-        """Record a call, if gradients reach its outputs."""
-        if not all(output.requires_grad for output in outputs):
-            return
-        call = RecordedCall(
-            inputs,
-            tuple(_version(tensor) for tensor in inputs),
-            tuple(get_gradient_edge(output) for output in outputs),
-            tuple(output.shape for output in outputs),
-        )
-        self.calls.setdefault(name, []).append(call)
+    def close(self, general: Collection[str] = ()) -> None:
+        """Drop what never meets a sample, and what is not recorded whole.
+
+        The gradient of a parameter must be there in full or not at all.
+
+        Args:
+            general: parameters of which nothing is recorded.
+        """
+        met = {index for meeting in self.meetings for index in meeting.calls}
+        self.shared = [
+            kept if index in met else replace(kept, call=replace(kept.call, uses={}))
+            for index, kept in enumerate(self.shared)
+        ]
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        shapes: dict[str, set[tuple[int, ...]]] = {}
+        for call in self.calls:
+            for use in call.uses.values():
+                shapes.setdefault(use.name, set()).add(use.place.shape)
+        for name, found in shapes.items():
+            if len(found) > 1 and sizes[name] > MAX_DENSE_VECTOR:
+                self.refused.setdefault(name, "is read in different shapes by several operations")
+        dropped = {*self.refused, *general}
+        if dropped:
+            direct = [replace(kept, call=_without(kept.call, dropped)) for kept in self.direct]
+            self.direct = [kept for kept in direct if kept.call.uses]
+            self.shared = [replace(kept, call=_without(kept.call, dropped)) for kept in self.shared]
 
     def pull_back(
         self, cotangents: Tensor, *, create_graph: bool = False, retain_graph: bool = True
-    ) -> dict[str, Calls]:
-        """Gradients of Σ_n ⟨cotangents_n, f_n⟩ in every recorded layer's outputs.
+    ) -> list[Cotangents]:
+        """Gradients of Σ_n ⟨cotangents_n, f_n⟩ in what every call wrote, sample by sample.
 
         Args:
             cotangents: one vector per sample [m, C].
             create_graph: whether the result is itself differentiable.
             retain_graph: whether another pull-back follows.
-
-        Returns:
-            By layer name and call, zero where a call does not affect the outputs; layers that do
-            not affect them at all are missing.
         """
-        edges = [edge for calls in self.calls.values() for call in calls for edge in call.edges]
-        gradients = iter(
+        edges = [edge for kept in self.direct for edge in kept.edges]
+        edges += [meeting.edge for meeting in self.meetings]
+        if not edges:
+            return [None] * (len(self.direct) + len(self.shared))
+        found = iter(
             torch.autograd.grad(
                 self.outputs,
                 edges,
@@ -104,100 +209,75 @@ class LayerTape:
                 allow_unused=True,
             )
         )
-        pulled = {}
-        for name, calls in self.calls.items():
-            found = [[next(gradients) for _ in call.edges] for call in calls]
-            if any(gradient is not None for call in found for gradient in call):
-                pulled[name] = tuple(
-                    tuple(
-                        cotangents.new_zeros(shape) if gradient is None else gradient
-                        for gradient, shape in zip(each, call.shapes, strict=True)
-                    )
-                    for each, call in zip(found, calls, strict=True)
-                )
-        return pulled
+        direct: list[Cotangents] = []
+        for kept in self.direct:
+            gradients = [next(found) for _ in kept.edges]
+            direct.append(_filled(gradients, kept.shapes, cotangents))
+        return [*direct, *self._pull_back_shared(list(found), create_graph)]
+
+    def _pull_back_shared(
+        self, gradients: list[Tensor | None], create_graph: bool
+    ) -> list[Cotangents]:
+        totals: list[Tensor | None] = [None] * len(self.shared)
+        for meeting, gradient in zip(self.meetings, gradients, strict=True):
+            if gradient is None:
+                continue
+            copies = gradient.reshape(self.length, *meeting.base.shape)
+            shared = [self.shared[index] for index in meeting.calls]
+            parts = _vector_products(meeting.base, shared, copies, create_graph)
+            for index, part in zip(meeting.calls, parts, strict=True):
+                if part is not None:
+                    before = totals[index]
+                    totals[index] = part if before is None else before + part
+        return [None if total is None else (total,) for total in totals]
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@unbroken
-def _recording(
-    model: nn.Module,
-    layers: tuple[Layer, ...],
-    tape: LayerTape,
-    length: int,
-    broadcast: set[str],
-) -> Iterator[None]:
-    """Forward hooks on the covered layers, removed on the way out; attention projected apart."""
-
-    def recorder(name: str) -> Callable[..., Tensor | None]:
-        def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):  # attention; its projections are recorded apart
-                return None
-            inputs = args[0] if args else kwargs["input"]
-            written = None
-            if length > 1 and inputs.ndim > 1 and len(inputs) == 1 == len(output):
-                inputs = inputs.expand(length, *inputs.shape[1:])
-                output = written = output.expand(length, *output.shape[1:])
-                broadcast.add(name)
-            tape.keep(name, (inputs,), (output,))
-            return written
-
-        return record
-
-    with ExitStack() as stack:
-        for layer in layers:
-            hook = recorder(layer.name)
-            handle = layer.module.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        owners = attention_layers(model, [layer.name for layer in layers])
-        if owners:
-            wanted = frozenset(layer.name for layer in layers)
-
-            def keep(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-                if name in wanted:
-                    tape.keep(name, inputs, outputs)
-
-            stack.enter_context(ProjectionsApart(owners, keep))
-        yield
+def _in_front(shape: torch.Size, length: int, folded: bool) -> torch.Size:
+    return torch.Size((length, shape[0] // length, *shape[1:])) if folded else shape
 
 
-def record(
-    model: nn.Module, layers: Iterable[Layer], inputs: Any, broadcast: set[str] | None = None
-) -> LayerTape:
-    """Run the model on a batch in evaluation mode with gradients on, and record ``layers``.
+def _without(call: OperationCall, names: Collection[str]) -> OperationCall:
+    uses = {slot: use for slot, use in call.uses.items() if use.name not in names}
+    return call if len(uses) == len(call.uses) else replace(call, uses=uses)
 
-    A layer that reads one row for the whole batch, as position embeddings do, would give one
-    gradient for all samples. Its output is written out over the batch, so that each has its own.
+
+def _filled(
+    gradients: Sequence[Tensor | None], shapes: tuple[torch.Size, ...], like: Tensor
+) -> Cotangents:
+    """Gradients [m, ...], zeros where one of several is missing; None where all are."""
+    if all(gradient is None for gradient in gradients):
+        return None
+    return tuple(
+        like.new_zeros(shape) if gradient is None else gradient.reshape(shape)
+        for gradient, shape in zip(gradients, shapes, strict=True)
+    )
+
+
+def _vector_products(
+    base: Tensor, shared: list[SharedCall], cotangents: Tensor, create_graph: bool
+) -> list[Tensor | None]:
+    """Per sample, cotangentᵀ ∂base/∂output [m, *output] of every output that base is made of.
 
     Args:
-        model: the network.
-        layers: its covered layers.
-        inputs: one batch of model inputs.
-        broadcast: names of the layers that were written out are added to it, also when the model
-            raises afterwards.
-
-    Raises:
-        TypeError: if the model does not return a tensor.
+        base: what all samples share.
+        shared: what it depends on.
+        cotangents: [m, *base].
+        create_graph: whether the result is itself differentiable.
     """
-    tape, layers = LayerTape(outputs=torch.empty(0)), tuple(layers)
-    length = batch_length(inputs) if layers else 0
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluation_mode(model),
-        # Read under the lock: another thread may be running a sampled network.
-        requiring_grad(p for layer in layers for p in layer.module.parameters()),
-    ):
-        inputs = plain_tensors(inputs)
-        with _recording(model, layers, tape, length, set() if broadcast is None else broadcast):
-            outputs = invoke(model, inputs)
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it in "
-            "a module whose forward returns the logits."
+    if len(shared) == 1 and shared[0].is_all_of(base):
+        return [cotangents.reshape(len(cotangents), *shared[0].output.shape)]
+    return list(
+        torch.autograd.grad(
+            base,
+            [kept.edge for kept in shared],
+            grad_outputs=cotangents,
+            is_grads_batched=True,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
         )
-    tape.outputs = outputs
-    return tape
+    )

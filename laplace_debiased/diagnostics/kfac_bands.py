@@ -16,8 +16,8 @@ from laplace_debiased.curvature import (
     ColumnChunk,
     FactorAccumulator,
 )
-from laplace_debiased.curvature.factors import column_rows
-from laplace_debiased.curvature.passes import Columns
+from laplace_debiased.curvature.factors import with_column_axis
+from laplace_debiased.curvature.passes import Columns, parameter_rows, uses_of
 from laplace_debiased.curvature.rows import BlockRows, RankOneRows
 from laplace_debiased.data import split_batch
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
@@ -105,12 +105,9 @@ class BandWalk:
         sums: dict[str, tuple[MomentSums, MomentSums]] = {}
         for batch in batches:
             for chunk in self.chunks(batch):
-                for layer in chunk.layers:
-                    rows = chunk.layer_rows(layer)
-                    for part, block in rows.blocks():
-                        name = layer.parameter_of(part)
-                        found = _moments(bands[name], block)
-                        sums[name] = _merged(sums[name], found) if name in sums else found
+                for name, rows in chunk.blocks:
+                    found = _moments(bands[name], rows)
+                    sums[name] = _merged(sums[name], found) if name in sums else found
         if not sums:
             raise ValueError("reference_loader gave no batches; it needs at least one sample.")
         return {
@@ -140,17 +137,15 @@ def bands_of(walk: BandWalk, batch: object, names: Sequence[str], n_bands: int) 
     for chunk in walk.column_chunks(batch):
         n_samples += len(chunk.outputs)
         for number, column in enumerate(chunk.columns):
-            for layer in walk.curvature_pass.layers:
-                if layer.name not in column:
-                    continue
-                inputs, cotangents = chunk.inputs[layer.name], column[layer.name]
-                if number > 0:
-                    factors.add_column(layer, inputs, cotangents)
-                    continue
-                factors.add_inputs(layer, inputs)
-                rows = column_rows(layer, inputs, cotangents)
-                for part, block in rows.blocks():
-                    name, gradient = layer.parameter_of(part), block.gradients().sum((0, 1))
+            if number > 0:
+                factors.add_column(chunk.calls, column)
+                continue
+            factors.add_inputs(chunk.calls)
+            pulled = with_column_axis(column)
+            for name, places in uses_of(chunk.calls).items():
+                rows = parameter_rows(chunk.calls, places, pulled)
+                if rows is not None:
+                    gradient = rows.gradients().sum((0, 1))
                     gradients[name] = gradients[name] + gradient if name in gradients else gradient
     bases = eigenbasis(factors.means(n_samples))
     return {basis.name: Bands.of(basis, gradients[basis.name], n_bands) for basis in bases}

@@ -21,9 +21,8 @@ from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import (
     BackwardPass,
     Coverage,
-    layer_coverage,
-    layer_problems,
-    layers_of,
+    inspected,
+    operation_coverage,
 )
 from laplace_debiased.data import split_batch
 from laplace_debiased.data.loaders import loader_generators
@@ -216,12 +215,11 @@ def kfac_profile(
         differentiable_kernels(model),
         torch.no_grad(),
     ):
-        coverage, layers = layer_coverage(model)
         inputs, _ = split_batch(batch, dict_key_y)
-        coverage = coverage.without(layer_problems(model, layers, inputs))
+        coverage = inspected(model, operation_coverage(model), inputs)
         coverage.require(strict=False)
         walk = BandWalk(
-            BackwardPass(model, layers_of(model, coverage.covered), byte_budget), loss, dict_key_y
+            BackwardPass(model, coverage.covered, byte_budget, coverage.general), loss, dict_key_y
         )
         bands = bands_of(walk, batch, coverage.covered, n_bands)
         own, other = (walk.measure([data], bands) for data in (batch, other_batch))

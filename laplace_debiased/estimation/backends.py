@@ -19,7 +19,7 @@ from laplace.curvature.curvlinops import CurvlinopsGGN
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
-from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, layers_of
+from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, host_coverage
 from laplace_debiased.curvature.over_ranks import Key, summed_factors
 from laplace_debiased.curvature.rows.gram import Factor, divided, scaled
 from laplace_debiased.data import Batch
@@ -58,8 +58,9 @@ def check_backend(backend: type[CurvatureInterface], model: nn.Module, coverage:
     Raises:
         ValueError: with the reason and what to use.
     """
-    layers = layers_of(model, coverage.covered)
-    for layer in layers:
+    for layer in host_coverage(model)[1]:
+        if not {layer.weight, layer.bias} & set(coverage.covered):
+            continue
         module = layer.module
         if issubclass(backend, BackPackInterface) and isinstance(module, nn.Conv2d):
             raise ValueError(
@@ -178,14 +179,14 @@ def _over_ranks(
         if of_fold:
             merged = KroneckerFactors.merge(of_fold)
             for block in merged.blocks:
-                own[fold, "columns", block.name] = scaled(block.output, merged.n_samples)
+                own[fold, "rows", block.name] = scaled(block.output, merged.n_samples)
                 if block.input is not None:
-                    own[fold, "inputs", block.name] = scaled(block.input, merged.n_samples)
+                    own[fold, "columns", block.name] = scaled(block.input, merged.n_samples)
     means = {key: divided(f, sizes[key[0]]) for key, f in summed_factors(ranks, own).items()}
     return tuple(
         KroneckerFactors(
             tuple(
-                BlockFactors(n, means[fold, "columns", n], means.get((fold, "inputs", n)))
+                BlockFactors(n, means[fold, "rows", n], means.get((fold, "columns", n)))
                 for n in names
             ),
             size,

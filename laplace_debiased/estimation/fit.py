@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from enum import Enum
@@ -97,8 +98,11 @@ def run_fit(
             scores = _scored_anew if kept is None else kept.scores
             plan = make_plan(supply, request, options, earlier, counted, ranks, scores)
             plan = _same_plan(plan, supply, request, ranks)
-        coverage = coverage.without(_problems(structure, engine, target, plan, ranks))
+        coverage = _inspected(structure, engine, target, plan, coverage, ranks)
         coverage.require(strict=arguments.strict)
+        little = coverage.low_share()
+        if little is not None:
+            warnings.warn(little, UserWarning, stacklevel=3)
         accept(coverage)
         if earlier is not None:
             earlier.check_coverage(coverage)
@@ -141,14 +145,20 @@ def _located(target: Target, request: FitRequest, ranks: Ranks) -> Target:
     return target.at(names[0])
 
 
-def _problems(
-    structure: Structure, engine: Any, target: Target, plan: CurvaturePlan, ranks: Ranks
-) -> Mapping[str, str]:
-    """Why a look at the data excludes parameters after all; what any rank sees counts."""
-    found: dict[str, str] = {}
-    for theirs in ranks.gathered("coverage", dict(structure.inspect(engine, target, plan))):
-        found |= theirs
-    return found
+def _inspected(
+    structure: Structure,
+    engine: Any,
+    target: Target,
+    plan: CurvaturePlan,
+    coverage: Coverage,
+    ranks: Ranks,
+) -> Coverage:
+    """What a look at the data leaves of the coverage; what any rank sees counts."""
+    own = structure.inspect(engine, target, plan, coverage)
+    general: frozenset[str] = frozenset()
+    for excluded, theirs in ranks.gathered("coverage", (dict(own.excluded), own.general)):
+        coverage, general = coverage.without(excluded), general | theirs
+    return replace(coverage, general=general - coverage.excluded.keys())
 
 
 def _same_plan(

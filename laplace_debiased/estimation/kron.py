@@ -16,9 +16,9 @@ from laplace_debiased.curvature import (
     CurvaturePass,
     FeaturePass,
     KroneckerFactors,
-    layer_coverage,
-    layer_problems,
-    layers_of,
+    host_coverage,
+    inspected,
+    operation_coverage,
 )
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
@@ -44,8 +44,6 @@ from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.estimation.values import Earlier, Fit, KronCurvature
 from laplace_debiased.likelihoods import LossModel
-from laplace_debiased.network.locks import model_lock
-from laplace_debiased.network.modes import requiring_grad
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import Magnitudes, Sampling, Scheme
 from laplace_debiased.parallel import shared_out
@@ -86,14 +84,16 @@ class KronStructure:
         return self.arguments.backend is None
 
     def coverage(self, target: Target, chosen: Coverage | None = None) -> Coverage:
-        """By layer type, once: many freeze the whole network when training is over."""
+        """What may be covered, once: many freeze the whole network when training is over."""
         if chosen is not None and target.last_layer is None:
             return chosen
         backend = self.arguments.backend
-        if target.last_layer is None:
-            coverage, _ = layer_coverage(target.model, host_layers=backend is not None)
-        else:
+        if target.last_layer is not None:
             coverage = target.last_layer_coverage(chosen)
+        elif backend is not None:
+            coverage, _ = host_coverage(target.model)
+        else:
+            coverage = operation_coverage(target.model)
         if backend is not None:
             check_backend(backend.kind, target.model, coverage)
         return coverage
@@ -103,7 +103,7 @@ class KronStructure:
         byte_budget = self.arguments.options.byte_budget
         if target.last_layer is not None:
             return target.feature_pass(coverage, byte_budget)
-        return BackwardPass(target.model, layers_of(target.model, coverage.covered), byte_budget)
+        return BackwardPass(target.model, coverage.covered, byte_budget, coverage.general)
 
     def recommended_samples(
         self, engine: CurvaturePass, request: FitRequest, loss: LossModel
@@ -124,23 +124,20 @@ class KronStructure:
         return recommended if n_data > recommended else None
 
     def inspect(
-        self, engine: CurvaturePass, target: Target, plan: CurvaturePlan
-    ) -> Mapping[str, str]:
-        """What one look at how the network uses its layers excludes."""
+        self, engine: CurvaturePass, target: Target, plan: CurvaturePlan, coverage: Coverage
+    ) -> Coverage:
+        """What one look at what the network does with its parameters leaves."""
         if target.last_layer is not None and self.arguments.backend is None:
-            return {}  # our own pass checks every batch
+            return coverage  # our own pass checks every batch
         inputs = first_inputs_of_plan(plan)
         if inputs is None:
-            return {}
-        if target.last_layer is not None:
-            # A backend differentiates the whole network, and would not see that its outputs are
-            # not the last layer's.
-            engine.outputs(inputs)
-            return {}
-        parameters = dict(target.model.named_parameters())
-        covered = [parameters[n] for layer in engine.layers for n in layer.parameter_names]
-        with model_lock(target.model), requiring_grad(covered):
-            return layer_problems(target.model, engine.layers, inputs)
+            return coverage
+        if target.last_layer is None:
+            return inspected(target.model, coverage, inputs)
+        # A backend differentiates the whole network, and would not see that its outputs are not
+        # the last layer's.
+        engine.outputs(inputs)
+        return coverage
 
     def estimate(self, engine: CurvaturePass, task: Task) -> Fit:
         """Fold statistics, eigenbases, and magnitudes along them as the scheme says.

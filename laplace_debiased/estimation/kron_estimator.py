@@ -20,7 +20,7 @@ from laplace_debiased.curvature import (
 )
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.over_ranks import factors_over_ranks, magnitudes_over_ranks
-from laplace_debiased.curvature.passes import Columns, map_calls
+from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.data import (
     Batch,
 )
@@ -115,20 +115,16 @@ class KronEstimator:
         slices = fold_slices(part.folds)
         repeated = bool((part.counts != 1).any())
         counts = part.counts.to(chunk.outputs) if repeated else None
-        seen: set[str] = set()
-        for column in chunk.columns:
-            for layer in self.engine.layers:
-                if layer.name not in column:
-                    continue
-                for fold, rows in slices:
-                    inputs = map_calls(itemgetter(rows), chunk.inputs[layer.name])
-                    if layer.name not in seen:
-                        sums[fold].add_inputs(
-                            layer, inputs, None if counts is None else counts[rows]
-                        )
-                    cotangents = map_calls(itemgetter(rows), column[layer.name])
-                    sums[fold].add_column(layer, inputs, cotangents)
-                seen.add(layer.name)
+        for number, column in enumerate(chunk.columns):
+            for fold, rows in slices:
+                # A call that does not affect the outputs does so in no column.
+                found = zip(chunk.calls, column, strict=True)
+                reached = [(call, pulled) for call, pulled in found if pulled is not None]
+                calls = [call.with_inputs(itemgetter(rows)) for call, _ in reached]
+                if number == 0:
+                    sums[fold].add_inputs(calls, None if counts is None else counts[rows])
+                pulled_back = [tuple(g[rows] for g in pulled) for _, pulled in reached]
+                sums[fold].add_column(calls, pulled_back)
 
     def exact_magnitudes(
         self, measurements: Sequence[Measurement], bases: Sequence[tuple[BlockBasis, ...]]
@@ -140,13 +136,12 @@ class KronEstimator:
         for batch, chunk in self._walk("magnitudes", walk, chunks):
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
-            for layer in chunk.layers:
-                rows = chunk.layer_rows(layer)
+            for name, rows in chunk.blocks:
                 for accumulator, coefficients in zip(sums, wanted, strict=True):
                     used = nonzero_slice(coefficients)
                     if used is not None:
                         accumulator.add(
-                            layer, rows.select(used), coefficients[used].to(rows.columns)
+                            name, rows.select(used), coefficients[used].to(rows.columns)
                         )
         magnitudes_over_ranks(self.task.ranks, sums)
         if walk is not None:

@@ -73,12 +73,14 @@ class LowRankStructure:
         options = self.arguments.options_for(request)
         return automatic_budget(engine, loss, options, engine.outputs(inputs)[:1], n_data)
 
-    def inspect(self, engine: RowPass, target: Target, plan: CurvaturePlan) -> Mapping[str, str]:
+    def inspect(
+        self, engine: RowPass, target: Target, plan: CurvaturePlan, coverage: Coverage
+    ) -> Coverage:
         """Nothing is excluded; samples that depend on each other are an error."""
         inputs = first_inputs_of_plan(plan)
         if inputs is not None:
             engine.check_samples_are_independent(inputs)
-        return {}
+        return coverage
 
     def estimate(self, engine: RowPass, task: Task) -> Fit:
         """Directions, magnitudes along them, and the schemes' averages.

@@ -45,5 +45,4 @@ def in_closed_form(estimator: KronEstimator) -> KronEstimator:
         and task.options.fisher is Fisher.TYPE2
     ):
         return estimator
-    closed = replace(engine, layer=replace(engine.layer, rule=SoftmaxHeadRule()))
-    return SoftmaxHeadEstimator(closed, task)
+    return SoftmaxHeadEstimator(replace(engine, rule=SoftmaxHeadRule()), task)

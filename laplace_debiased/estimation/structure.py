@@ -136,8 +136,10 @@ class Structure(Protocol):
     def recommended_samples(self, engine: Any, request: FitRequest, loss: LossModel) -> int | None:
         """The budget that ``n_samples="auto"`` stands for; None for everything."""
 
-    def inspect(self, engine: Any, target: Target, plan: CurvaturePlan) -> Mapping[str, str]:
-        """Reasons, by parameter name, why a look at the data excludes parameters after all."""
+    def inspect(
+        self, engine: Any, target: Target, plan: CurvaturePlan, coverage: Coverage
+    ) -> Coverage:
+        """What a look at the network on the data leaves of the coverage, with reasons."""
 
     def estimate(self, engine: Any, task: Task) -> Fit:
         """The fitted curvature, of both fits together where one is added to another."""

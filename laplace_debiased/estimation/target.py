@@ -10,7 +10,7 @@ import torch
 from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
-from laplace_debiased.curvature import Coverage, FeaturePass, Layer, rule_for
+from laplace_debiased.curvature import Coverage, FeaturePass, Head
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.last_layer import LastLayerNetwork
@@ -181,11 +181,8 @@ class Target:
             candidate if (candidate := f"{name}.{attribute}") in covered else None
             for attribute in ("weight", "bias")
         )
-        # A subclass of nn.Linear is one too; on the meta device none draws initial weights.
-        rule = rule_for(nn.Linear(1, 1, device="meta"))
-        assert rule is not None
-        layer = Layer(str(name), self.head, rule, weight, bias)
-        return FeaturePass(self.model, layer, self.last_layer.reduction, byte_budget)
+        head = Head(str(name), self.head, weight, bias)
+        return FeaturePass(self.model, head, self.last_layer.reduction, byte_budget)
 
     def _sampled_heads(
         self, coverage: Coverage, weights: Tensor, inputs: Any, differentiable: bool
@@ -195,12 +192,12 @@ class Target:
         features = engine.features(inputs, differentiable=differentiable)[1]
         sizes = [coverage.sizes[name] for name in coverage.covered]
         values = dict(zip(coverage.covered, weights.split(sizes, dim=-1), strict=True))
-        layer, head = engine.layer, self.head
+        covered, head = engine.head, self.head
         weight, bias = head.weight.detach(), head.bias
-        if layer.weight is not None:
-            weight = values[layer.weight].reshape(len(weights), *weight.shape)
+        if covered.weight is not None:
+            weight = values[covered.weight].reshape(len(weights), *weight.shape)
         outputs = features @ weight.transpose(-1, -2)
         if bias is not None:
-            shift = bias.detach() if layer.bias is None else values[layer.bias].unsqueeze(1)
+            shift = bias.detach() if covered.bias is None else values[covered.bias].unsqueeze(1)
             outputs = outputs + shift
         return outputs.expand(len(weights), -1, -1)

@@ -1,9 +1,9 @@
 """Leave the user's model as it was: evaluation mode inside, everything restored outside.
 
-Guards, from the narrow to the wide: ``requiring_grad`` and ``evaluation_mode`` around a forward
-pass, ``differentiable_kernels`` around derivatives of one, ``undisturbed`` around all that a call
-of the library does with a model and a loader. ``eager_execution`` and ``math_attention`` are
-choices of the whole process; nothing else sets them. ``public_call`` stands at the entry.
+Guards, from the narrow to the wide: ``evaluation_mode`` around a forward pass,
+``differentiable_kernels`` around derivatives of one, ``undisturbed`` around all that a call of the
+library does with a model and a loader. ``eager_execution`` and ``math_attention`` are choices of
+the whole process; nothing else sets them. ``public_call`` stands at the entry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_debiased.network.interrupts import unbroken
@@ -135,23 +135,6 @@ def math_attention() -> Iterator[None]:
     """Plain attention kernels, which forward mode and vmap support, while anyone is inside."""
     with _ATTENTION():
         yield
-
-
-@unbroken
-def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Parameters that require gradients inside; those that did not are frozen again outside.
-
-    A posterior outlives the training: many freeze the whole network once that is over, and a
-    forward pass would then leave no graph to pull back through.
-    """
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 @unbroken

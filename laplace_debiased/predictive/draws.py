@@ -208,16 +208,16 @@ class HeadProducts:
             return outputs, [self._product(features, direction) for direction in directions]
 
     def _product(self, features: Tensor, direction: Tensor) -> Tensor:
-        layer = self.feature_pass.layer
+        head = self.feature_pass.head
         n_outputs = self.feature_pass.n_outputs
-        sizes = {layer.weight: n_outputs * features.shape[1], layer.bias: n_outputs}
+        sizes = {head.weight: n_outputs * features.shape[1], head.bias: n_outputs}
         parts = dict(
             zip(self.names, direction.split([sizes[name] for name in self.names]), strict=True)
         )
         found = features.new_zeros(len(features), n_outputs)
-        if layer.weight is not None:
-            found = found + features @ parts[layer.weight].reshape(n_outputs, -1).T
-        return found if layer.bias is None else found + parts[layer.bias]
+        if head.weight is not None:
+            found = found + features @ parts[head.weight].reshape(n_outputs, -1).T
+        return found if head.bias is None else found + parts[head.bias]
 
 
 def mirrored_draws(outputs: Tensor, products: list[Tensor], n_samples: int) -> Tensor:

@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.layers import Layer
 from laplace_debiased.curvature.passes import (
     Chunk,
     CurvaturePass,
     identity_columns,
 )
 from laplace_debiased.curvature.rows import (
-    LayerRows,
     PositionRows,
     RankOneRows,
     RotatedRows,
@@ -79,17 +77,16 @@ class NamedBlocks:
 
 
 def rotated_jacobians(
-    layer: Layer, rows: LayerRows, blocks: NamedBlocks
+    chunk: Chunk, blocks: NamedBlocks
 ) -> Iterator[tuple[str, RotatedRows | RankOneRows | PositionRows]]:
-    """Jacobian rows of a layer's blocks in their eigenbases, by parameter name.
+    """Jacobian rows of a chunk's blocks in their eigenbases, by parameter name.
 
     Where J̃ is a product of two factors g̃ [m, C, D_out] and ã [m, D_in] (a weight with a single
     position) these are given instead; where a sample touches few rows of a table, only those;
     where a basis is thin, what J̃ is made of.
     """
-    for part, block in rows.blocks():
-        name = layer.parameter_of(part)
-        yield name, block.rotated(blocks.block(name))
+    for name, rows in chunk.blocks:
+        yield name, rows.rotated(blocks.block(name))
 
 
 def whitened(jacobian: RotatedRows | RankOneRows, table: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -164,11 +161,9 @@ def _chunk_covariance(part: SelectedChunk, blocks: NamedBlocks, diagonal: bool) 
     m = math.prod(lead)
     shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
     total = part.outputs.new_zeros(shape)
-    chunk = part.chunk
-    for layer in chunk.layers:
-        for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
-            block = _block_covariance(jacobian, blocks.table(name), shape, diagonal)
-            total = total + block.reshape(shape)
+    for name, jacobian in rotated_jacobians(part.chunk, blocks):
+        block = _block_covariance(jacobian, blocks.table(name), shape, diagonal)
+        total = total + block.reshape(shape)
     return total.reshape(*lead, *shape[1:])
 
 
@@ -278,8 +273,7 @@ def sum_of_products(left: list[JointRows], right: list[JointRows]) -> Tensor:
 def _joint_rows(chunk: Chunk, blocks: NamedBlocks) -> list[JointRows]:
     """Whitened Jacobian rows of every block of a chunk."""
     rows = []
-    for layer in chunk.layers:
-        for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
-            written = jacobian if isinstance(jacobian, RotatedRows) else jacobian.expanded()
-            rows.append(JointRows.of(written, blocks.table(name)))
+    for name, jacobian in rotated_jacobians(chunk, blocks):
+        written = jacobian if isinstance(jacobian, RotatedRows) else jacobian.expanded()
+        rows.append(JointRows.of(written, blocks.table(name)))
     return rows

@@ -155,13 +155,13 @@ class ChosenRows:
         self, feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor, *, diagonal: bool
     ) -> Tensor:
         """Covariance [m, K, K], or variances [m, K], of the chosen outputs."""
-        layer = feature_pass.layer
+        head = feature_pass.head
         total = features.new_zeros(())
-        for name in (layer.weight, layer.bias):
+        for name in (head.weight, head.bias):
             if name is None:
                 continue
             rows = self.bases[name]
-            if name == layer.weight:
+            if name == head.weight:
                 scales = _output_scales(blocks, name, features)
             else:
                 scales = blocks.table(name).reciprocal()
@@ -205,47 +205,47 @@ def _turned_back(basis: Tensor, scales: Tensor) -> Tensor:
 
 
 def _variance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
-    layer = feature_pass.layer
+    head = feature_pass.head
     total = features.new_zeros(())
-    if layer.weight is not None:
-        scale = _output_scales(blocks, layer.weight, features)
-        total = total + scale @ sides.entry_squares(blocks.output_basis(layer.weight)).T
-    if layer.bias is not None:
-        basis = blocks.output_basis(layer.bias)
-        total = total + sides.entry_squares(basis) @ blocks.table(layer.bias).reciprocal()
+    if head.weight is not None:
+        scale = _output_scales(blocks, head.weight, features)
+        total = total + scale @ sides.entry_squares(blocks.output_basis(head.weight)).T
+    if head.bias is not None:
+        basis = blocks.output_basis(head.bias)
+        total = total + sides.entry_squares(basis) @ blocks.table(head.bias).reciprocal()
     return total.expand(len(features), -1)
 
 
 def _bias_covariance(feature_pass: FeaturePass, blocks: NamedBlocks) -> Tensor | None:
-    bias = feature_pass.layer.bias
+    bias = feature_pass.head.bias
     if bias is None:
         return None
     return _turned_back(blocks.output_basis(bias), blocks.table(bias).reciprocal())
 
 
 def _covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
-    layer = feature_pass.layer
+    head = feature_pass.head
     bias = _bias_covariance(feature_pass, blocks)
-    if layer.weight is None:
+    if head.weight is None:
         assert bias is not None
         return bias.expand(len(features), -1, -1)
-    scale = _output_scales(blocks, layer.weight, features)
-    weight = _turned_back(blocks.output_basis(layer.weight), scale)
+    scale = _output_scales(blocks, head.weight, features)
+    weight = _turned_back(blocks.output_basis(head.weight), scale)
     return weight if bias is None else weight + bias
 
 
 def _joint_covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
     """[m·C, m·C]: the closed form with products φ̃_n,j φ̃_n',j in place of squares."""
-    layer = feature_pass.layer
+    head = feature_pass.head
     m = len(features)
     bias = _bias_covariance(feature_pass, blocks)
-    if layer.weight is None:
+    if head.weight is None:
         assert bias is not None
         return bias.repeat(m, m)
-    inputs, basis = blocks.input_basis(layer.weight), blocks.output_basis(layer.weight)
+    inputs, basis = blocks.input_basis(head.weight), blocks.output_basis(head.weight)
     n_outputs = len(basis)
     rotated = sides.coordinates(features, inputs)
-    table = sides.spread(blocks.table(layer.weight).reciprocal(), inputs)
+    table = sides.spread(blocks.table(head.weight).reciprocal(), inputs)
     scale = torch.einsum("nj,kj,ij->nki", rotated, rotated, table)
     joint = _turned_back(basis, scale).transpose(1, 2)
     if bias is not None:

@@ -69,30 +69,28 @@ def _chunk_sweep(
     part: SelectedChunk, blocks: NamedBlocks, priors: Tensor, diagonal: bool
 ) -> Tensor:
     """Covariances under every prior, and last those without curvature at δ = 1."""
-    chunk = part.chunk
     *lead, n_outputs = part.shape
     m = math.prod(lead)
     shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
     total = part.outputs.new_zeros(len(priors) + 1, *shape)
-    for layer in chunk.layers:
-        for name, jacobian in rotated_jacobians(layer, chunk.layer_rows(layer), blocks):
-            table = blocks.block(name).eigenvalues
-            if isinstance(jacobian, PositionRows):
-                weights = _reciprocals(table, priors).movedim(-1, 0)
-                apart = jacobian.per_position(n_outputs)
-                total += apart.covariances(weights, diagonal=diagonal)
-                continue
-            eigenvalues = jacobian.entries(table)
-            if isinstance(jacobian, RankOneRows):
-                squares = repeated(jacobian.input_squares(), m)
-                scale = _reciprocal_products(squares, eigenvalues, priors)  # [G + 1, m, D_out]
-                scale = spread_last(scale, (jacobian.spread,))
-                total += _scaled_grams(per_position(jacobian.columns, n_outputs), scale, diagonal)
-            else:
-                rows = per_position(jacobian.values, n_outputs)
-                if eigenvalues.ndim > 1:
-                    eigenvalues = repeated(eigenvalues, m)
-                total += _table_grams(rows, eigenvalues, priors, diagonal)
+    for name, jacobian in rotated_jacobians(part.chunk, blocks):
+        table = blocks.block(name).eigenvalues
+        if isinstance(jacobian, PositionRows):
+            weights = _reciprocals(table, priors).movedim(-1, 0)
+            apart = jacobian.per_position(n_outputs)
+            total += apart.covariances(weights, diagonal=diagonal)
+            continue
+        eigenvalues = jacobian.entries(table)
+        if isinstance(jacobian, RankOneRows):
+            squares = repeated(jacobian.input_squares(), m)
+            scale = _reciprocal_products(squares, eigenvalues, priors)  # [G + 1, m, D_out]
+            scale = spread_last(scale, (jacobian.spread,))
+            total += _scaled_grams(per_position(jacobian.columns, n_outputs), scale, diagonal)
+        else:
+            rows = per_position(jacobian.values, n_outputs)
+            if eigenvalues.ndim > 1:
+                eigenvalues = repeated(eigenvalues, m)
+            total += _table_grams(rows, eigenvalues, priors, diagonal)
     return total.reshape(len(total), *lead, *shape[1:])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 
 class Words(nn.Module):
@@ -39,3 +40,9 @@ class Tempered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x) / 0.25
+
+
+def normalised() -> nn.Module:
+    """A linear layer whose weight is computed from other parameters."""
+    with torch.random.fork_rng(devices=[]):
+        return weight_norm(nn.Linear(4, 4))

@@ -9,7 +9,7 @@ from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
 from torch import nn
 
 from laplace_debiased.factory import DebiasedLaplace
-from tests.bad_input.models import Noisy, Tempered, Words
+from tests.bad_input.models import Noisy, Tempered, Words, normalised
 from tests.bad_input.rows import Row
 from tests.bad_input.world import World, Wrapped
 
@@ -77,10 +77,10 @@ ROWS = [
     ),
     Row(
         AREA,
-        "a layer without support, `strict=True`",
-        lambda w: w.posterior(w.linear(nn.PReLU()), strict=True),
+        "a parameter that cannot be covered, `strict=True`",
+        lambda w: w.posterior(w.linear(normalised()), strict=True),
         "CoverageError",
-        ("0.weight",),
+        ("0.parametrizations.weight", "re-parametrised by WeightNorm"),
     ),
     Row(
         AREA,
@@ -371,7 +371,7 @@ ROWS = [
         AREA,
         "an `Embedding` with `max_norm`, which overwrites its weight",
         lambda w: w.posterior(Words()).fit(w.loader(w.x.abs().long().clamp(max=4))),
-        "CoverageError",
+        "ValueError",
         ("max_norm", "words"),
     ),
     Row(

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from laplace_debiased.curvature.autocorrelation import applies_to, patch_covariance
 from laplace_debiased.curvature.kernels import input_covariance
-from laplace_debiased.curvature.layers import rule_for
-from laplace_debiased.curvature.rules import ConvRule
+from laplace_debiased.curvature.operations.autocorrelation import applies_to, patch_covariance
+from laplace_debiased.curvature.operations.convolution import ConvRule, patches
+from laplace_debiased.curvature.recorder import record
 
 SAME_3X3 = {"kernel_size": 3, "padding": 1}
 
@@ -26,6 +26,13 @@ def through_patches(
 ) -> torch.Tensor:
     pad = (kernel[0] // 2, kernel[1] // 2)
     return input_covariance(nn.functional.unfold(x, kernel, padding=pad).transpose(1, 2), weights)
+
+
+def call_of(layer: nn.Module, x: torch.Tensor):
+    """The layer's call, as a forward pass shows it."""
+    (call,) = record(nn.Sequential(layer, nn.Flatten()), ["0.weight"], x).calls[:1]
+    assert isinstance(call.rule, ConvRule)
+    return call
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,25 +71,34 @@ def test_single_precision_keeps_the_small_eigenvalues_sign():
         ({"kernel_size": 3, "padding": 0}, False),
         ({"kernel_size": 3, "padding": 1, "stride": 2}, False),
         ({"kernel_size": 3, "padding": 2, "dilation": 2}, False),
-        ({"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, False),
         ({"kernel_size": 3, "padding": 1, "groups": 2}, False),
         ({"kernel_size": 1}, False),
         ({"kernel_size": 5, "padding": 2}, False),
     ],
 )
 def test_says_to_which_layers_it_applies(layer, expected):
-    assert applies_to(nn.Conv2d(2, 2, **layer), images(1, 2, 16, 16)) is expected
+    x = images(1, 2, 16, 16)
+    call = call_of(nn.Conv2d(2, 2, **layer).double(), x)
+    assert applies_to(call.settings, x) is expected
+
+
+def test_what_is_padded_before_is_read_without_padding():
+    x = images(1, 2, 16, 16)
+    call = call_of(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular").double(), x)
+    assert call.inputs[0].shape == (1, 2, 18, 18)
+    assert not applies_to(call.settings, call.inputs[0])
 
 
 def test_small_images_go_through_their_patches():
-    assert not applies_to(nn.Conv2d(2, 2, **SAME_3X3), images(1, 2, 8, 8))
+    x = images(1, 2, 8, 8)
+    assert not applies_to(call_of(nn.Conv2d(2, 2, **SAME_3X3).double(), x).settings, x)
 
 
 def test_a_layer_uses_it_and_agrees_with_its_own_patches():
     layer = nn.Conv2d(2, 5, **SAME_3X3).double()
-    rule, x = rule_for(layer), images(3, 2, 12, 13)
-    assert isinstance(rule, ConvRule)
-    assert applies_to(layer, x)
-    expected = input_covariance(rule.patches(layer, x))
-    actual = rule.input_factor(layer, (x,))
+    x = images(3, 2, 12, 13)
+    call = call_of(layer, x)
+    assert applies_to(call.settings, x)
+    expected = input_covariance(patches(x, call.settings))
+    actual = call.input_factor("weight")
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.curvature import layer_coverage
+from laplace_debiased.curvature import host_coverage, operation_coverage
 from laplace_debiased.errors import CoverageError
 from laplace_debiased.network.substitution import call_with
 from laplace_debiased.posterior import DebiasedKronLaplace
@@ -21,14 +21,14 @@ INDICES = DataLoader(TensorDataset(torch.randint(7, (12, 4)), torch.arange(12) %
 
 
 class OwnNorm(nn.LayerNorm):
-    """Computes something else than its parent, so that its parent's rule is not for it."""
+    """A subclass that computes something else than its parent."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).sin()
 
 
 class Mixed(nn.Module):
-    """Supported and unsupported layers side by side."""
+    """All kinds side by side; the table's gradients depend on the batch, the gate has no rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,21 +92,18 @@ def fitted(model: nn.Module, **options: object) -> DebiasedKronLaplace:
     return la
 
 
-def test_what_has_no_rule_is_left_out_and_named() -> None:
+def test_what_cannot_be_covered_is_left_out_and_named() -> None:
     model = Mixed()
     la = DebiasedKronLaplace(model)
-    assert la.coverage.covered == ("hidden.weight", "hidden.bias", "head.weight", "head.bias")
-    reasons = la.coverage.excluded
-    assert "depend on the batch" in reasons["embedding.weight"]
-    assert reasons["token"] == "Mixed.token belongs to no layer"
-    assert reasons["gate.weight"] == "PReLU layers are not supported"
-    assert {name.split(".")[0] for name in reasons} == {"embedding", "norm", "gate", "token"}
+    assert la.coverage.excluded == {}  # no forward pass has shown more
     la.fit(INDICES)
+    assert set(la.coverage.excluded) == {"embedding.weight"}
+    assert "depend on the batch" in la.coverage.excluded["embedding.weight"]
     covered = sum(dict(model.named_parameters())[name].numel() for name in la.coverage.covered)
     assert la.n_params == len(la.mean) == covered
-    assert la.n_layers == len(la.params) == 4
+    assert la.n_layers == len(la.params) == len(la.coverage.covered)
     assert la.coverage.share == pytest.approx(covered / sum(p.numel() for p in model.parameters()))
-    assert "OwnNorm layers are not supported" in str(la.coverage)
+    assert "scale_grad_by_freq" in str(la.coverage)
 
 
 def test_left_out_parameters_stay_at_the_map_in_samples_of_the_network() -> None:
@@ -133,14 +130,7 @@ def test_covered_layers_among_left_out_ones_have_the_dense_curvature() -> None:
 @pytest.mark.parametrize(
     ("model", "excluded", "why"),
     [
-        (Tied(), {"first.weight"}, "tied weights"),
-        (Unused(), {"second.weight", "second.bias"}, "not called|does not affect"),
-        (Functional(), {"first.weight", "first.bias"}, "not the sum over positions"),
-        (
-            TimeFirst(),
-            {"first.weight", "first.bias", "second.weight", "second.bias"},
-            "not the sum over positions",
-        ),
+        (Unused(), {"second.weight", "second.bias"}, "affects the outputs"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -158,42 +148,83 @@ def test_what_only_a_forward_pass_shows_is_left_out_at_fit(
         fitted(model, strict=True)
 
 
-def test_module_called_twice_is_covered_as_one_layer_with_more_positions() -> None:
-    data, model = problem("mlp"), Reused()
+@pytest.mark.parametrize(
+    "model", [Reused(), Tied(), Functional(), TimeFirst()], ids=lambda m: type(m).__name__
+)
+def test_whatever_a_weight_is_read_by_it_is_one_block(model: nn.Module) -> None:
+    data = problem("mlp")
     la = fitted(model, scheme="single", strict=True)
     p = Problem(model, data.x, data.y, data.likelihood)
     expected = oracles.directional(la.H, oracles.ggn(p, la.coverage.covered))
     assert_exact(oracles.table(la.H), len(p.x) * expected)
 
 
-def test_reparametrised_layers_are_left_out() -> None:
-    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(32, 4)), nn.Linear(4, 3))
-    coverage, layers = layer_coverage(model)
-    assert coverage.covered == ("1.weight", "1.bias")
-    assert [layer.name for layer in layers] == ["1"]
-    assert "re-parametrised" in coverage.excluded["0.bias"]
-    assert "ParametrizationList" in coverage.excluded["0.parametrizations.weight.original1"]
+def test_reparametrised_weights_name_the_parametrisation() -> None:
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(32, 4)),
+        parametrizations.orthogonal(nn.Linear(4, 4)),
+        nn.Linear(4, 3),
+    )
+    coverage = operation_coverage(model)
+    assert coverage.covered == ("0.bias", "1.bias", "2.weight", "2.bias")
+    why = coverage.excluded["0.parametrizations.weight.original1"]
+    assert why == "Linear.weight is re-parametrised by WeightNorm"
+    assert "Orthogonal" in coverage.excluded["1.parametrizations.weight.original"]
 
 
 def test_batch_norm_that_mixes_samples_is_left_out() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
-    coverage, _ = layer_coverage(model)
-    assert "running statistics" in coverage.excluded["1.bias"]
+    la = DebiasedKronLaplace(model.double())
+    with pytest.raises((ValueError, CoverageError)):
+        la.fit(problem("mlp").loader())
 
 
 def test_only_what_the_hosts_backends_get_right_is_theirs() -> None:
     model = nn.Sequential(
         nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, groups=2), nn.BatchNorm2d(2), nn.Linear(4, 3)
     )
-    coverage, _ = layer_coverage(model, host_layers=True)
+    coverage, layers = host_coverage(model)
+    assert [layer.name for layer in layers] == ["0", "3"]
     assert {name.split(".")[0] for name in coverage.covered} == {"0", "3"}
     assert "not supported by the backend" in coverage.excluded["1.weight"]
     assert "BatchNorm2d" in coverage.excluded["2.bias"]
 
 
-def test_strict_raises_at_construction_and_names_the_gaps() -> None:
-    with pytest.raises(CoverageError, match=r"embedding\.weight: Embedding with scale_grad"):
-        DebiasedKronLaplace(Mixed(), strict=True)
+def test_strict_raises_at_the_fit_and_names_the_gaps() -> None:
+    la = DebiasedKronLaplace(Mixed(), strict=True)
+    with pytest.raises(CoverageError, match=r"embedding\.weight: it goes through .*scale_grad"):
+        la.fit(INDICES)
+
+
+def test_low_coverage_is_said_aloud_with_reasons_and_remedies() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells, self.head = nn.LSTM(4, 40, batch_first=True), nn.Linear(40, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cells(x.unsqueeze(1))[0][:, -1])
+
+    la = DebiasedKronLaplace(Recurrent().double())
+    with pytest.warns(UserWarning, match=r"only 123 of .* goes through lstm: has no rule") as seen:
+        la.fit(problem("mlp").loader())
+    message = str(seen[0].message)
+    assert all(word in message for word in ("register_operation_rule", "lowrank", "last_layer"))
+    la = DebiasedKronLaplace(Mixed())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.fit(INDICES)
+
+
+def test_a_long_table_is_grouped_by_module_and_reason() -> None:
+    stages = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(9)]
+    model = nn.Sequential(*stages, nn.Linear(4, 3))
+    model[0].requires_grad_(False)
+    coverage = operation_coverage(model)
+    short, long = str(coverage), coverage.table(whole=True)
+    assert len(short.splitlines()) < 15 < 38 < len(long.splitlines())
+    assert "frozen by the user" in short
+    assert "8.1.bias" in long
 
 
 def test_frozen_parameters_are_no_gap_under_strict() -> None:

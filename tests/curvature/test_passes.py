@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature import BackwardPass, identity_columns, layer_coverage, rule_for
+from laplace_debiased.curvature import BackwardPass, identity_columns, operation_coverage
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
@@ -14,15 +14,11 @@ from tests.zoo import KINDS, Problem, problem
 
 def jacobian_by_layers(p: Problem, byte_budget: int) -> Tensor:
     """Jacobian [m, C, P] put together from a pass's layer rows."""
-    coverage, layers = layer_coverage(p.model)
+    names = operation_coverage(p.model).covered
     parts = []
-    for chunk in BackwardPass(p.model, layers, byte_budget).chunks(p.x, identity_columns):
-        blocks = {}
-        for layer in chunk.layers:
-            rows = chunk.layer_rows(layer)
-            for part, block in rows.blocks():
-                blocks[layer.parameter_of(part)] = block.gradients()
-        parts.append(torch.cat([blocks[name] for name in coverage.covered], -1))
+    for chunk in BackwardPass(p.model, names, byte_budget).chunks(p.x, identity_columns):
+        blocks = {name: rows.gradients() for name, rows in chunk.blocks}
+        parts.append(torch.cat([blocks[name] for name in names], -1))
     return torch.cat(parts)
 
 
@@ -79,16 +75,15 @@ def test_output_that_is_no_tensor_is_refused() -> None:
         DebiasedKronLaplace(Pair().double()).fit(problem("mlp").loader())
 
 
-def test_subclass_with_another_forward_has_no_rule() -> None:
+def test_a_forward_of_its_own_is_covered_as_what_it_does() -> None:
     class Scaled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    class Renamed(nn.Linear):
-        pass
-
-    assert rule_for(Scaled(2, 2)) is None
-    assert rule_for(Renamed(2, 2)) is not None
+    p = problem("mlp")
+    model = nn.Sequential(Scaled(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    q = Problem(model, p.x, p.y, p.likelihood)
+    assert_exact(jacobian_by_layers(q, 2**28), oracles.jacobian(model, p.x, q.names))
 
 
 @pytest.mark.parametrize("sample", [0, 1, 17])

@@ -266,15 +266,12 @@ def make_case(seed: int, n: int = 8) -> Case:
         if likelihood == "classification":
             y = torch.randint(n_outputs, (n,), generator=generator)
         model = model.double()
-        gaps = _tie(draw, model)
+        _tie(draw, model)
         _randomise(model, generator)
     _freeze(draw, model)
     if not any(p.requires_grad for p in model.parameters()):
         model.head.weight.requires_grad_(True)
-    gaps |= {name for name, _ in model.named_parameters() if name.endswith(".offset")}
-    if any(isinstance(m, Tokens) and m.positions == "repeated" for m in model.modules()):
-        gaps |= {name for name, _ in model.named_parameters() if "places" in name}
-    return Case(seed, model, x, y, likelihood, gaps)
+    return Case(seed, model, x, y, likelihood)
 
 
 def _finished(draw: Draw, kind: str, stages: list[Stage], shape: tuple[int, ...]) -> Network:

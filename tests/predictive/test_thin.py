@@ -136,8 +136,9 @@ def test_few_positions_are_not_written_out() -> None:
     p = problem("convolution")
     la = fitted(p)
     (chunk,) = la.predictor.engine.chunks(p.x[:2], lambda f, rows: f.unsqueeze(-1))
-    (layer, *_) = chunk.layers
-    assert isinstance(chunk.layer_rows(layer).weight.rotated(la.H.blocks[0]), PositionRows)
+    name, rows = next(iter(chunk.blocks))
+    assert name == la.coverage.covered[0]
+    assert isinstance(rows.rotated(la.H.blocks[0]), PositionRows)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -31,12 +31,12 @@ class FeatureRowPass(RowPass):
     def rows(self, inputs: Any, columns: Tensor, *, differentiable: bool = False) -> Tensor:
         """J_nᵀ s [n, r, P] for every sample and every column s of ``columns`` [n, C, r]."""
         features = self._features(inputs, differentiable)[1]
-        layer = self.feature_pass.layer
+        head = self.feature_pass.head
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             columns = columns.to(features)
             parts = {
-                layer.weight: torch.einsum("ncr,nd->nrcd", columns, features).flatten(2),
-                layer.bias: columns.mT,
+                head.weight: torch.einsum("ncr,nd->nrcd", columns, features).flatten(2),
+                head.bias: columns.mT,
             }
             return torch.cat([parts[name] for name in self.network.names], -1)
 

@@ -8,8 +8,8 @@ from laplace_debiased.curvature.rows.base import (
     stacked,
 )
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor
-from laplace_debiased.curvature.rows.layer import LayerRows, same_column_factor
 from laplace_debiased.curvature.rows.matrix import GroupedRows, MatrixRows
+from laplace_debiased.curvature.rows.mixed import MixedRows, joined_rows
 from laplace_debiased.curvature.rows.positions import PositionRows
 from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
 from laplace_debiased.curvature.rows.tokens import TokenRows, per_token, token_factor
@@ -23,8 +23,8 @@ __all__ = [
     "Factor",
     "FactorRule",
     "GroupedRows",
-    "LayerRows",
     "MatrixRows",
+    "MixedRows",
     "PositionRows",
     "RankOneRows",
     "RotatedRows",
@@ -32,8 +32,8 @@ __all__ = [
     "TokenRows",
     "VectorRows",
     "input_factor",
+    "joined_rows",
     "per_token",
-    "same_column_factor",
     "stacked",
     "token_factor",
 ]

@@ -58,6 +58,10 @@ class BlockRows(Protocol):
         """The back-propagated columns, in the layout of the class."""
 
     @property
+    def transposed(self) -> bool:
+        """Whether columns act on the columns of the parameter as a matrix, not on its rows."""
+
+    @property
     def entries(self) -> int:
         """Numbers that one column's rows take in an eigenbasis, all samples together."""
 

@@ -76,7 +76,13 @@ class FactorSum:
         self._dense: Tensor | None = None
 
     def add(self, factor: Factor) -> None:
-        """Add a factor; with enough rows the sum becomes a matrix."""
+        """Add a factor; with enough rows the sum becomes a matrix, as does a mixed one."""
+        if factor.ndim > 1 and self._dense is not None and self._dense.ndim == 1:
+            diagonal, self._dense = self._dense, None
+            self.add(factor)
+            factor = diagonal
+        if factor.ndim == 1 and (self._parts or (self._dense is not None and self._dense.ndim > 1)):
+            factor = _diagonal_rows(dense(factor))
         if self._dense is None and isinstance(factor, RowsFactor):
             self._parts.append(factor.rows)
             if sum(part.shape[-2] for part in self._parts) >= factor.shape[-1]:
@@ -96,6 +102,14 @@ class FactorSum:
         if len(self._parts) > 1:
             self._parts = [torch.cat(self._parts, dim=-2)]
         return RowsFactor(self._parts[0])
+
+
+def _diagonal_rows(diagonal: Tensor) -> Factor:
+    """A diagonal factor as its rows, one for every entry that is not zero."""
+    index = diagonal.nonzero()[:, 0]
+    rows = diagonal.new_zeros(len(index), len(diagonal))
+    rows[torch.arange(len(index), device=index.device), index] = diagonal[index].sqrt()
+    return gram_of_rows(rows)
 
 
 def summed(factors: Sequence[Factor]) -> Factor:

@@ -37,6 +37,8 @@ class TokenRows:
     columns: Tensor
     size: int
 
+    transposed = True  # tokens act on the rows of the table
+
     @property
     def entries(self) -> int:
         return self.columns[:, 0].numel()

@@ -30,6 +30,8 @@ class _ColumnRows:
 
     columns: Tensor
 
+    transposed = False
+
     @property
     def entries(self) -> int:
         return self.columns[:, 0].numel()
@@ -74,8 +76,9 @@ class BiasRows(_ColumnRows):
         return self.columns.sum(2)
 
 
-MAX_DENSE_VECTOR = 2048
-"""Entries of a norm's scale or shift up to which its block is dense; beyond, it is diagonal."""
+MAX_DENSE_VECTOR = 4096
+"""Entries of a parameter with written-out gradients up to which its block is dense; beyond, it is
+diagonal."""
 
 
 @dataclass(frozen=True, eq=False)

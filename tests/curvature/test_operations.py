@@ -1,4 +1,4 @@
-"""Rules of single layers, their registry, and what they leave behind."""
+"""Rules of operations, what the recorder makes of a network, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature import (
-    LinearMapRule,
-    layers,
-    register_layer_rule,
-    registered_rules,
-    rule_for,
+    LinearRule,
+    OperationCall,
+    Reading,
+    RuleDefaults,
+    register_operation_rule,
+    registered_operations,
 )
-from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR, token_factor
+from laplace_debiased.curvature.operations import call
+from laplace_debiased.curvature.rows import (
+    MAX_DENSE_VECTOR,
+    MatrixRows,
+    input_factor,
+    token_factor,
+)
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
 from tests.fuzz.networks import LENGTH, WIDTH, Attention, Tokens
@@ -98,10 +105,11 @@ def test_gradients_of_predictions_equal_finite_differences(kind: str) -> None:
     la = fitted(p, enable_backprop=True)
     x = p.x[:2].clone().requires_grad_()
     mix = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
-    (actual,) = torch.autograd.grad((la(x) * mix).sum(), x)
+    (actual,) = torch.autograd.grad((la(x, link_approx="probit") * mix).sum(), x)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        high, low = (la(x + sign * 1e-5 * direction) for sign in (1, -1))
+        ends = (x + sign * 1e-5 * direction for sign in (1, -1))
+        high, low = (la(end, link_approx="probit") for end in ends)
     expected = ((high - low) * mix).sum() / 2e-5
     assert relative_error((actual * direction).sum(), expected) <= 10 * FINITE_DIFFERENCE
 
@@ -130,16 +138,18 @@ def test_padding_of_keys_is_masked_as_in_the_network() -> None:
     assert_exact(oracles.table(la.H), expected)
 
 
-def test_attention_of_one_sequence_without_a_batch_is_left_out() -> None:
+def test_attention_of_one_sequence_at_a_time_goes_through_torch_func() -> None:
     class Unbatched(Pooled):
         def forward(self, x: Tensor) -> Tensor:
             inner = self.stages[0].inner
             return self.head(torch.stack([inner(s, s, s)[0].mean(0) for s in x]))
 
     p = sequences(Unbatched(Attention(2, True, True, None)))
-    la = DebiasedKronLaplace(p.model)
-    la.fit(p.loader())
-    assert la.coverage.covered == ("head.weight", "head.bias")
+    la = DebiasedKronLaplace(p.model, scheme="single", strict=True)
+    la.fit(p.loader(), n_data=1)
+    assert la.coverage.general == {n for n, _ in p.model.named_parameters() if "stages" in n}
+    expected = oracles.directional(la.H, oracles.ggn(p, la.coverage.covered))
+    assert_exact(oracles.table(la.H), expected)
 
 
 def test_large_scales_get_a_diagonal_block() -> None:
@@ -180,69 +190,101 @@ def test_token_factor_is_the_diagonal_of_one_hot_inputs() -> None:
     assert_exact(token_factor(tokens, 5, counts), expected)
 
 
-class Halving(nn.Linear):
+class Quadratic(nn.Module):
+    """A parameter in an operation that has no rule."""
+
+    def __init__(self, width: int = 70) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, width), nn.Linear(1, 3)
+        self.form = nn.Parameter(torch.randn(1, width, width) / width)
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) / 2
+        inner = torch.tanh(self.inner(x))
+        return self.head(nn.functional.bilinear(inner, inner, self.form))
 
 
-class HalvingRule(LinearMapRule):
-    def output_positions(self, module: nn.Module, cotangents: Tensor) -> Tensor:
-        return super().output_positions(module, cotangents) / 2
+class QuadraticRule(RuleDefaults):
+    def readings(self, x: Tensor, y: Tensor, weight: Tensor, bias: object = None) -> tuple:
+        return (Reading({"weight": weight}, (x, y)),)
+
+    def matrix(self, slot: str, argument: Tensor, settings: object) -> Tensor:
+        return argument[0]
+
+    def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> MatrixRows:
+        x, y = call.inputs
+        return MatrixRows(y.unsqueeze(1), (columns[0] * x.unsqueeze(1)).unsqueeze(2))
+
+    def input_factor(self, call: OperationCall, slot: str, counts: Tensor | None = None) -> object:
+        return input_factor(call.inputs[1].unsqueeze(1), counts)
+
+
+class WrongRule(QuadraticRule):
+    def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> MatrixRows:
+        rows = super().rows(call, slot, columns)
+        return MatrixRows(rows.inputs, 2 * rows.columns)
 
 
 @pytest.fixture
 def registry():
     """The registry, put back afterwards."""
-    before = dict(layers._RULES)
+    before = dict(call._RULES)
     yield
-    layers._RULES.clear()
-    layers._RULES.update(before)
+    call._RULES.clear()
+    call._RULES.update(before)
 
 
-def halving_problem() -> Problem:
+def quadratic_problem() -> Problem:
     p = problem("mlp")
-    return Problem(nn.Sequential(Halving(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), p.x, p.y,
-                   p.likelihood)  # fmt: skip
+    return Problem(Quadratic().double(), p.x, p.y, p.likelihood)
 
 
-def test_registered_rule_covers_its_layer(registry) -> None:
-    assert rule_for(Halving(2, 2)) is None
-    register_layer_rule(Halving, HalvingRule())
-    assert Halving in registered_rules()
-    p = halving_problem()
+def test_an_operation_without_a_rule_is_named(registry) -> None:
+    p = quadratic_problem()
+    la = DebiasedKronLaplace(p.model)
+    la.fit(p.loader())
+    assert la.coverage.excluded == {"form": "it goes through bilinear: has no rule"}
+
+
+def test_registered_rule_covers_its_operation(registry) -> None:
+    register_operation_rule(nn.functional.bilinear, QuadraticRule())
+    assert nn.functional.bilinear in registered_operations()
+    p = quadratic_problem()
     la = DebiasedKronLaplace(p.model, scheme="single", strict=True)
     la.fit(p.loader(), n_data=1)
-    expected = oracles.directional(la.H, oracles.ggn(p, p.names))
+    expected = oracles.directional(la.H, oracles.ggn(p, la.coverage.covered))
     assert_exact(oracles.table(la.H), expected)
 
 
 def test_wrong_rule_is_found_out_at_the_fit(registry) -> None:
-    register_layer_rule(Halving, LinearMapRule())
-    la = DebiasedKronLaplace(halving_problem().model)
-    la.fit(halving_problem().loader())
-    assert "not the sum over positions" in la.coverage.excluded["0.weight"]
+    register_operation_rule(nn.functional.bilinear, WrongRule())
+    p = quadratic_problem()
+    la = DebiasedKronLaplace(p.model)
+    la.fit(p.loader())
+    assert "not the sum over positions" in la.coverage.excluded["form"]
 
 
-def test_second_rule_for_a_type_needs_override(registry) -> None:
-    register_layer_rule(Halving, LinearMapRule())
-    with pytest.raises(ValueError, match="Halving has a rule already; pass override=True"):
-        register_layer_rule(Halving, HalvingRule())
-    register_layer_rule(Halving, HalvingRule(), override=True)
-    assert isinstance(rule_for(Halving(2, 2)), HalvingRule)
+def test_second_rule_for_a_function_needs_override(registry) -> None:
+    register_operation_rule(nn.functional.bilinear, WrongRule())
+    with pytest.raises(ValueError, match="bilinear has a rule already; pass override=True"):
+        register_operation_rule(nn.functional.bilinear, QuadraticRule())
+    register_operation_rule(nn.functional.bilinear, QuadraticRule(), override=True)
+    assert type(registered_operations()[nn.functional.bilinear]) is QuadraticRule
 
 
 @pytest.mark.parametrize(
-    ("kind", "rule", "message"),
+    ("function", "rule", "message"),
     [
-        (int, LinearMapRule(), "must be a torch.nn.Module type"),
-        (Halving, HalvingRule, "must be an instance"),
-        (Halving, object(), "parameters, transposed, unsupported, rows, input_factor"),
+        (nn.Linear, LinearRule(), "must be a function of torch"),
+        (torch.dot, LinearRule, "must be an instance"),
+        (torch.dot, object(), "readings, matrix, rows, column_rows, input_factor"),
     ],
 )
-def test_what_is_no_rule_or_no_layer_is_refused(kind: type, rule: object, message: str) -> None:
+def test_what_is_no_rule_or_no_function_is_refused(
+    function: object, rule: object, message: str
+) -> None:
     with pytest.raises(TypeError, match=message):
-        register_layer_rule(kind, rule)
+        register_operation_rule(function, rule)
 
 
 def test_documented_example_runs(registry) -> None:
-    assert doctest.testmod(layers).failed == 0
+    assert doctest.testmod(call).failed == 0

@@ -10,37 +10,38 @@ both; there the partner p + k' − k lies on the same row (column), or outside o
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from laplace_debiased.curvature.operations.kernel import Kernel
+
 _MIN_PIXELS = 128
 
 
-def applies_to(module: nn.Conv2d, inputs: Tensor) -> bool:
-    """Whether :func:`patch_covariance` covers a layer, and is the faster way.
+def applies_to(kernel: Kernel, inputs: Tensor) -> bool:
+    """Whether :func:`patch_covariance` covers a convolution, and is the faster way.
 
     It covers kernel sizes 1 and 3 at stride 1 with zeros around that keep the size. On CPU the
     correlation is the library's weight gradient, 2 to 8 times as fast as im2col on images of
     16×16 pixels and more, slower on small ones. Elsewhere its reduced-precision kernels could
     cost digits. Patches that are fewer than their entries are kept as they are.
     """
-    same = module.padding == "same" or all(
-        pad == size // 2 for pad, size in zip(module.padding, module.kernel_size, strict=True)
-    )
+    if kernel.groups > 1 or len(kernel.size) != 2 or inputs.device.type != "cpu":
+        return False
+    centred = tuple((size // 2, size // 2) for size in kernel.size)
+    pixels = inputs.shape[2] * inputs.shape[3]
     return (
-        inputs.device.type == "cpu"
-        and same
-        and set(module.kernel_size) <= {1, 3}
-        and module.kernel_size != (1, 1)
+        kernel.padding == centred
+        and set(kernel.size) <= {1, 3}
+        and kernel.size != (1, 1)
         and min(inputs.shape[2:]) >= 3
-        and inputs.shape[2] * inputs.shape[3] >= _MIN_PIXELS
-        and len(inputs) * inputs.shape[2] * inputs.shape[3] >= module.weight[0].numel()
-        and module.padding_mode == "zeros"
-        and module.stride == (1, 1)
-        and module.dilation == (1, 1)
-        and module.groups == 1
+        and pixels >= _MIN_PIXELS
+        and len(inputs) * pixels >= inputs.shape[1] * math.prod(kernel.size)
+        and set(kernel.stride) == {1}
+        and set(kernel.dilation) == {1}
     )
 
 

@@ -1,0 +1,85 @@
+"""Gradients of small parameters that go through operations without a rule, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from laplace_debiased.curvature.operations import OperationCall, Place, PlainRule, Use
+from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR
+from laplace_debiased.curvature.tape import Cotangents, Tape
+from laplace_debiased.errors import ModelCallError
+from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.modes import differentiable_kernels
+from laplace_debiased.network.transforms import sample_axes, vjp, vmap, with_batch_axis
+
+
+def is_general(tape: Tape, name: str) -> bool:
+    """Whether a parameter that no rule covers is one for the general rule: small, of samples."""
+    small = tape.parameters[name].numel() <= MAX_DENSE_VECTOR
+    return small and name not in tape.depends_on_batch
+
+
+@dataclass(frozen=True, eq=False)
+class GeneralRows:
+    """Per-sample gradients by ``torch.func`` over the batch, written out.
+
+    Attributes:
+        network: the network as a function of these parameters.
+        calls: one for each of them.
+        inputs: one batch of model inputs.
+    """
+
+    network: FunctionalNetwork
+    calls: tuple[OperationCall, ...]
+    inputs: Any
+
+    @classmethod
+    def of(cls, model: nn.Module, tape: Tape, names: Collection[str], inputs: Any) -> GeneralRows:
+        """Of the named parameters.
+
+        Raises:
+            ModelCallError: if the tape could not record another one: the model does something else
+                with it than when it was looked at.
+        """
+        for name, why in tape.refused.items():
+            if name not in names:
+                raise ModelCallError(
+                    f"parameter {name!r} carries a posterior, but on these inputs it goes through "
+                    f"{why}. Fit again on data on which the model does what it does here."
+                )
+        calls = tuple(_plain_call(name, tape.parameters[name]) for name in names)
+        return cls(FunctionalNetwork(model, tuple(names)), calls, inputs)
+
+    def pull_back(self, column: Tensor) -> list[Cotangents]:
+        """Gradients [m, *parameter] of one column [m, C] at every parameter.
+
+        Raises:
+            RuntimeError: if torch cannot vectorise the network.
+        """
+        if not self.calls:
+            return []
+        network = self.network
+        parameters = network.parameters()
+        constants = network.constants()
+
+        with differentiable_kernels(network.model):
+            inputs = network.prepare(self.inputs)
+            axes = sample_axes(inputs)
+
+            def gradients(sample: Any, cotangent: Tensor) -> dict[str, Tensor]:
+                single = with_batch_axis(sample, axes)
+                pull = vjp(lambda v: network.call(v, constants, single)[0], parameters)[1]
+                return pull(cotangent)[0]
+
+            found = vmap(gradients, in_dims=(axes, 0))(inputs, column.to(network.dtype))
+        return [(found[name],) for name in self.network.names]
+
+
+def _plain_call(name: str, parameter: Tensor) -> OperationCall:
+    size = parameter.numel()
+    use = Use(name, Place((size,), (0,), (size,)))
+    return OperationCall("the parameter itself", PlainRule(), {"weight": use}, ())

@@ -1,0 +1,240 @@
+r"""One call of an operation on a parameter, and what a rule says about it.
+
+A *rule* says what one call contributes to the curvature of the parameters among its arguments: it
+turns what the operation read, and the columns pulled back to what it wrote, into rows (see
+:mod:`laplace_debiased.curvature.rows`). Everything after it (factors, magnitudes, predictions)
+knows rows only, no operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from laplace_debiased.curvature.operations.views import Place
+from laplace_debiased.curvature.rows import BlockRows, Factor
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A parameter as an argument of a call.
+
+    Attributes:
+        name: qualified name of the parameter.
+        place: where the argument lies in the parameter.
+    """
+
+    name: str
+    place: Place
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A way in which the arguments of a call can be read.
+
+    Attributes:
+        parameters: by slot (a name of the rule's own), arguments that may be parameters; None
+            where one is left out.
+        inputs: what else is read: tensors with the samples in front.
+        settings: what the rule wants to remember, such as strides.
+        refused: why the gradients of such a call are no sample's own, or None.
+        whole: whether an argument must be all of its parameter, and no part of it.
+    """
+
+    parameters: Mapping[str, Tensor | None]
+    inputs: tuple[Tensor, ...]
+    settings: Any = None
+    refused: str | None = None
+    whole: bool = False
+
+
+class OperationRule(Protocol):
+    """How one operation reads its parameters."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether what is read acts on the rows of the weight as a matrix, not on its columns."""
+
+    def readings(self, *args: Any, **kwargs: Any) -> tuple[Reading, ...]:
+        """The ways in which a call with these arguments can be read, in the rule's own terms.
+
+        The first one counts in which an argument in a slot is a parameter.
+        """
+
+    def matrix(self, slot: str, argument: Tensor, settings: Any) -> Tensor | None:
+        """A view of an argument as the matrix [D_out, D_in] that it is; None for a vector."""
+
+    def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
+        """Rows of the argument in a slot.
+
+        Args:
+            call: the call, of m samples.
+            slot: which argument.
+            columns: R columns at the outputs, [m, R, *output shape] each.
+
+        Raises:
+            ValueError: if the tensors are not of the shape that the operation documents with the
+                batch in front.
+        """
+
+    def column_rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
+        """The same for the factor of the columns alone, which may leave out the inputs."""
+
+    def input_factor(
+        self, call: OperationCall, slot: str, counts: Tensor | None = None
+    ) -> Factor | None:
+        """Kronecker factor of the inputs, summed over samples; None where there is none.
+
+        Args:
+            call: the call, of m samples.
+            slot: which argument.
+            counts: multiplicity of every sample [m]; None for ones.
+        """
+
+
+class RuleDefaults:
+    """What most rules say: a weight that is a matrix in row-major order, a bias, no factors."""
+
+    transposed = False
+
+    def matrix(self, slot: str, argument: Tensor, settings: Any) -> Tensor | None:
+        """The weight, all dimensions but the first one flattened."""
+        return argument.flatten(1) if slot == "weight" and argument.ndim > 1 else None
+
+    def column_rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
+        """All rows, unless overridden."""
+        return self.rows(call, slot, columns)  # type: ignore[attr-defined]
+
+    def input_factor(
+        self, call: OperationCall, slot: str, counts: Tensor | None = None
+    ) -> Factor | None:
+        """None, as for vectors, unless overridden."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class OperationCall:
+    """One call of an operation for m samples.
+
+    Attributes:
+        operation: its name, for messages.
+        rule: how it reads its parameters.
+        uses: the covered parameters among its arguments, by slot.
+        inputs: what it read [m, ...]; with ``folded`` [m, k, ...].
+        settings: of its rule.
+        folded: whether several consecutive entries of the operation's batch dimension belong to
+            one sample, as windows of an image do.
+    """
+
+    operation: str
+    rule: OperationRule
+    uses: Mapping[str, Use]
+    inputs: tuple[Tensor, ...]
+    settings: Any = None
+    folded: bool = False
+
+    def rows(
+        self, slot: str, columns: tuple[Tensor, ...], *, columns_only: bool = False
+    ) -> BlockRows:
+        """Rows of the *parameter* in a slot, zero where the argument is a part of it."""
+        read = self.rule.column_rows if columns_only else self.rule.rows
+        return self.uses[slot].place.embedded(read(self, slot, columns))
+
+    def input_factor(self, slot: str, counts: Tensor | None = None) -> Factor | None:
+        """Factor of the inputs, of the side of the parameter that they act on."""
+        factor = self.rule.input_factor(self, slot, counts)
+        return None if factor is None else self.uses[slot].place.embedded_factor(factor)
+
+    def inputs_act_on_rows(self, slot: str) -> bool:
+        """Whether the factor of the inputs is of the parameter's rows as a matrix."""
+        return self.rule.transposed != self.uses[slot].place.transposed
+
+    def with_inputs(self, function: Callable[[Tensor], Tensor]) -> OperationCall:
+        """The same with a function of every input."""
+        return replace(self, inputs=tuple(function(tensor) for tensor in self.inputs))
+
+    def flat(self, tensor: Tensor, lead: int) -> Tensor:
+        """A tensor [*lead dimensions, (k,) ...] with k merged into the one before it.
+
+        Args:
+            tensor: inputs (lead 1) or columns (lead 2).
+            lead: number of dimensions before k.
+        """
+        return tensor.flatten(lead - 1, lead) if self.folded else tensor
+
+
+_RULES: dict[Any, OperationRule] = {}
+
+
+def register_operation_rule(
+    function: Callable[..., Any], rule: OperationRule, *, override: bool = False
+) -> None:
+    """Give parameters that a torch function reads a posterior.
+
+    Every fit compares the rule's gradients with automatic differentiation on two samples, and
+    leaves the parameter out, with a reason in ``la.coverage``, where they differ.
+
+    Args:
+        function: a function of torch as a model calls it: ``torch.nn.functional.bilinear``,
+            ``torch.Tensor.matmul``, an operator of ``torch.ops``.
+        rule: its rule.
+        override: replace the function's present rule.
+
+    Raises:
+        TypeError: if ``function`` cannot be called, or ``rule`` lacks a method.
+        ValueError: if the function has a rule already.
+
+    Example:
+        A quadratic form xᵀ W x, as :func:`torch.nn.functional.bilinear` of one output, is a
+        linear map of one position, with x as its input and g x as its columns.
+
+        >>> import torch
+        >>> from laplace_debiased.curvature import RuleDefaults, register_operation_rule
+        >>> from laplace_debiased.curvature.operations import Reading
+        >>> from laplace_debiased.curvature.rows import MatrixRows, input_factor
+        >>> class QuadraticRule(RuleDefaults):
+        ...     def readings(self, x, y, weight, bias=None):
+        ...         return (Reading({"weight": weight}, (x, y)),)
+        ...     def matrix(self, slot, argument, settings):
+        ...         return argument[0] if len(argument) == 1 else None
+        ...     def rows(self, call, slot, columns):
+        ...         x, y = call.inputs
+        ...         g = columns[0][..., :1] * x.unsqueeze(1)
+        ...         return MatrixRows(y.unsqueeze(1), g.unsqueeze(2))
+        ...     def input_factor(self, call, slot, counts=None):
+        ...         return input_factor(call.inputs[1].unsqueeze(1), counts)
+        >>> register_operation_rule(torch.nn.functional.bilinear, QuadraticRule())
+    """
+    needed = ("transposed", "readings", "matrix", "rows", "column_rows", "input_factor")
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"function must be a function of torch; got {function!r}.")
+    if isinstance(rule, type) or not all(hasattr(rule, name) for name in needed):
+        raise TypeError(
+            f"rule must be an instance with {', '.join(needed)}; got {rule!r}. "
+            "Derive it from RuleDefaults."
+        )
+    if function in _RULES and not override:
+        name = getattr(function, "__name__", repr(function))
+        raise ValueError(f"{name} has a rule already; pass override=True to replace it.")
+    _RULES[function] = rule
+
+
+def registered_operations() -> Mapping[Any, OperationRule]:
+    """The torch functions that have a rule, read-only."""
+    return MappingProxyType(_RULES)
+
+
+def in_front(tensor: Tensor, m: int) -> tuple[Tensor, bool]:
+    """A tensor [m·k, ...] as [m, ...] or, for k > 1, as [m, k, ...], and whether that is so."""
+    if len(tensor) == m:
+        return tensor, False
+    return tensor.unflatten(0, (m, -1)), True
+
+
+def shared_by_samples(tensor: Tensor, m: int) -> Tensor:
+    """A tensor that all m samples share, once for each of them [m, ...]; not copied."""
+    return tensor.unsqueeze(0).expand(m, *tensor.shape)

@@ -1,0 +1,529 @@
+r"""The recorder: which operations of a forward pass read which parameters.
+
+What carries curvature is an operation on a parameter, whoever calls it: a module of torch, a module
+that somebody has written, a function. The recorder is a torch function mode. It hands the model a
+leaf of its own in place of every parameter, follows what is made of these leaves, and sorts what it
+sees into
+
+* tensors that no sample has touched: parameters, views and functions of them, buffers, constants;
+* *direct calls*, where a rule's operation reads samples and a parameter;
+* *shared calls*, where it reads no sample (an embedding of positions), so that its output is the
+  same for all samples until it meets them;
+* *meetings*, where something that all samples share is broadcast against the samples, or was
+  spread over the batch before. Each sample then gets a copy, and the gradient in that copy is the
+  sample's: class tokens, position tables, layer scales, relative position biases.
+
+Only the parameter's own path is batched, never what the model computes with. Any other operation on
+something that depends on a parameter is noted as the reason why that parameter is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from laplace_debiased.curvature.operations.attention import attend_apart
+from laplace_debiased.curvature.operations.call import (
+    OperationCall,
+    OperationRule,
+    Reading,
+    Use,
+    in_front,
+    registered_operations,
+    shared_by_samples,
+)
+from laplace_debiased.curvature.operations.plain import PlainRule
+from laplace_debiased.curvature.operations.views import Place, matrix_place, vector_place
+from laplace_debiased.curvature.tape import Meeting, SharedCall, Tape
+from laplace_debiased.network.inputs import (
+    batch_length,
+    invoke,
+    map_tensors,
+    plain_tensors,
+    tensors_of,
+)
+from laplace_debiased.network.interrupts import unbroken
+from laplace_debiased.network.modes import evaluation_mode
+
+# ruff: noqa: SIM905  (a list of names reads better in lines than in a column)
+_BROADCASTING = frozenset(
+    """add sub rsub mul div true_divide where maximum minimum fmax fmin pow addcmul addcdiv lerp
+    atan2 hypot logaddexp masked_fill scaled_dot_product_attention""".split()
+)
+"""Operations whose tensor arguments are broadcast against each other; without underscores."""
+
+_SPREADING = frozenset("expand expand_as broadcast_to repeat tile repeat_interleave".split())
+_CONSTANT_FACTORIES = frozenset("zeros ones full zeros_like ones_like full_like".split())
+_CASTS = frozenset("to float half bfloat16 double type type_as contiguous cuda cpu".split())
+_LIKE = frozenset("type_as to expand_as view_as reshape_as new_zeros new_ones new_full".split())
+"""Operations that read no more of their further arguments than shape, dtype and device."""
+
+
+@dataclass(frozen=True, eq=False)
+class Untouched:
+    """A tensor that no sample has touched.
+
+    Attributes:
+        tensor: the tensor; held, so that its ``id`` stays its own.
+        calls: shared calls that it depends on, by their place on the tape.
+        names: covered parameters that it depends on.
+        stored: the same tensor as a view of its one parameter's memory; None if it is none.
+        spread: whether it was repeated over the batch, so that its first dimension is the batch.
+        through: the first operation that made it more than a view of a parameter.
+    """
+
+    tensor: Tensor
+    calls: frozenset[int] = frozenset()
+    names: frozenset[str] = frozenset()
+    stored: Tensor | None = None
+    spread: bool = False
+    through: str | None = None
+
+
+class Recorder(TorchFunctionMode):
+    """Within it, operations on covered parameters are noted on a tape.
+
+    Args:
+        tape: where.
+        model: the network.
+        covered: names of the covered parameters.
+    """
+
+    def __init__(self, tape: Tape, model: nn.Module, covered: Collection[str]) -> None:
+        super().__init__()
+        self._tape = tape
+        self._rules = registered_operations()
+        self._untouched: dict[int, Untouched] = {}
+        self._leaves: dict[int, Tensor] = {}
+        for buffer in model.buffers():
+            self._hold(Untouched(buffer))
+        for name, parameter in model.named_parameters():
+            self._add_parameter(name, parameter, name in covered)
+
+    def _add_parameter(self, name: str, parameter: Tensor, is_covered: bool) -> None:
+        leaf = parameter.detach()
+        self._leaves[id(parameter)] = leaf
+        if not is_covered:
+            self._hold(Untouched(leaf))
+            return
+        leaf.requires_grad_(True)
+        self._tape.parameters[name] = leaf
+        place = Place((leaf.numel(),), (0,), (leaf.numel(),))
+        call = OperationCall("the parameter itself", PlainRule(), {"weight": Use(name, place)}, ())
+        self._tape.shared.append(SharedCall.of(call, leaf))
+        index = len(self._tape.shared) - 1
+        self._hold(Untouched(leaf, frozenset([index]), frozenset([name]), stored=leaf))
+
+    def _hold(self, value: Untouched) -> None:
+        self._untouched[id(value.tensor)] = value
+
+    # -- the mode --------------------------------------------------------------------------
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Any,
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Sort a call, note it, and run it."""
+        kwargs = kwargs or {}
+        found, is_batched = self._seen(args, kwargs)
+        if not found and is_batched:  # nearly all calls
+            return func(*args, **kwargs)
+        if found:
+            args, kwargs = self._with_leaves(args), self._with_leaves(kwargs)
+        name = str(getattr(func, "__name__", func)).strip("_")
+        on_parameters = any(value.names for value in found)
+        if is_batched and name in _LIKE and self._value(args[0]) is not None:
+            is_batched = False
+        if on_parameters and is_batched:
+            return self._meet(func, name, args, kwargs)
+        if on_parameters and func in self._rules:
+            noted = self._share(func, name, args, kwargs)
+            if noted is not NotImplemented:
+                return noted
+        outputs = func(*args, **kwargs)
+        if is_batched:
+            if _writes(func):  # samples were written to it
+                self._untouched.pop(id(args[0]), None)
+        else:
+            made = args[0] if outputs is None and _writes(func) else outputs
+            self._hold_outputs(name, made, found)
+        return outputs
+
+    def _seen(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[Untouched], bool]:
+        """Tensors among the arguments that no sample has touched, and whether there are others."""
+        found: list[Untouched] = []
+        is_batched = False
+        stack = [*args, *kwargs.values()] if kwargs else list(args)
+        for value in stack:
+            if isinstance(value, Tensor):
+                leaf = self._leaves.get(id(value), value)
+                known = self._untouched.get(id(leaf))
+                if known is None:
+                    is_batched = True
+                else:
+                    found.append(known)
+            elif isinstance(value, tuple | list):
+                stack.extend(value)
+            elif isinstance(value, dict):
+                stack.extend(value.values())
+        return found, is_batched
+
+    def _with_leaves(self, values: Any) -> Any:
+        """Arguments with the tape's leaves in place of parameters."""
+        return map_tensors(lambda tensor: self._leaves.get(id(tensor), tensor), values)
+
+    def _hold_outputs(self, name: str, outputs: Any, found: list[Untouched]) -> None:
+        """Follow what was made of tensors that no sample has touched."""
+        calls = frozenset().union(*(value.calls for value in found))
+        names = frozenset().union(*(value.names for value in found))
+        sources = [value for value in found if value.names]
+        through = next((value.through for value in found if value.through), None)
+        for output in tensors_of(outputs):
+            stored = None
+            if len(sources) == 1:
+                stored = _stored(name, sources[0], output)
+            self._hold(
+                Untouched(
+                    output,
+                    calls if output.requires_grad else frozenset(),
+                    names if output.requires_grad else frozenset(),
+                    stored,
+                    self._is_spread(name, output, found),
+                    through or (None if stored is not None or not sources else name),
+                )
+            )
+
+    def _is_spread(self, name: str, output: Tensor, found: list[Untouched]) -> bool:
+        """Whether an output's first dimension is the batch, though no sample was read."""
+        m = self._tape.length
+        if output.ndim == 0 or len(output) % m:
+            return False
+        if name in _CONSTANT_FACTORIES:
+            return len(output) == m
+        if name in _SPREADING and found:
+            before = found[0].tensor
+            lead = len(before) if before.ndim == output.ndim else 1
+            return lead * m == len(output) or found[0].spread
+        return any(v.spread and v.tensor.ndim and len(v.tensor) == len(output) for v in found)
+
+    # -- calls of a rule's operation -----------------------------------------------------------
+
+    def is_covered(self, argument: Any) -> bool:
+        """Whether an argument is made of a covered parameter."""
+        value = self._value(argument)
+        return value is not None and bool(value.names)
+
+    def _value(self, argument: Any) -> Untouched | None:
+        """What is known of an argument; of a view that was made apart, through what it views."""
+        if not isinstance(argument, Tensor):
+            return None
+        known = self._untouched.get(id(argument))
+        if known is None and argument._base is not None:
+            base = self._untouched.get(id(argument._base))
+            if base is not None and base.stored is not None:
+                return replace(base, tensor=argument, stored=argument)
+        return known
+
+    def _reading(self, func: Callable, args: tuple, kwargs: Any) -> Reading | None:
+        """The first reading of a call in which an argument in a slot is a parameter."""
+        try:
+            readings = self._rules[func].readings(*args, **kwargs)
+        except TypeError:  # arguments that the rule does not know
+            return None
+        return next((r for r in readings if any(map(self.is_covered, r.parameters.values()))), None)
+
+    def _uses(self, rule: OperationRule, reading: Reading) -> dict[str, Use] | str:
+        """The covered parameters of a reading, or why it cannot be covered."""
+        if reading.refused is not None:
+            return reading.refused
+        uses = {}
+        for slot, argument in reading.parameters.items():
+            value = self._value(argument)
+            if value is None or not value.names:
+                continue
+            if value.stored is None or len(value.names) > 1:
+                return f"goes through {value.through or 'other operations'} first"
+            (name,) = value.names
+            leaf = self._tape.parameters[name]
+            matrix = rule.matrix(slot, value.stored.detach(), reading.settings)
+            if matrix is None:
+                place = vector_place(leaf, value.stored)
+            else:
+                place = matrix_place(leaf.detach(), value.stored, matrix)
+            if place is None or (reading.whole and not place.whole):
+                return "is read in parts, or in another order"
+            uses[slot] = Use(name, place)
+        return uses
+
+    def note(
+        self, operation: str, rule: OperationRule, reading: Reading, outputs: tuple[Tensor, ...]
+    ) -> None:
+        """Record a call that read samples, or why it cannot be recorded."""
+        uses = self._uses(rule, reading)
+        m = self._tape.length
+        tensors = (*reading.inputs, *outputs)
+        if not isinstance(uses, str) and any(t.ndim == 0 or len(t) % m for t in tensors):
+            uses = "the first dimension of what it reads or writes is not the batch"
+        if isinstance(uses, str):
+            self.refuse(operation, uses, reading.parameters.values())
+            if uses == reading.refused:
+                values = map(self._value, reading.parameters.values())
+                self._tape.depends_on_batch.update(*(v.names for v in values if v is not None))
+            return
+        if not uses or not all(output.requires_grad for output in outputs):
+            return
+        folded = [in_front(tensor, m) for tensor in reading.inputs]
+        is_folded = any(flag for _, flag in folded) or any(len(o) != m for o in outputs)
+        inputs = tuple(t if flag or not is_folded else t.unsqueeze(1) for t, flag in folded)
+        call = OperationCall(operation, rule, uses, inputs, reading.settings, is_folded)
+        self._tape.keep(call, reading.inputs, *outputs)
+
+    def refuse(self, operation: str, why: str, arguments: Iterable[Any]) -> None:
+        """Note why the parameters that arguments are made of cannot be covered."""
+        for argument in arguments:
+            value = self._value(argument)
+            for name in value.names if value is not None else ():
+                self._tape.refused.setdefault(name, f"{operation}: {why}")
+
+    def _share(self, func: Callable, name: str, args: tuple, kwargs: Any) -> Any:
+        """Run and record a call that all samples share; NotImplemented if it is another one."""
+        reading, rule = self._reading(func, args, kwargs), self._rules[func]
+        if reading is None:
+            return NotImplemented
+        inputs = [self._value(tensor) for tensor in reading.inputs]
+        spread = [v is not None and v.spread for v in inputs]
+        if all(spread):
+            return self._run_noted(func, name, args, kwargs, reading)
+        uses = self._uses(rule, reading)
+        if isinstance(uses, str):
+            return NotImplemented  # followed as any function of the parameter
+        outputs = _of_its_own(func(*args, **kwargs))
+        m = self._tape.length
+        shared = tuple(shared_by_samples(tensor, m) for tensor in reading.inputs)
+        call = OperationCall(name, rule, uses, shared, reading.settings, folded=True)
+        self._tape.shared.append(SharedCall.of(call, outputs))
+        before = [v for v in inputs if v is not None]
+        self._hold(
+            Untouched(
+                outputs,
+                frozenset([len(self._tape.shared) - 1]).union(*(v.calls for v in before)),
+                frozenset(use.name for use in uses.values()).union(*(v.names for v in before)),
+                through=name,
+            )
+        )
+        return outputs
+
+    def _run_noted(
+        self, func: Callable, name: str, args: tuple, kwargs: Any, reading: Reading
+    ) -> Any:
+        """Run and record a call that reads samples, or what was spread over them."""
+        read = {id(tensor) for tensor in reading.inputs}
+
+        def kept(tensor: Tensor) -> Tensor:
+            return self._one_each(name, tensor) if id(tensor) in read else tensor
+
+        outputs = _of_its_own(func(*map_tensors(kept, args), **map_tensors(kept, kwargs)))
+        self.note(name, self._rules[func], reading, (outputs,))
+        return outputs
+
+    # -- where parameters meet samples -----------------------------------------------------------
+
+    def _meet(self, func: Callable, name: str, args: tuple, kwargs: Any) -> Any:
+        """Run a call that reads samples and something made of parameters."""
+        if func is functional.multi_head_attention_forward:
+            outputs = attend_apart(self, func, args, kwargs)
+            if outputs is not NotImplemented:
+                return outputs
+        elif func in self._rules:
+            args, kwargs, bias = self._without_made_bias(func, args, kwargs)
+            reading = self._reading(func, args, kwargs)
+            if reading is not None:
+                outputs = self._run_noted(func, name, args, kwargs, reading)
+                if bias is None:
+                    return outputs
+                return self._meet(torch.add, "add", (outputs, bias), {})
+        shapes = _broadcast(name, args, kwargs)
+        if shapes is not None:
+            copied = partial(self._one_each, name, shape_of=shapes)
+            return func(*map_tensors(copied, args), **map_tensors(copied, kwargs))
+        kept = partial(self._one_each, name)
+        return func(*map_tensors(kept, args), **map_tensors(kept, kwargs))
+
+    def _without_made_bias(
+        self, func: Callable, args: tuple, kwargs: Any
+    ) -> tuple[tuple, Any, Tensor | None]:
+        """A linear map's arguments, and apart a bias that is more than a part of a parameter."""
+        if func is not functional.linear:
+            return args, kwargs, None
+        bound = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        value = self._value(bound.get("bias"))
+        if value is None or not value.names or (value.stored is not None and len(value.names) == 1):
+            return args, kwargs, None
+        return (bound["input"], bound["weight"]), {}, bound["bias"]
+
+    def _one_each(
+        self,
+        name: str,
+        tensor: Tensor,
+        shape_of: Callable[[Tensor], torch.Size] | None = None,
+    ) -> Tensor:
+        """An argument with a copy for every sample, if it is made of parameters and can be.
+
+        Args:
+            name: the operation, for the reason if it cannot.
+            tensor: the argument.
+            shape_of: shape that the operation broadcasts an argument to; None if it does not.
+        """
+        value = self._untouched.get(id(tensor))
+        if value is None or not value.names:
+            return tensor
+        copies = None
+        if shape_of is not None:
+            copies = self._copies(value, shape_of(tensor))
+        elif value.spread:
+            copies = self._spread(value)
+        if copies is None:
+            why = "has no rule" if shape_of is None else "does not have the batch in front"
+            self.refuse(name, why, [tensor])
+            return tensor
+        return copies
+
+    def _copies(self, value: Untouched, shape: torch.Size) -> Tensor | None:
+        """A copy for every sample, broadcast as the tensor itself would be; None if unclear."""
+        tensor, m = value.tensor, self._tape.length
+        if not shape or shape[0] % m or tensor.ndim > len(shape):
+            return None
+        k = shape[0] // m
+        if tensor.ndim == len(shape) and len(tensor) > 1:
+            if value.spread:
+                return self._spread(value)
+            if m > 1:
+                return None
+            copies = tensor.view_as(tensor)
+            self._met(copies, tensor, value)
+            return copies
+        base = tensor.reshape((1,) * (len(shape) - tensor.ndim) + tensor.shape)
+        copies = base.expand(m, *base.shape[1:])
+        copies = copies if m > 1 else base.view_as(base)
+        self._met(copies, tensor, value)
+        return copies if k == 1 else copies.repeat_interleave(k, 0)
+
+    def _spread(self, value: Untouched) -> Tensor:
+        """What was repeated over the batch: all copies are equal, and depend on one of them."""
+        tensor = value.tensor
+        copies = tensor.view_as(tensor)
+        self._met(copies, tensor[: len(tensor) // self._tape.length], value)
+        return copies
+
+    def _met(self, copies: Tensor, base: Tensor, value: Untouched) -> None:
+        if not copies.requires_grad:  # under no_grad
+            return
+        calls = tuple(sorted(value.calls))
+        self._tape.meetings.append(Meeting(get_gradient_edge(copies), base, calls))
+
+
+def _broadcast(
+    name: str, args: tuple, kwargs: Mapping[str, Any]
+) -> Callable[[Tensor], torch.Size] | None:
+    """The shape that an operation broadcasts each of its arguments to; None if it does not."""
+    tensors = list(tensors_of([args, dict(kwargs)]))
+    if name == "scaled_dot_product_attention":
+        query = tensors[0].shape
+        return lambda tensor: query
+    if name in ("matmul", "rmatmul") and all(tensor.ndim > 2 for tensor in tensors):
+        lead = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in tensors))
+        return lambda tensor: torch.Size((*lead, *tensor.shape[-2:]))
+    plain = name if name in _BROADCASTING or name[:1] not in ("i", "r") else name[1:]
+    if plain not in _BROADCASTING:
+        return None
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    return lambda tensor: shape
+
+
+class _Identity(torch.autograd.Function):
+    """The same memory as a tensor that is no view of another one."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _of_its_own(output: Tensor) -> Tensor:
+    """An output that can be recorded, whatever follows.
+
+    A linear map of many positions returns a view. An activation in place on a view writes a new
+    history for what is viewed, in which the edge that was recorded is no longer found.
+    """
+    return _Identity.apply(output) if output._is_view() and output.requires_grad else output
+
+
+def _writes(func: Callable) -> bool:
+    """Whether a function writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _stored(name: str, source: Untouched, output: Tensor) -> Tensor | None:
+    """An output as a view of its parameter's memory; None if it is none."""
+    if source.stored is None:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(output):
+        return None
+    if output.untyped_storage().data_ptr() == source.tensor.untyped_storage().data_ptr():
+        return output if source.stored is source.tensor else None
+    same = output.shape == source.tensor.shape and output.is_floating_point()
+    return source.stored if name in _CASTS and same else None
+
+
+@unbroken
+def _recording(tape: Tape, model: nn.Module, covered: frozenset[str]) -> Iterator[None]:
+    with Recorder(tape, model, covered):
+        yield
+
+
+def record(
+    model: nn.Module, covered: Collection[str], inputs: Any, general: Collection[str] = ()
+) -> Tape:
+    """Run the model on a batch in evaluation mode, and record what it does with parameters.
+
+    Args:
+        model: the network; left untouched.
+        covered: names of its covered parameters; without any there is no graph.
+        inputs: one batch of model inputs, m samples.
+        general: those whose operations are known to have no rule: nothing of them is recorded.
+
+    Raises:
+        TypeError: if the model does not return a tensor.
+    """
+    tape = Tape(batch_length(inputs) if covered else 0)
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(bool(covered)),
+        evaluation_mode(model),
+        _recording(tape, model, frozenset(covered)) if covered else nullcontext(),
+    ):
+        outputs = invoke(model, plain_tensors(inputs))
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it in "
+            "a module whose forward returns the logits."
+        )
+    tape.outputs = outputs
+    tape.close(general)
+    return tape
