@@ -16,6 +16,7 @@ from laplace_debiased.curvature.operations.call import OperationCall
 from laplace_debiased.curvature.recorder import record
 from laplace_debiased.curvature.rows import BlockRows, joined_rows
 from laplace_debiased.curvature.tape import Cotangents, Tape
+from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes, to_device
 from laplace_debiased.network.modes import math_attention
 from laplace_debiased.network.outputs import check_outputs
@@ -33,10 +34,12 @@ class UnitColumns:
     Attributes:
         like: outputs [m, C] or [m, T, C]: shape, dtype and device of a column.
         indices: which of a sample's outputs, counted through its positions [m, R].
+        forecast: hears of every column that is asked for, in samples; None for nobody.
     """
 
     like: Tensor
     indices: Tensor
+    forecast: Forecast | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -49,6 +52,9 @@ class UnitColumns:
 
     def column(self, r: int) -> Tensor:
         """The r-th column [m, C] or [m, T, C]."""
+        if self.forecast is not None:
+            # What was asked for before has been pulled back by now.
+            self.forecast.done(len(self.indices) if r else 0)
         flat = torch.zeros_like(self.like).flatten(1)
         return flat.scatter_(1, self.indices[:, r : r + 1], 1.0).reshape(self.like.shape)
 

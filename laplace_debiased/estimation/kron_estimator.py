@@ -40,8 +40,9 @@ from laplace_debiased.estimation.walking import (
     scaled_columns,
 )
 from laplace_debiased.likelihoods import curvature_columns, sketched_columns
+from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.identity import digest_of
-from laplace_debiased.options import Fisher, Magnitudes
+from laplace_debiased.options import SKETCHED_COLUMNS, Fisher, Magnitudes
 
 AnyChunk = TypeVar("AnyChunk", Chunk, ColumnChunk)
 
@@ -177,11 +178,26 @@ class KronEstimator:
             chunks: of the pass: all columns at once, or one by one.
             weighted: whether a column is scaled by the square root of its sample's weight.
         """
+        forecast = self._forecast()
         for batch, columns in self._batches(what, walk):
             if weighted:
                 columns = scaled_columns(columns, batch.weights * batch.counts)
+            forecast.begin()
             for chunk in chunks(batch.inputs, columns, n_columns=self._n_columns):
                 yield batch, chunk
+                if weighted:  # the first walk speaks for both
+                    forecast.done(len(chunk.outputs))
+
+    def _forecast(self) -> Forecast:
+        """Foretells the walks of a fit from its first chunks."""
+        plan, exact = self.task.plan, self.task.options.magnitudes is Magnitudes.GGN
+        share = plan.share(self.task.ranks)
+        if self._n_columns is None:
+            advice = f"columns={SKETCHED_COLUMNS} takes so many backward passes per sample"
+        else:
+            advice = "A smaller n_samples takes less; subset_of_weights='last_layer' least"
+        n_samples = sum(size for part in share.parts for size in part.batch_sizes)
+        return Forecast("this fit", (2 if exact else 1) * n_samples, f"{advice}.")
 
     def _batches(self, what: str, walk: Progress | None) -> Iterator[tuple[Batch, Columns]]:
         """Batches of the plan and their columns; label draws repeat from walk to walk.

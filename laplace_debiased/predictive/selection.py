@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.passes import Chunk, CurvaturePass, UnitColumns
+from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.inputs import batch_length
 
 ALL_UP_TO = 64
 """With up to so many classes, ``n_outputs="auto"`` takes them all."""
+
+_FEW = 32
+"""Pull-backs, samples times columns, that nobody waits a minute for."""
 
 MOST_PROBABLE = 32
 """With more, so many of each sample."""
@@ -96,19 +101,40 @@ def selected_walks(
     """
     *positions, n_outputs = engine.output_shape(inputs)
     width = n_outputs if selection.n_outputs is None else min(selection.n_outputs, n_outputs)
+    each = width * (1 if selection.last_position else math.prod(positions))
+    forecast = _forecast(engine, batch_length(inputs), each, n_outputs)
     if not positions:
         selection.require_no_positions()
-        yield _chunks(engine, inputs, selection, None, width, differentiable)
+        yield _chunks(engine, inputs, selection, None, width, differentiable, forecast)
         return
     if selection.last_position:
         last = last_positions(inputs, positions[0])
-        yield _chunks(engine, inputs, selection, last, width, differentiable)
+        yield _chunks(engine, inputs, selection, last, width, differentiable, forecast)
         return
     step = max(1, engine.columns_that_fit(inputs) // width)
     for start in range(0, positions[0], step):
         group = slice(start, min(start + step, positions[0]))
         n_columns = width * (group.stop - group.start)
-        yield _chunks(engine, inputs, selection, group, n_columns, differentiable)
+        yield _chunks(engine, inputs, selection, group, n_columns, differentiable, forecast)
+
+
+def _forecast(
+    engine: CurvaturePass, n_samples: int, n_columns: int, n_outputs: int
+) -> Forecast | None:
+    """Foretells the pull-backs of a batch; None where they are few."""
+    if n_samples * n_columns < _FEW:
+        return None
+    if n_columns >= n_outputs > MOST_PROBABLE:
+        advice = (
+            f"n_outputs={MOST_PROBABLE} (an option of the posterior) takes the most probable "
+            f"outputs of each sample in place of {n_outputs} backward passes"
+        )
+    else:
+        advice = (
+            "A smaller n_outputs (an option of the posterior) takes fewer backward passes; "
+            "subset_of_weights='last_layer' takes none"
+        )
+    return Forecast(f"moments of {n_samples} samples", n_samples * n_columns, f"{advice}.", engine)
 
 
 def _chunks(
@@ -118,6 +144,7 @@ def _chunks(
     positions: slice | Tensor | None,
     n_columns: int,
     differentiable: bool,
+    forecast: Forecast | None,
 ) -> Iterator[SelectedChunk]:
     def part(outputs: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
         reduced = at_positions(outputs, positions, rows)
@@ -130,7 +157,7 @@ def _chunks(
             chosen = torch.arange(n_outputs, device=outputs.device).expand(reduced.shape)
         if positions is not None:
             chosen = chosen + n_outputs * _index(positions, rows, outputs).unsqueeze(-1)
-        return UnitColumns(outputs.detach(), chosen.flatten(1))
+        return UnitColumns(outputs.detach(), chosen.flatten(1), forecast)
 
     for chunk in engine.chunks(inputs, columns, n_columns=n_columns, differentiable=differentiable):
         yield SelectedChunk(chunk, *part(chunk.outputs, chunk.rows))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.curvature import BackwardPass, layer_coverage, layers_of
+from laplace_debiased.curvature import BackwardPass, operation_coverage
 from laplace_debiased.likelihoods import loss_model, sketch, sketched_columns
 from laplace_debiased.options import CurvatureOptions, Sampling
 from laplace_debiased.posterior.saving import constructor_arguments
@@ -73,7 +73,7 @@ def test_the_mean_over_all_signs_is_the_networks_ggn(name: str, monkeypatch) -> 
     c = case(name, n=4)
     names = [n for n, _ in c.model.named_parameters()]
     loss = loss_model("classification", positions=True, ignore_index=c.options.get("ignore_index"))
-    engine = BackwardPass(c.model, layers_of(c.model, layer_coverage(c.model)[0].covered))
+    engine = BackwardPass(c.model, operation_coverage(c.model).covered)
     total = torch.zeros_like(c.ggn())
     everything = every_sign(6)
     for z in everything:
@@ -88,10 +88,7 @@ def test_the_mean_over_all_signs_is_the_networks_ggn(name: str, monkeypatch) -> 
             return sketched_columns(loss, outputs, c.y[rows], torch.arange(4)[rows], 1)
 
         for chunk in engine.chunks(c.x, columns, n_columns=1):
-            parts = {}
-            for layer in chunk.layers:
-                for part, block in chunk.layer_rows(layer).blocks():
-                    parts[layer.parameter_of(part)] = block.gradients()
+            parts = {name: block.gradients() for name, block in chunk.blocks}
             rows = torch.cat([parts[n] for n in names], dim=-1).flatten(0, 1)
             total += rows.T @ rows / len(everything)
     assert_exact(total, c.ggn())
@@ -145,7 +142,7 @@ def test_the_default_fit_pulls_two_columns_back() -> None:
 
     def engine(target, coverage):
         found = original(target, coverage)
-        return Counting(found.model, found.layers, found.byte_budget)
+        return Counting(found.model, found.names, found.byte_budget)
 
     object.__setattr__(la._structure, "engine", engine)
     la.fit(DataLoader(data, batch_size=12), n_samples=None)

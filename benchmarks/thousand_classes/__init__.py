@@ -1,0 +1,1 @@
+"""Networks of a thousand classes, and language models of fifty thousand tokens."""
