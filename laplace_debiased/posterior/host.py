@@ -333,7 +333,7 @@ class DebiasedPosterior(_Host):
                 n_data,
                 seed,
                 override,
-                progress_bar and ranks.is_first,
+                checked_flag("progress_bar", progress_bar) and ranks.is_first,
                 self.dict_key_y,
                 checkpoint,
                 checkpoint_interval,
