@@ -50,6 +50,8 @@ def checked_integer(name: str, value: Any, minimum: int = 1) -> int:
         raise ArgumentTypeError(f"{name} must be {wanted}; got {value!r} ({kind}).") from None
     if number < minimum:
         raise ValueError(f"{name} must be {wanted}; got {number}, which is not at least {minimum}.")
+    if number >= 2**63:
+        raise ValueError(f"{name} must be below 2**63; got {number:.3g}.")
     return number
 
 
@@ -106,8 +108,10 @@ def positive_value(name: str, value: Any) -> float | Tensor:
     try:
         if isinstance(value, bool | str | bytes):
             raise TypeError
+        if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
+            raise TypeError
         number = value if isinstance(value, Tensor) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ArgumentTypeError(
             f"{name} must be a positive number or tensor; got {type(value).__name__}."
         ) from None

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TypeVar
 
 from laplace_debiased.checks import checked_integer
+from laplace_debiased.errors import ArgumentTypeError
 
 DEFAULT_BYTE_BUDGET = 256 * 2**20
 """Working memory of one chunk of a pass, in bytes (beside the model and the results)."""
@@ -153,7 +154,12 @@ class CurvatureOptions:
             if value is not None or name != "pool_size":
                 # A plain int: numpy's would not go through a state that holds tensors only.
                 object.__setattr__(self, name, checked_integer(name, value, minimum))
-        if not 0.0 < self.direction_fraction < 1.0:
+        fraction = self.direction_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+            raise ArgumentTypeError(
+                f"direction_fraction must be a number; got {type(fraction).__name__}."
+            )
+        if not 0.0 < fraction < 1.0:
             raise ValueError(
                 "direction_fraction must lie strictly between 0 and 1; "
                 f"got {self.direction_fraction!r}."

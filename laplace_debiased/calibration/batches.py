@@ -14,6 +14,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from laplace_debiased.checks import checked_flag
+from laplace_debiased.data.loaders import refuse_unshifted
 from laplace_debiased.network import inputs
 
 FloatArray = NDArray[np.float64]
@@ -43,8 +45,13 @@ def split_batch(batch: Any, dict_key_y: str) -> tuple[Any, Any]:
                 f"loader yields mappings with keys {sorted(map(str, batch))}, none of which is "
                 f"dict_key_y={dict_key_y!r}; name the key of the targets."
             )
+        refuse_unshifted(batch, batch[dict_key_y])
         return batch, batch[dict_key_y]
     if isinstance(batch, list | tuple) and len(batch) == 2:
+        if not isinstance(batch[1], torch.Tensor | np.ndarray | list | tuple):
+            raise TypeError(
+                f"the targets of a batch must be a tensor, got {type(batch[1]).__name__}."
+            )
         return batch[0], batch[1]
     raise TypeError(
         f"loader must yield (x, y) pairs or mappings, got {_describe(batch)}; "
@@ -65,6 +72,11 @@ def to_device(x: Any, device: torch.device | str | None) -> Any:
 def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
     """The values on the host; bfloat16, which numpy lacks, as float32."""
     if isinstance(values, torch.Tensor):
+        if values.is_meta or values.layout is not torch.strided:
+            raise ValueError(
+                f"targets and probabilities must be dense and hold data; got {values.layout} on "
+                f"the {values.device} device."
+            )
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     return values
@@ -77,9 +89,9 @@ def iterate(loader: Iterable[Any], name: str, progress_bar: bool) -> Iterator[An
         TypeError: If `loader` cannot be iterated over.
         ValueError: If it yields nothing.
     """
-    if not isinstance(loader, Iterable):
+    if isinstance(loader, torch.Tensor | str | bytes) or not isinstance(loader, Iterable):
         raise TypeError(f"{name} must be a loader, got {_describe(loader)}.")
-    if progress_bar:
+    if checked_flag("progress_bar", progress_bar):
         from tqdm.auto import tqdm
 
         loader = tqdm(loader, desc=f"Predicting {name}")

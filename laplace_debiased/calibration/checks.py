@@ -73,6 +73,10 @@ def class_labels(values: torch.Tensor | np.ndarray, n_samples: int, n_classes: i
             f"labels must be one class index per sample, got dtype {labels.dtype} and shape "
             f"{labels.shape}; turn one-hot labels into indices with argmax(-1)."
         )
+    if labels.dtype == bool and n_classes > 2:
+        raise ValueError(
+            f"labels are booleans, but there are {n_classes} classes; give class indices."
+        )
     _same_length("labels", len(labels), n_samples)
     row = first_bad_row((labels >= 0) & (labels < n_classes))
     if row is not None:

@@ -26,6 +26,7 @@ from laplace_debiased.calibration.batches import (
     to_numpy,
     without_ignored,
 )
+from laplace_debiased.checks import as_integer
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.inputs import invoke
 from laplace_debiased.network.modes import public_call, undisturbed
@@ -95,6 +96,8 @@ def fit_temperature(
         ValueError: If logits are not finite, labels are invalid or all ignored, or the two do not
             match.
     """
+    if ignore_index is not None:
+        ignore_index = as_integer("ignore_index", ignore_index)
     if isinstance(logits_or_model, nn.Module):
         logits, labels = collect_logits(
             logits_or_model, val_loader, dict_key_y=dict_key_y, progress_bar=progress_bar
@@ -157,6 +160,13 @@ def _checked(
         raise ValueError(
             "logits must have shape (samples, classes) with at least two classes, got "
             f"{checked.shape}; for one logit z per sample stack (0, z)."
+        )
+    one_hot = np.isin(checked, (0.0, 1.0)).all()
+    sums_to_one = checked.min() >= 0 and np.abs(checked.sum(1) - 1).max() < 1e-5
+    if len(checked) > 1 and sums_to_one and not one_hot:
+        raise ValueError(
+            "logits are probabilities: those of every sample sum to one; pass their logarithms, or "
+            "the model without the softmax at its end."
         )
     return checked, checks.class_labels(labels, *checked.shape)
 

@@ -23,8 +23,8 @@ def fold_sizes(n: int, folds: int, fractions: Sequence[float] | None = None) -> 
     """
     if n < folds:
         raise ValueError(
-            f"{n} sample(s) cannot be split into {folds} folds of at least one: raise n_samples "
-            "or use fewer folds."
+            f"{n} sample(s) cannot be split into {folds} folds of at least one: raise n_samples, "
+            "use fewer folds, or scheme='single'."
         )
     if fractions is None:
         return tuple(n // folds + (k < n % folds) for k in range(folds))

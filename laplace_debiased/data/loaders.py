@@ -32,11 +32,16 @@ __all__ = [
     "is_indexable",
     "loader_generators",
     "loader_length",
+    "refuse_unshifted",
     "restartable",
     "sampler_indices",
     "split_batch",
     "whole_loader",
 ]
+
+
+_LARGEST = 10**15
+"""Curvature times a larger N loses the prior in float64, and overflows in float32."""
 
 
 def check_loader(loader: Any, name: str) -> None:
@@ -49,6 +54,13 @@ def check_loader(loader: Any, name: str) -> None:
         raise TypeError(
             f"{name} is an iterator ({type(loader).__name__}) and can be walked only once; "
             "pass a DataLoader or a list of batches."
+        )
+    if isinstance(loader, Mapping) or (
+        isinstance(loader, tuple) and loader and isinstance(loader[0], Tensor)
+    ):
+        raise TypeError(
+            f"{name} is a {type(loader).__name__} of tensors, a batch itself; pass a DataLoader, "
+            f"or a list that holds it: {name}=[(inputs, targets)]."
         )
     if not hasattr(loader, "__iter__"):
         raise TypeError(
@@ -76,7 +88,7 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
         if dict_key_y not in batch:
             raise MissingKeyError(
                 f"The loader's batches have no key dict_key_y={dict_key_y!r}; they have "
-                f"{sorted(map(str, batch))}. Name the labels' key with dict_key_y."
+                f"{sorted(map(str, batch))}. Name the labels' key{_likely_key(batch)}."
             )
         inputs, targets = batch, batch[dict_key_y]
     elif isinstance(batch, tuple | list) and len(batch) == 2:
@@ -85,13 +97,17 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
         size = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise TypeError(
             "A loader must yield pairs (inputs, targets) or mappings, "
-            f"got {type(batch).__name__}{size}."
+            f"got {type(batch).__name__}{size}.{_with_several_inputs(batch)}"
         )
     if not isinstance(targets, Tensor) or targets.ndim == 0:
         raise TypeError(
             "The targets of a batch must be a tensor with a batch dimension, got "
             f"{'a scalar tensor' if isinstance(targets, Tensor) else type(targets).__name__}."
         )
+    if isinstance(batch, Mapping):
+        refuse_unshifted(batch, targets)
+    if targets.is_meta:
+        raise ValueError("The targets of a batch are on the meta device and hold no data.")
     length = batch_length(inputs)
     if length != len(targets):
         shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else f"of {length} samples"
@@ -100,6 +116,44 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
             "their first dimensions must agree."
         )
     return inputs, targets
+
+
+def refuse_unshifted(batch: Mapping[str, Any], targets: Any) -> None:
+    """Refuse labels that a causal language model would shift in its own loss.
+
+    Raises:
+        ValueError: if all labels that count equal the tokens at their own positions.
+    """
+    tokens = batch.get("input_ids")
+    if not (isinstance(tokens, Tensor) and isinstance(targets, Tensor)):
+        return
+    if tokens.shape != targets.shape or tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.is_meta:
+        return
+    counted = targets >= 0
+    if bool(counted.any()) and bool((targets == tokens.to(targets.device))[counted].all()):
+        raise ValueError(
+            "the labels equal input_ids: a causal language model predicts the next token, and "
+            "shifts such labels in its own loss only. Give every position the next token's label "
+            "in collate_fn: torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1), "
+            "and pass ignore_index=-100. If each position is to predict its own token, yield pairs "
+            "(batch, labels)."
+        )
+
+
+def _likely_key(batch: Mapping[str, Any]) -> str:
+    """How to name the key of the labels, if one looks like it."""
+    for key in ("label", "targets", "target", "y"):
+        if key in batch:
+            return f": dict_key_y={key!r}"
+    return " with dict_key_y"
+
+
+def _with_several_inputs(batch: Any) -> str:
+    """How to write a batch of several inputs."""
+    if not isinstance(batch, tuple | list) or len(batch) < 3:
+        return ""
+    names = ", ".join(f"x{k + 1}" for k in range(len(batch) - 1))
+    return f" For a model of several inputs let collate_fn give (({names}), y)."
 
 
 def loader_length(loader: Any, n_data: int | None = None) -> int:
@@ -112,7 +166,10 @@ def loader_length(loader: Any, n_data: int | None = None) -> int:
         ValueError: ``n_data`` is not positive, or neither it nor a length is there.
     """
     if n_data is not None:
-        return checked_integer("n_data", n_data)
+        n = checked_integer("n_data", n_data)
+        if n > _LARGEST:
+            raise ValueError(f"n_data must be at most {_LARGEST:.0e}; got {n_data:.3g}.")
+        return n
     dataset = getattr(loader, "dataset", None)
     try:
         length = len(dataset)  # type: ignore[arg-type]
@@ -201,7 +258,8 @@ def _undrawable(loader: Any) -> str | None:
     return (
         f"n_samples cannot be drawn through a {type(sampler).__name__}"
         f"{' with replacement' if replaces else ''}: which samples it stands for is unknown. "
-        "Pass a loader over Subset(dataset, indices), or n_samples=None to walk this one whole."
+        "Pass a loader over the same dataset without that sampler, or over Subset(dataset, "
+        "indices), or n_samples=None to walk this one whole."
     )
 
 

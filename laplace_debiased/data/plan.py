@@ -241,6 +241,13 @@ class CurvaturePlan:
         return len(self.fold_sizes)
 
     @property
+    def n_distinct(self) -> int:
+        """Samples that are surely different ones."""
+        if self.indices is None:
+            return max((len(source.draws) for source in self.sources), default=0)
+        return len(torch.cat(self.indices).unique())
+
+    @property
     def n_samples(self) -> int:
         """Samples in one walk; what was drawn twice into a fold is walked once."""
         return sum(self.distinct_sizes)

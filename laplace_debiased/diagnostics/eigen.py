@@ -42,6 +42,7 @@ from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
+from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.transforms import Parameters, vmap
 from laplace_debiased.options import parse_choice
 
@@ -110,6 +111,7 @@ def top_eigenpairs(
             does not converge.
     """
     chosen = parse_choice(Matrix, matrix, "matrix")
+    checked_model(model)
     how = parse_choice(Solver, solver, "solver")
     with undisturbed(model), differentiable_kernels(model):
         network = LossNetwork.of(model, likelihood, dict_key_y)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from laplace_debiased.checks import checked_integer
+from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.curvature import (
     BackwardPass,
     Coverage,
@@ -34,8 +34,10 @@ from laplace_debiased.diagnostics.profile import (
     profile_from_directions,
 )
 from laplace_debiased.diagnostics.summary import BiasSummary
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.likelihoods import loss_model
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
+from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 if TYPE_CHECKING:
@@ -209,6 +211,13 @@ def kfac_profile(
         NumericalError: for outputs or factors that are not finite.
     """
     n_bands = checked_integer("n_bands", n_bands)
+    checked_integer("byte_budget", byte_budget)
+    checked_model(model)
+    checked_flag("progress_bar", progress_bar)
+    if reference_loader is not None and not isinstance(reference_loader, Iterable):
+        raise ArgumentTypeError(
+            f"reference_loader must give batches; got {type(reference_loader).__name__}."
+        )
     loss = loss_model(likelihood)
     with (
         undisturbed(model, generators=loader_generators(reference_loader)),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.eigen import Solver, network_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
@@ -16,7 +17,9 @@ from laplace_debiased.diagnostics.measure import Derivatives, Matrix, measure_di
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.diagnostics.plots import plot_columns, plot_quadratics
 from laplace_debiased.diagnostics.summary import BiasSummary, summarise
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
+from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.options import parse_choice
 
 if TYPE_CHECKING:
@@ -223,6 +226,18 @@ def directional_profile(
     which = parse_choice(Matrix, matrix, "matrix")
     how = parse_choice(Solver, solver, "solver")
     mode = parse_choice(Derivatives, derivatives, "derivatives")
+    if chunk_size is not None:
+        chunk_size = checked_integer("chunk_size", chunk_size)
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
+        raise ArgumentTypeError(
+            f"weight_decay must be a number; got {type(weight_decay).__name__}."
+        )
+    checked_model(model)
+    checked_flag("progress_bar", progress_bar)
+    if reference_loader is not None and not isinstance(reference_loader, Iterable):
+        raise ArgumentTypeError(
+            f"reference_loader must give batches; got {type(reference_loader).__name__}."
+        )
     with (
         undisturbed(model, generators=loader_generators(reference_loader)),
         differentiable_kernels(model),

@@ -33,6 +33,7 @@ from laplace_debiased.network.last_layer import found_last_layer
 from laplace_debiased.network.outputs import check_weights
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.watch import Writes
 from laplace_debiased.network.wrappers import check_whole
 from laplace_debiased.options import CurvatureOptions
 from laplace_debiased.parallel import ALONE, Ranks
@@ -73,7 +74,7 @@ def run_fit(
     options = arguments.options_for(request)
     check_whole(target.model)
     check_weights(target.model)
-    model = fingerprint(target.model)
+    model, writes = fingerprint(target.model), Writes(target.model)
     if previous is not None:
         check_same_model(previous, model)
     # What a fit keeps must not be inference tensors, even where the caller is in that mode.
@@ -98,7 +99,11 @@ def run_fit(
             scores = _scored_anew if kept is None else kept.scores
             plan = make_plan(supply, request, options, earlier, counted, ranks, scores)
             plan = _same_plan(plan, supply, request, ranks)
-        coverage = _inspected(structure, engine, target, plan, coverage, ranks)
+        _check_size(request.n_data, plan)
+        try:
+            coverage = _inspected(structure, engine, target, plan, coverage, ranks)
+        finally:  # what writes to itself looks stochastic, or like other things
+            writes.check()
         coverage.require(strict=arguments.strict)
         little = coverage.low_share()
         if little is not None:
@@ -187,6 +192,20 @@ def _same_plan(
     labels = digest_of([next(plan.batches()).targets])
     ranks.agree("fit", {"labels of the first batch of the data set": labels})
     return plan
+
+
+def _check_size(n_data: int | None, plan: CurvaturePlan) -> None:
+    """Check a given N against the samples that the fit looks at; 1 asks for per-sample means.
+
+    Raises:
+        ValueError: naming both, where a training set of that size cannot hold them.
+    """
+    seen = plan.n_distinct
+    if n_data is not None and 1 < n_data < seen:
+        raise ValueError(
+            f"n_data={n_data} is smaller than the {seen} samples that the fit looks at; it is the "
+            "number of training samples (len(loader.dataset)), not of batches."
+        )
 
 
 _OF_NO_CONSEQUENCE = ("byte_budget",)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from laplace_debiased.checks import as_integer
+from laplace_debiased.checks import as_integer, checked_flag
 from laplace_debiased.data import whole_loader
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.files import PathLike
 from laplace_debiased.options import Scheme
 
@@ -51,6 +52,13 @@ class FitRequest:
         for name in ("train_loader", "magnitude_loader"):
             object.__setattr__(self, name, whole_loader(getattr(self, name), name))
         object.__setattr__(self, "seed", as_integer("seed", self.seed))
+        checked_flag("override", self.override)
+        checked_flag("progress_bar", self.progress_bar)
+        interval = self.checkpoint_interval
+        if isinstance(interval, bool) or not isinstance(interval, int | float):
+            raise ArgumentTypeError(
+                f"checkpoint_interval must be seconds; got {type(interval).__name__}."
+            )
         if isinstance(self.n_samples, str) and self.n_samples != AUTO:
             raise ValueError(
                 f"n_samples must be a positive integer, None or 'auto'; got {self.n_samples!r}."

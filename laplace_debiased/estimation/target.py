@@ -70,8 +70,9 @@ class Target:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of a posterior: the network's, but float32 for half precision."""
-        dtype = next(self.model.parameters()).dtype
+        """Dtype of a posterior: of the network's first real parameter; float32 for halves."""
+        dtypes = (parameter.dtype for parameter in self.model.parameters())
+        dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
         return torch.float32 if dtype in HALF_DTYPES else dtype
 
     @property

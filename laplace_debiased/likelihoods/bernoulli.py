@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+_CERTAIN = 7.0
+"""Nats by which labels must be more probable under outputs taken for probabilities than under
+outputs taken for logits; if they are logits, that happens in fewer than e⁻⁷ of all batches."""
 
+
+@dataclass(frozen=True)
 class Bernoulli:
     """Independent binary labels with logits f: ℓ = Σ_c softplus(f_c) − y_c f_c.
 
     One output is binary classification; C outputs are C labels that do not exclude each other.
+
+    Attributes:
+        allow_probabilities: whether outputs that look like probabilities are taken for logits.
     """
+
+    allow_probabilities: bool = True
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError unless ``targets`` are labels in [0, 1] of the outputs' shape [m, C]."""
@@ -32,6 +44,23 @@ class Bernoulli:
             raise ValueError(
                 "bernoulli targets must be labels between 0 and 1 and no NaN; got values from "
                 f"{float(targets.min())} to {float(targets.max())}."
+            )
+        if not self.allow_probabilities:
+            self._require_logits(outputs.detach(), targets)
+
+    def _require_logits(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse outputs that all lie in [0, 1] and explain the labels as probabilities only."""
+        if not bool(((outputs >= 0) & (outputs <= 1)).all()):
+            return
+        p, labels = outputs.double(), _like(outputs, targets).double()
+        as_logits = float(self.losses(p, labels).sum())
+        as_probabilities = -float((torch.xlogy(labels, p) + torch.xlogy(1 - labels, 1 - p)).sum())
+        if as_logits - as_probabilities > _CERTAIN:
+            raise ValueError(
+                "the model's outputs are probabilities: all lie between 0 and 1, and taken for "
+                f"logits they explain the labels worse by {as_logits - as_probabilities:.0f} nats. "
+                "likelihood='bernoulli' takes logits; remove the sigmoid at the model's end. If "
+                "these are logits nevertheless, pass allow_probabilities=True."
             )
 
     def n_labels(self, targets: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from laplace_debiased.checks import checked_integer
 from laplace_debiased.likelihoods.integrals import (
     mean_sigmoid,
     mean_softmax,
@@ -137,9 +138,13 @@ def gaussian_samples(
     return (mean.unsqueeze(-1) + scaled).movedim(-1, 0)
 
 
+_MOST_POINTS = 2**30
+"""Points of a Sobol sequence that torch makes."""
+
+
 def _check_count(n_samples: int | None) -> None:
-    if n_samples is not None and n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1; got {n_samples}.")
+    if n_samples is not None and checked_integer("n_samples", n_samples) > _MOST_POINTS:
+        raise ValueError(f"n_samples must be at most 2**30; got {n_samples}.")
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False) -> Tensor:

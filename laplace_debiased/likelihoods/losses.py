@@ -84,7 +84,7 @@ def loss_model(
     Args:
         likelihood: one of :class:`LikelihoodName`.
         ignore_index: label that does not count, for "classification".
-        allow_probabilities: whether "classification" takes outputs that all sum to one for logits.
+        allow_probabilities: whether outputs that look like probabilities are taken for logits.
         positions: whether "classification" may have outputs at several positions per sample.
 
     Raises:
@@ -98,7 +98,7 @@ def loss_model(
         case "regression":
             return UnitGaussian()
         case "bernoulli":
-            return Bernoulli()
+            return Bernoulli(allow_probabilities)
         case other:
             names = ", ".join(repr(name.value) for name in LikelihoodName)
             raise ValueError(f"likelihood must be one of {names}; got {other!r}.")

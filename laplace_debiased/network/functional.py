@@ -17,6 +17,7 @@ from laplace_debiased.network.inputs import (
     logits_of,
     to_device,
 )
+from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import HALF_DTYPES, full_precision
@@ -130,6 +131,7 @@ class FunctionalNetwork:
                 saved.append(tensor.numel())
 
         with (
+            uninterrupted(),  # torch's hooks on saved tensors would stay
             differentiable_kernels(self.model),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(pack, _refuse),

@@ -17,6 +17,7 @@ __all__ = [
     "AttributeDict",
     "batch_length",
     "call_arguments",
+    "check_model_arguments",
     "described",
     "explained_failure",
     "invoke",
@@ -99,7 +100,17 @@ def batch_length(inputs: Any) -> int:
 
 
 def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
-    """Those samples of a model's input; tensors that are not per sample [m, ...] are kept."""
+    """Those samples of a model's input; tensors that are not per sample [m, ...] are kept.
+
+    Raises:
+        ValueError: for sparse inputs.
+    """
+    for tensor in tensors_of(inputs):
+        if tensor.layout is not torch.strided:
+            raise ValueError(
+                f"the model's inputs {described(tensor)} are of layout {tensor.layout}; give dense "
+                "ones (inputs.to_dense())."
+            )
     if isinstance(inputs, Tensor):
         return inputs[rows]
     length = batch_length(inputs)
@@ -156,7 +167,7 @@ def call_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict
     if isinstance(inputs, Tensor) or not (is_mapping(inputs) or isinstance(inputs, tuple | list)):
         return (inputs,), {}
     try:
-        parameters = inspect.signature(model.forward).parameters.values()
+        parameters = signature_of(model).values()
     except (TypeError, ValueError):
         return (inputs,), {}
     kinds = inspect.Parameter
@@ -170,6 +181,22 @@ def call_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict
     if n >= 2 and (several or 2 <= n <= len(positional)):
         return tuple(inputs), {}
     return (inputs,), {}
+
+
+def signature_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a model's ``forward``, by name.
+
+    A wrapper that passes on whatever it is given (``torch.compile``, ``DataParallel``, PEFT's
+    models) takes what the one module in it takes.
+
+    Raises:
+        TypeError, ValueError: if there is no signature.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    inside = list(model.children())
+    passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return signature_of(inside[0]) if passes_on and len(inside) == 1 else parameters
 
 
 def _by_name(
@@ -192,6 +219,25 @@ def _by_name(
     return (), {str(key): inputs[key] for key in keys}
 
 
+def check_model_arguments(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Check that a model takes further arguments of these names.
+
+    Raises:
+        TypeError: naming the first that it does not.
+    """
+    try:
+        parameters = signature_of(model)
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in given:
+        if name not in parameters:
+            raise TypeError(
+                f"neither a prediction nor the model's forward takes an argument {name!r}."
+            )
+
+
 def invoke(model: nn.Module, inputs: Any) -> Any:
     """Call a model with a batch's inputs, and take the logits of what it returns.
 
@@ -199,8 +245,19 @@ def invoke(model: nn.Module, inputs: Any) -> Any:
         ModelCallError: if the model fails on them; out of memory passes through as it is.
     """
     args, kwargs = call_arguments(model, inputs)
+    versions = _versions(inputs)
     with explained_failure(inputs):
-        return logits_of(model(*args, **kwargs))
+        outputs = logits_of(model(*args, **kwargs))
+    if _versions(inputs) != versions:
+        raise ModelCallError(
+            "the model writes to its inputs in place, so that no second pass sees the same; let "
+            "its first operation make a new tensor (nn.ReLU(inplace=False), x = x / 255)."
+        )
+    return outputs
+
+
+def _versions(inputs: Any) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_of(inputs)]
 
 
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
@@ -245,5 +302,5 @@ def logits_of(outputs: Any) -> Any:
     """The entry ``logits`` of a model's output, if it is a record that has one."""
     if isinstance(outputs, Tensor):
         return outputs
-    logits = getattr(outputs, "logits", None)
+    logits = outputs.get("logits") if is_mapping(outputs) else getattr(outputs, "logits", None)
     return logits if isinstance(logits, Tensor) else outputs

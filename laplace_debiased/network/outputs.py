@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from laplace_debiased.errors import NumericalError
+from laplace_debiased.errors import ArgumentTypeError, NumericalError
 
 _REPEATABLE = 1e-3
 """Relative. Sums in another order, as on a GPU, differ by round-off, up to 1e-5 in float32."""
@@ -27,7 +28,7 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
         sequences = f" or (batch, positions, outputs) = ({length}, T, C)" if positions else ""
         raise ValueError(
             f"the model must return outputs of shape (batch, outputs) = ({length}, C){sequences}; "
-            f"got {tuple(outputs.shape)}."
+            f"got {tuple(outputs.shape)}.{_one_number(outputs, length)}"
         )
     if not outputs.is_floating_point():
         raise ValueError(
@@ -41,6 +42,11 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
             f"the model's outputs are NaN or infinite (first at sample {bad} of the batch). Check "
             "the weights and the inputs for NaN."
         )
+
+
+def _one_number(outputs: Tensor, length: int) -> str:
+    one = outputs.ndim == 1 and len(outputs) == length
+    return " For one output per sample return outputs.unsqueeze(-1)." if one else ""
 
 
 def check_repeatable(outputs: Tensor, again: Tensor) -> None:
@@ -64,6 +70,17 @@ def check_repeatable(outputs: Tensor, again: Tensor) -> None:
         )
 
 
+def checked_model(model: object) -> nn.Module:
+    """``model`` if it is one.
+
+    Raises:
+        ArgumentTypeError: if it is anything else.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    return model
+
+
 def check_weights(model: nn.Module) -> None:
     """Check that every weight is there, finite, and can be differentiated through.
 
@@ -71,11 +88,28 @@ def check_weights(model: nn.Module) -> None:
         ValueError: naming the first parameter that holds no data or is an inference tensor.
         NumericalError: naming the first parameter that is not finite.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"layer {name!r} is a {type(module).__name__} without running statistics: what it "
+                "gives for a sample depends on the others in the batch. Train it with "
+                "track_running_stats=True, or use a norm of each sample (GroupNorm, LayerNorm)."
+            )
     for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim > 1 and not parameter.numel():
+            raise ValueError(
+                f"parameter {name!r} has no entries (shape {tuple(parameter.shape)}); remove its "
+                "layer, or freeze it with requires_grad_(False)."
+            )
         if parameter.is_meta:
             raise ValueError(
                 f"parameter {name!r} is on the meta device and holds no data; load the model's "
                 "weights first."
+            )
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is complex ({parameter.dtype}), for which there is no "
+                "Gaussian; store its real and imaginary parts (torch.view_as_real) as a parameter."
             )
         if parameter.is_inference():
             raise ValueError(

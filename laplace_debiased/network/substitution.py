@@ -93,6 +93,8 @@ def call_with(
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             _refuse_scripted(module, stand_ins)
+    while isinstance(model, nn.DataParallel):  # its replicas would be of the model's own weights
+        model = model.module
     with substituted(stand_ins):
         return model(*args, **(kwargs or {}))
 

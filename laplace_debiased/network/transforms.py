@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.network.interrupts import uninterrupted
@@ -29,6 +28,12 @@ def vmap(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..
             return mapped(*inputs)
 
     return call
+
+
+def jvp(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    """``torch.func.jvp``, run to its end as ``vmap`` is."""
+    with uninterrupted():
+        return torch.func.jvp(function, primals, tangents)
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:

@@ -56,6 +56,33 @@ class _Glance:
         )
 
 
+class Writes:
+    """What a model's own forward passes write to in place, by its version counters.
+
+    Args:
+        model: the model, before the passes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._named = tuple(named_tensors(model))
+        self._versions = tuple(_version(tensor) for _, tensor in self._named)
+
+    def check(self) -> None:
+        """Check that nothing has been written to.
+
+        Raises:
+            ValueError: naming the first tensor that has.
+        """
+        for (name, tensor), version in zip(self._named, self._versions, strict=True):
+            if _version(tensor) != version:
+                raise ValueError(
+                    f"the model writes to its own {name!r} in a forward pass in evaluation mode, "
+                    "so that every pass is one of another model. Compute with a copy of it, write "
+                    "only where self.training is true, or register it with persistent=False if "
+                    "no output depends on it."
+                )
+
+
 class ModelWatch:
     """Compares a model with the fingerprint of the one that a posterior was fitted to.
 
@@ -104,6 +131,10 @@ class ModelWatch:
 
 def _registered(registers: tuple[dict[str, Any], ...]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, registers))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:

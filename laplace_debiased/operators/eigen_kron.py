@@ -1,5 +1,6 @@
 """A block-diagonal posterior precision in a Kronecker eigenbasis."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -192,6 +193,10 @@ class EigenKron:
             basis = block.dense_basis()
             dense.append((basis * block.per_coordinate(table)) @ basis.mT)
         return torch.block_diag(*dense)
+
+    def clone(self) -> "EigenKron":
+        """A copy that shares no memory, as laplace-torch's matrices have one."""
+        return copy.deepcopy(self)
 
     def detach(self) -> "EigenKron":
         """Return the operator cut from the autograd graph; storage is shared."""

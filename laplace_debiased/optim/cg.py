@@ -6,6 +6,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.optim.krylov import Krylov
 from laplace_debiased.optim.line import Line, NonPositiveCurvature, restrict
@@ -101,6 +102,7 @@ class _State:
     x: Tensor
     residual: Tensor
     krylov: Krylov
+    last: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +152,8 @@ def _start(problem: _Problem, initial: Tensor | None) -> tuple[_State, int]:
         krylov = Krylov.start(gradient, problem.precondition)
         state = _State(torch.zeros_like(gradient), problem.magnitudes.gradient.detach(), krylov)
         return state, 0
+    if not isinstance(initial, Tensor):
+        raise ArgumentTypeError(f"initial must be a tensor; got {type(initial).__name__}.")
     if initial.shape != gradient.shape or not torch.isfinite(initial).all():
         raise ValueError(
             f"initial must be a finite vector of shape {tuple(gradient.shape)}, got shape "
@@ -196,6 +200,7 @@ def _try_direction(
     """Take, skip or refuse the next direction; ``iteration`` counts from 1."""
     d, policy = state.krylov.direction, problem.policy
     own = restrict(problem.directions, d, state.krylov.residual, "direction")
+    _require_symmetric(state.last, d, own.product, "directions")
     line = (
         own if problem.is_single else restrict(problem.magnitudes, d, state.residual, "magnitude")
     )
@@ -220,7 +225,28 @@ def _try_direction(
         own_step_size=own_step,
         direction=d if keep_vectors else None,
     )
-    return _Outcome(_State(x, residual, krylov), row, is_last=not own.is_convex)
+    last = d, own.product
+    return _Outcome(_State(x, residual, krylov, last), row, is_last=not own.is_convex)
+
+
+def _require_symmetric(
+    last: tuple[Tensor, Tensor] | None, direction: Tensor, product: Tensor, name: str
+) -> None:
+    """Check dᵀ(He) = eᵀ(Hd) for a direction and the one before it: both products are there.
+
+    Raises:
+        ValueError: if they differ by more than rounding.
+    """
+    if last is None:
+        return
+    before, its_product = last
+    difference = float(direction @ its_product - before @ product)
+    scale = float(before.norm() * product.norm() + direction.norm() * its_product.norm())
+    if abs(difference) > torch.finfo(direction.dtype).eps ** 0.5 * scale:
+        raise ValueError(
+            f"quadratic_{name} has a matrix that is not symmetric: dᵀHe and eᵀHd differ by "
+            f"{difference:.3g} for two directions. Pass a symmetric operator."
+        )
 
 
 def _refuses(own: Line, line: Line, policy: NonPositiveCurvature, iteration: int) -> bool:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.inputs import batch_length, call_arguments, logits_of, to_device
 from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
+from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.network.substitution import call_with
 from laplace_debiased.optim.matvec import Matvec
@@ -24,6 +26,7 @@ from laplace_debiased.optim.operators import (
     unflatten,
 )
 from laplace_debiased.optim.quadratic import Quadratic
+from laplace_debiased.options import parse_choice
 
 Batch = tuple[Any, Tensor]
 
@@ -75,6 +78,16 @@ def model_quadratic(
         ValueError: If the loss is no mean, the data is empty, or a parameter is not the model's.
         RuntimeError: If the loss or its gradient is not finite.
     """
+    checked_model(model)
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise ArgumentTypeError(
+            f"data must be mini-batches [(X, y), ...]; got {type(data).__name__}."
+        )
+    curvature = parse_choice(Curvature, curvature, "curvature")
+    if isinstance(damping, bool) or not isinstance(damping, int | float):
+        raise ArgumentTypeError(f"damping must be a number; got {type(damping).__name__}.")
+    if not 0.0 <= damping < torch.finfo(torch.float32).max:
+        raise ValueError(f"damping must be finite and at least 0; got {damping}.")
     chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
     loss = ModelLoss(model, loss_func, tuple(chosen))
     with preserved_rng(generators=loader_generators(data)):
@@ -231,6 +244,8 @@ def batch_size(X: Any) -> int:
 
 
 def _check_loss(loss_func: nn.Module) -> None:
+    if isinstance(loss_func, type):
+        raise TypeError(f"loss_func is a class; pass an instance, {loss_func.__name__}().")
     if getattr(loss_func, "reduction", None) != "mean":
         raise ValueError(
             'loss_func must be a loss module with reduction="mean", got '

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
+from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt
 from laplace_debiased.optim.line import NonPositiveCurvature
 from laplace_debiased.optim.model_quadratic import Curvature, ModelLoss
@@ -22,6 +24,7 @@ from laplace_debiased.optim.newton_step import (
 from laplace_debiased.optim.operators import unflatten
 from laplace_debiased.optim.quadratic import Quadratic
 from laplace_debiased.optim.termination import Termination
+from laplace_debiased.options import parse_choice
 
 DEFAULT_CG = Termination(max_iterations=40, relative_progress=5e-4)
 DEFAULT_DAMPING_RULE = LevenbergMarquardt()
@@ -95,18 +98,45 @@ class NewtonCG(torch.optim.Optimizer):
         levenberg_marquardt: LevenbergMarquardt | None = DEFAULT_DAMPING_RULE,
         line_search: Backtracking | None = DEFAULT_LINE_SEARCH,
     ) -> None:
+        checked_model(model)
+        for name, number in (("lr", lr), ("damping", damping)):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ArgumentTypeError(f"{name} must be a number; got {type(number).__name__}.")
         if not (math.isfinite(lr) and lr > 0):
             raise ValueError(f"lr must be finite and positive, got {lr}.")
         if not (math.isfinite(damping) and damping >= 0):
             raise ValueError(f"damping must be finite and at least 0, got {damping}.")
+        kinds: tuple[tuple[str, Any, Any, str], ...] = (
+            ("termination", termination, Termination, "a Termination"),
+            (
+                "levenberg_marquardt",
+                levenberg_marquardt,
+                LevenbergMarquardt | None,
+                "a LevenbergMarquardt rule or None",
+            ),
+            ("line_search", line_search, Backtracking | None, "a Backtracking or None"),
+        )
+        for name, value, kind, wanted in kinds:
+            if not isinstance(value, kind):
+                raise ArgumentTypeError(f"{name} must be {wanted}; got {type(value).__name__}.")
+        if preconditioner is not None and not callable(preconditioner):
+            raise ArgumentTypeError(
+                f"preconditioner must be a function; got {type(preconditioner).__name__}."
+            )
+        if not isinstance(params, Iterable):
+            raise ArgumentTypeError(
+                f"params must be the model's parameters; got {type(params).__name__}."
+            )
         counters = {"n_steps": 0, "sample_gradients": 0.0}
         super().__init__(params, {"lr": float(lr), "damping": float(damping)} | counters)
         self._model = model
         self._loss_func = loss_func
         self._settings = NewtonSettings(
-            curvature=Curvature(curvature),
+            curvature=parse_choice(Curvature, curvature, "curvature"),
             termination=termination,
-            nonpositive_curvature=NonPositiveCurvature(nonpositive_curvature),
+            nonpositive_curvature=parse_choice(
+                NonPositiveCurvature, nonpositive_curvature, "nonpositive_curvature"
+            ),
             preconditioner=preconditioner,
             levenberg_marquardt=levenberg_marquardt,
             line_search=line_search,

@@ -65,7 +65,7 @@ def arguments_from(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-    if damping:
+    if checked_flag("damping", damping):
         raise ValueError(
             "damping=True is not supported: the eigenvalue tables are no products of factors that "
             "could be damped one by one (and laplace-torch drops its damping on scaling)."

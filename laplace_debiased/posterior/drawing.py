@@ -6,7 +6,7 @@ import torch
 from laplace.utils.enums import PredType
 from torch import Tensor
 
-from laplace_debiased.checks import checked_integer
+from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.likelihoods import gaussian_samples
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
@@ -21,6 +21,7 @@ from laplace_debiased.posterior.predicting import (
     checked_pred_type,
     inverse_link_of,
     linearised,
+    require_finite,
     sampled_outputs,
 )
 from laplace_debiased.predictive.draws import mirrored_draws
@@ -60,6 +61,7 @@ def functional_samples(
     """
     self._check_H_init()
     check_generator(generator, self._device)
+    checked_flag("diagonal_output", diagonal_output)
     pred = checked_pred_type(pred_type)
     last = checked_positions(positions, pred) is Positions.LAST
     n_samples = checked_integer("n_samples", n_samples)
@@ -67,6 +69,8 @@ def functional_samples(
         return sampled_outputs(self, x, n_samples, generator)
     if diagonal_output:
         moments = linearised(self).host_moments(x, joint=False, diagonal_output=True)
+        for part in moments:
+            require_finite(part)
         return gaussian_samples(*moments, n_samples, generator)
     self._check_model()
     products = self._target.products(self.coverage, self._arguments.options.byte_budget)

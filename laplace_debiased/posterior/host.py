@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -229,7 +230,7 @@ class DebiasedPosterior(_Host):
 
     @sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
-        value = positive_value("sigma_noise", sigma_noise)
+        value = _one_sigma(sigma_noise)
         check_representable("sigma_noise", value, self._dtype)
         scale = float(torch.as_tensor(value).detach().sum())
         if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
@@ -306,7 +307,8 @@ class DebiasedPosterior(_Host):
                 layer) where the loader can be drawn from and holds more, else everything, as with
                 ``override=False`` and ``magnitude_loader``; low rank: everything or, without a
                 ``rank``, as many samples as fit in memory (four times ``byte_budget``).
-            n_data: N, when it is not the size of the training set behind the loader.
+            n_data: N, when it is not the size of the training set behind the loader; 1 for
+                per-sample means.
             seed: seed of every draw. The global generators are left as they are.
             checkpoint: file for what a Kronecker fit has so far. The same call goes on from there
                 after a crash, loading but not computing the batches behind it, and gives the same
@@ -331,7 +333,7 @@ class DebiasedPosterior(_Host):
                 n_data,
                 seed,
                 override,
-                progress_bar and ranks.is_first,
+                checked_flag("progress_bar", progress_bar) and ranks.is_first,
                 self.dict_key_y,
                 checkpoint,
                 checkpoint_interval,
@@ -466,6 +468,15 @@ class DebiasedPosterior(_Host):
                 engine = self._structure.engine(self._target, self._fit.coverage)
                 self._predictor = self._structure.predictor(engine, self._fit)
 
+    def _checked_prior(self) -> Tensor:
+        """The prior precision, which may have been written to in place.
+
+        Raises:
+            ValueError: if it is not positive and finite.
+        """
+        positive_value("prior_precision", self._prior_precision)
+        return self._prior_precision
+
     # -- the posterior ---------------------------------------------------------------------
 
     def _precision(self, *, differentiable: bool = True) -> Any:
@@ -477,7 +488,7 @@ class DebiasedPosterior(_Host):
         predictor = self.predictor
 
         def build() -> Any:
-            return predictor.precision(self._H_factor, self.prior_precision)
+            return predictor.precision(self._H_factor, self._checked_prior())
 
         dependencies = predictor, self.prior_precision, self.sigma_noise, self.temperature
         return self._prepared.get(build, *dependencies, differentiable=differentiable)
@@ -497,12 +508,35 @@ class DebiasedPosterior(_Host):
             ValueError: for values that are not positive, or a sigma in classification.
         """
         self._check_H_init()
-        before = self._prior_precision, self._sigma_noise
+        before = self._checked_prior(), self._sigma_noise
+        if sigma_noise is not None:
+            _one_sigma(sigma_noise)
+            if self.likelihood != LikelihoodName.REGRESSION:
+                raise ValueError("sigma_noise is for likelihood='regression' only.")
         try:
             return super().log_marginal_likelihood(prior_precision, sigma_noise)
         except BaseException:
             self._prior_precision, self._sigma_noise = before
             raise
+
+    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
+        """Log density of a weight vector [P]; before a fit under the prior, as in laplace-torch.
+
+        Args:
+            value: covered weights, flat.
+            normalized: with the normalising constant.
+
+        Raises:
+            NotFittedError: before ``fit``, while the last layer is not known.
+        """
+        if self._fit is not None:
+            return super().log_prob(value, normalized)
+        if self._coverage is None:
+            raise NotFittedError("the last layer is not known yet: call fit(train_loader) first.")
+        precision = self.prior_precision_diag
+        square = (precision * (value - self.prior_mean).square()).sum()
+        constant = precision.log().sum() - self.n_params * math.log(2 * math.pi)
+        return 0.5 * (constant - square) if normalized else -0.5 * square
 
     # -- prediction ------------------------------------------------------------------------
 
@@ -617,3 +651,16 @@ class DebiasedPosterior(_Host):
             "sigma_noise": self.sigma_noise,
         }
         return saving.unfitted, (type(self), self._target.model, start | arguments)
+
+
+def _one_sigma(sigma_noise: Any) -> float | Tensor:
+    """The noise level, one positive number.
+
+    Raises:
+        ArgumentTypeError: if it is no number.
+        ValueError: if it is not positive and finite, or several.
+    """
+    value = positive_value("sigma_noise", sigma_noise)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"sigma_noise must be one number; got shape {tuple(value.shape)}.")
+    return value

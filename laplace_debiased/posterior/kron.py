@@ -11,11 +11,13 @@ from laplace.curvature.curvature import CurvatureInterface
 from laplace.utils.matrix import Kron
 from torch import Tensor, nn
 
+from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation import Arguments, Fit, KronStructure, Target, posterior_factors
 from laplace_debiased.operators import EigenKron
 from laplace_debiased.posterior.arguments import arguments_from, backend_from
 from laplace_debiased.posterior.host import DebiasedPosterior
+from laplace_debiased.posterior.predicting import check_generator
 from laplace_debiased.posterior.priors import check_kron_prior
 from laplace_debiased.predictive import KronPredictor
 
@@ -138,4 +140,5 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
             NotFittedError: before ``fit``; no random number is drawn then.
         """
         self._check_H_init()
-        return super().sample(n_samples, generator)
+        check_generator(generator, self._device)
+        return super().sample(checked_integer("n_samples", n_samples), generator)

@@ -9,11 +9,13 @@ from laplace.baselaplace import LowRankLaplace
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
+from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation import Arguments, Fit, LowRankStructure, Target
 from laplace_debiased.operators import LowRank
 from laplace_debiased.posterior.arguments import arguments_from, backend_from
 from laplace_debiased.posterior.host import DebiasedPosterior
+from laplace_debiased.posterior.predicting import check_generator
 from laplace_debiased.posterior.priors import check_low_rank_prior
 from laplace_debiased.predictive import LowRankPredictor
 
@@ -125,7 +127,7 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     def precision_operator(self) -> LowRank:
         """The posterior precision (a sum over the training set, prior added) as an operator."""
         self._check_H_init()
-        prior = self.prior_precision.to(self._operator.dtype)
+        prior = self._checked_prior().to(self._operator.dtype)
         return self._operator.scaled(self._H_factor).with_prior(prior)
 
     @property
@@ -155,6 +157,8 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Weight samples [n_samples, P] from the posterior."""
+        n_samples = checked_integer("n_samples", n_samples)
+        check_generator(generator, self._device)
         operator = self.precision_operator.detach()
         noise = torch.randn(
             n_samples,

@@ -12,11 +12,12 @@ import torch
 from laplace.utils.enums import LinkApprox, PredType
 from torch import Tensor
 
-from laplace_debiased.checks import checked_integer
+from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.estimation import Arguments, Fit, Target
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, softmax
+from laplace_debiased.network.inputs import check_model_arguments
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import undrawn_on_failure
@@ -167,6 +168,25 @@ def require_finite_outputs(outputs: Tensor) -> None:
         )
 
 
+def require_finite(prediction: Tensor) -> None:
+    """Check a prediction [m, ...].
+
+    Raises:
+        NumericalError: naming the first row with NaN or infinity.
+    """
+    finite = (
+        torch.isfinite(prediction.detach()).flatten(1).all(-1)
+        if prediction.ndim > 1
+        else (torch.isfinite(prediction.detach()))
+    )
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise NumericalError(
+            f"the prediction is NaN or infinite (first at sample {bad} of the batch): variances "
+            "overflow. Raise prior_precision, scale the inputs, or use a model in torch.float64."
+        )
+
+
 def checked_pred_type(pred_type: PredType | str) -> PredType:
     """The kind of prediction.
 
@@ -262,6 +282,12 @@ def predict(
     """
     self._check_H_init()
     pred = checked_pred_type(pred_type)
+    for name, flag in (
+        ("joint", joint),
+        ("diagonal_output", diagonal_output),
+        ("fitting", fitting),
+    ):
+        checked_flag(name, flag)
     call = PredictionCall(
         pred,
         _link(self, link_approx, pred),
@@ -274,7 +300,10 @@ def predict(
     )
     check_generator(generator, self._device)
     at = checked_positions(positions, pred)
-    return call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
+    answer = call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
+    for part in answer if isinstance(answer, tuple) else (answer,):
+        require_finite(part)
+    return answer
 
 
 @public_call
@@ -380,6 +409,7 @@ def sampled_outputs(
 ) -> Tensor:
     """Outputs [n_samples, m, C] of networks at sampled weights; a failure draws no numbers."""
     self._check_model()
+    check_model_arguments(self._target.model, model_kwargs)
     with exact_arithmetic(self._device), undrawn_on_failure(generator, self._device):
         outputs = self._target.sampled_outputs(
             self.coverage,

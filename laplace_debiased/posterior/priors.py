@@ -12,7 +12,7 @@ from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMeth
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_debiased.checks import shortened
+from laplace_debiased.checks import checked_flag, shortened
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target
@@ -78,7 +78,11 @@ def check_prior_mean(value: object, n_params: int | None) -> None:
         raise ArgumentTypeError(
             f"prior_mean must be a number or a tensor of real ones; got {type(value).__name__}."
         )
-    value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):
+        assert isinstance(value, int | float)
+        value = torch.tensor(float(value))
+    if value.is_meta or value.layout is not torch.strided:
+        raise ArgumentTypeError("prior_mean must be dense and hold data.")
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"prior_mean must be finite; got {shortened(value.detach())}.")
     if n_params is not None and value.numel() not in (1, n_params):
@@ -238,6 +242,8 @@ def optimize_prior_precision(
     self._check_H_init()
     self._check_model()
     pred = checked_pred_type(pred_type)
+    checked_flag("verbose", verbose)
+    checked_flag("progress_bar", progress_bar)
     result, link = None, None
     if tuning_method(method, val_loader) is TuningMethod.MARGLIK:
         best = by_evidence(

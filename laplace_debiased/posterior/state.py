@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation import Fit, Structure, Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
+from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.options import Scheme, parse_choice
 from laplace_debiased.tuning import TuningResult
 
@@ -76,6 +79,44 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_WRAPPERS = "_orig_mod.", "module."
+"""How names begin in models that torch.compile or DataParallel wrap."""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_complex() and bool(torch.isfinite(value).all())
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+_VECTOR = "a finite tensor", lambda value: isinstance(value, Tensor) and _is_finite(value)
+_COUNT = "a positive integer", _is_count
+_ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "version": _COUNT,
+    "mean": ("a finite vector", lambda value: _VECTOR[1](value) and value.ndim == 1),
+    **dict.fromkeys(("prior_mean", "prior_precision", "sigma_noise"), _VECTOR),
+    **dict.fromkeys(("n_data", "n_outputs", "n_samples"), _COUNT),
+    **dict.fromkeys(("mean_loss", "loss"), ("a finite number", _is_finite)),
+    "covered": (
+        "a list of names",
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    ),
+    "excluded": ("a mapping", lambda value: isinstance(value, Mapping)),
+    "drawn": ("a list", lambda value: isinstance(value, list | tuple | set | frozenset | Tensor)),
+    "tuned_link_approx": (
+        "a link",
+        lambda value: value is None or value in [link.value for link in LinkApprox],
+    ),
+    "tuning_result": ("a mapping", lambda value: value is None or isinstance(value, Mapping)),
+    "effective_samples": ("a number", lambda value: value is None or _is_finite(value)),
+}
+"""What the entries of a state must be, where they are there."""
+
+
 @dataclass(frozen=True, eq=False)
 class Restored:
     """What a state holds.
@@ -118,6 +159,32 @@ def from_state(
         ValueError: naming the entry that does not fit, or what the model has differently.
     """
     _check_entries(state, kind, likelihood)
+    with _explained():
+        return _restored(state, structure, target, check_weights=check_weights)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say of what is edited or damaged that it is.
+
+    Raises:
+        ValueError: in place of what Python or torch raised.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+        own = isinstance(error, ValueError) and "zip()" not in str(error)
+        if own or is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the state is damaged or was edited ({type(error).__name__}: {error}); save the "
+            "posterior again."
+        ) from error
+
+
+def _restored(
+    state: Mapping[str, Any], structure: Structure, target: Target, *, check_weights: bool
+) -> Restored:
     last_layer = _checked_last_layer(state, target)
     _check_parameters(state, target)
     curvature, comparisons = structure.from_state(state, target.device)
@@ -163,6 +230,12 @@ def _check_entries(state: Mapping[str, Any], kind: str, likelihood: str) -> None
         raise ValueError(
             f"the state is for likelihood={state['likelihood']!r}, not {likelihood!r}."
         )
+    for name, (wanted, holds) in _ENTRIES.items():
+        if name in state and not holds(state[name]):
+            raise ValueError(
+                f"the state's {name!r} must be {wanted}; got {str(state[name])[:40]!r}. It is "
+                "damaged or was edited; save the posterior again."
+            )
 
 
 def _checked_last_layer(state: Mapping[str, Any], target: Target) -> str | None:
@@ -184,7 +257,14 @@ def _check_parameters(state: Mapping[str, Any], target: Target) -> None:
     known = dict(target.model.named_parameters())
     unknown = [name for name in state["covered"] if name not in known]
     if unknown:
-        raise ValueError(f"the model has no parameter {unknown[0]!r}, which the state covers.")
+        wrapped = next((name for name in known if name.startswith(_WRAPPERS)), None)
+        hint = ""
+        if wrapped is not None:
+            inside = wrapped.split(".")[0]
+            hint = f" The model is wrapped: pass model.{inside}, what was fitted."
+        raise ValueError(
+            f"the model has no parameter {unknown[0]!r}, which the state covers.{hint}"
+        )
     size = sum(known[name].numel() for name in state["covered"])
     if len(state["mean"]) != size:
         raise ValueError(

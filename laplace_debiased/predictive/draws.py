@@ -13,15 +13,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.network.functional import FunctionalNetwork
-from laplace_debiased.network.inputs import batch_length, select_rows
+from laplace_debiased.network.inputs import batch_length, explained_failure, select_rows
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_outputs
-from laplace_debiased.network.transforms import Parameters
+from laplace_debiased.network.transforms import Parameters, jvp
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 from laplace_debiased.predictive.selection import (
     OutputSelection,
@@ -97,7 +96,8 @@ class NetworkProducts:
         m = batch_length(inputs)
         if m == 0:
             raise ValueError("the model inputs hold no sample.")
-        _, largest = self.network.saved_entries(select_rows(inputs, slice(0, 1)))
+        with explained_failure(inputs):
+            _, largest = self.network.saved_entries(select_rows(inputs, slice(0, 1)))
         size = torch.finfo(self.network.dtype).bits // 8
         step = max(1, min(m, self.byte_budget // max(1, _LIVE * largest * size)))
         if step == m:
@@ -119,7 +119,8 @@ class NetworkProducts:
         return function
 
     def _outputs(self, inputs: Any, parameters: Parameters, last_position: bool) -> Tensor:
-        outputs = self._function(inputs, last_position)(parameters)
+        with explained_failure(inputs):
+            outputs = self._function(inputs, last_position)(parameters)
         check_outputs(outputs, batch_length(inputs), positions=True)
         return outputs
 

@@ -12,8 +12,8 @@ import torchmetrics
 from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMethod
 from torch import Tensor
 
-from laplace_debiased.checks import positive_value
-from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.checks import checked_flag, positive_value
+from laplace_debiased.data.loaders import check_loader, loader_generators
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import parse_choice
@@ -49,11 +49,8 @@ class TuningCall:
         """
         if self.val_loader is None:
             raise ValueError("method='gridsearch' needs a val_loader.")
-        if not hasattr(self.val_loader, "__iter__"):
-            raise TypeError(
-                "val_loader must be a DataLoader or an iterable of batches; got "
-                f"{type(self.val_loader).__name__}."
-            )
+        check_loader(self.val_loader, "val_loader")
+        checked_flag("refine", self.refine)
         search = GridSearch(
             Validation(subject, self.val_loader, self.loss),
             grid,

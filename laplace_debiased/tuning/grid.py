@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from laplace_debiased.checks import checked_integer
+from laplace_debiased.errors import ArgumentTypeError
 
 _OPEN_ENDS = (-4.0, 4.0)
 """Exponents between which a search begins where it is not told an end: laplace-torch's."""
@@ -24,6 +26,15 @@ _BEYOND_ABOVE = (4, 4)
 Prior precisions far above 1e4 are usual, for they compete with N·λ; far below 1e-4 they are not.
 In the outer decades predictions hardly change, or as 1/δ, which interpolation follows exactly.
 """
+
+_DECADES = 30
+"""Decades around 1 beyond which no prior precision lies: float32 ends at 1e38."""
+
+_NAMES = {
+    "log_min": "log_prior_prec_min",
+    "log_max": "log_prior_prec_max",
+    "base": "log_prior_prec_base",
+}
 
 _FLAT = 1e-5
 """Difference of losses, relative to the loss where that exceeds one, that means nothing."""
@@ -53,6 +64,12 @@ class PriorGrid:
     def __post_init__(self) -> None:
         if self.size is not None:
             object.__setattr__(self, "size", checked_integer("grid_size", self.size))
+        for name in ("log_min", "log_max", "base"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number | None):
+                raise ArgumentTypeError(
+                    f"{_NAMES[name]} must be a number; got {type(value).__name__}."
+                )
         low, high = self._ends
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("log_prior_prec_min and log_prior_prec_max must be finite.")
@@ -63,6 +80,12 @@ class PriorGrid:
             )
         if not (math.isfinite(self.base) and self.base > 1):
             raise ValueError(f"log_prior_prec_base must be larger than 1; got {self.base!r}.")
+        decades = math.log10(self.base)
+        if not (low * decades >= -_DECADES and high * decades <= _DECADES):
+            raise ValueError(
+                "log_prior_prec_min and log_prior_prec_max must lie within "
+                f"±{_DECADES / decades:.3g} for base {self.base:g}; got {low:g} and {high:g}."
+            )
 
     @property
     def _ends(self) -> tuple[float, float]:

@@ -34,6 +34,8 @@ def _sampled_loss(validation: Validation, prior: float, n_samples: int, seed: in
     generator = torch.Generator(subject.device).manual_seed(seed)
     for inputs, targets in validation.batches(progress_bar=False):
         prediction: Any = subject.sampled(prior, inputs, n_samples, generator)
+        outputs = prediction[0] if isinstance(prediction, tuple) else prediction
+        subject.loss.check_targets(outputs, targets)
         if not isinstance(prediction, tuple):
             probs, _, targets, _ = validation.counted(prediction, prediction.unsqueeze(0), targets)
             prediction = (probs,)

@@ -153,6 +153,8 @@ def scorer_factory(
         TypeError: if ``loss`` is neither a metric, nor callable, nor None.
         ValueError: if it is a metric that is to be maximised.
     """
+    if isinstance(loss, type):
+        raise TypeError(f"loss is the class {loss.__name__}; pass an instance, {loss.__name__}().")
     match loss:
         case None if likelihood == LikelihoodName.REGRESSION:
             return lambda: GaussianNLL(noise_variance)

@@ -54,14 +54,41 @@ class TestedElsewhere:
     test: str
 
 
-AREAS = ("Model and options", "Training data", "Loaders and budgets", "Prediction", "Tuning")
+AREAS = (
+    "Model and options",
+    "Models that cannot be measured",
+    "Training data",
+    "Loaders and budgets",
+    "Prediction",
+    "Tuning",
+    "Files and states",
+    "Scores, diagnostics and optimisers",
+)
 
 
 def all_rows() -> tuple[Row, ...]:
     """Every row, by area."""
-    from tests.bad_input import rows_fit, rows_loaders, rows_options, rows_use
+    from tests.bad_input import (
+        rows_calls,
+        rows_fit,
+        rows_loaders,
+        rows_models,
+        rows_options,
+        rows_states,
+        rows_tools,
+        rows_use,
+    )
 
-    modules = (rows_options, rows_fit, rows_loaders, rows_use)
+    modules = (
+        rows_options,
+        rows_models,
+        rows_fit,
+        rows_loaders,
+        rows_use,
+        rows_calls,
+        rows_states,
+        rows_tools,
+    )
     rows = tuple(chain.from_iterable(module.ROWS for module in modules))
     return tuple(sorted(rows, key=lambda row: AREAS.index(row.area)))
 

@@ -257,7 +257,7 @@ def test_bad_input_is_named():
         model_quadratic(tiny_cnn().bfloat16(), loss, data)
     with pytest.raises(RuntimeError, match="not finite: check the data"):
         model_quadratic(model, loss, [(data[0][0] * torch.nan, data[0][1])])
-    with pytest.raises(ValueError, match="is not a valid Curvature"):
+    with pytest.raises(ValueError, match="curvature must be one of"):
         model_quadratic(model, loss, data, curvature="newton")
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         model_quadratic(tiny_cnn().requires_grad_(False), loss, data)

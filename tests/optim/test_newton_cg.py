@@ -354,5 +354,5 @@ def test_bad_construction_is_named():
         NewtonCG(tiny_cnn().parameters(), model, LOSS)
     with pytest.raises(ValueError, match='reduction="mean"'):
         NewtonCG(params, model, nn.CrossEntropyLoss(reduction="sum"))
-    with pytest.raises(ValueError, match="is not a valid Curvature"):
+    with pytest.raises(ValueError, match="curvature must be one of"):
         NewtonCG(params, model, LOSS, curvature="fisher")

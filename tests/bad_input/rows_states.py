@@ -1,0 +1,83 @@
+"""States and files that were edited, or belong to another model."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laplace_debiased.factory import DebiasedLaplace
+from tests.bad_input.rows import Row
+from tests.bad_input.world import World
+
+AREA = "Files and states"
+
+
+def edited(key: str, value: Any) -> Row:
+    """A row of a state with one entry replaced."""
+
+    def act(w: World) -> None:
+        w.la.load_state_dict({**w.la.state_dict(), key: value})
+
+    shown = "nan" if isinstance(value, torch.Tensor) else repr(value)
+    return Row(AREA, f"a state with `{key}={shown}`", act, "ValueError", (key,))
+
+
+def loaded(w: World, change: Any) -> None:
+    """Save, and load into a changed copy of the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "posterior.pt"
+        w.la.save(path)
+        DebiasedLaplace.load(path, change(copy.deepcopy(w.model)))
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    return nn.DataParallel(model)
+
+
+EDITS = {
+    "version": -1,
+    "mean": None,
+    "loss": "a",
+    "prior_precision": None,
+    "prior_mean": torch.tensor(torch.nan),
+    "sigma_noise": {},
+    "temperature": -1,
+    "tuned_link_approx": "foo",
+    "tuning_result": 3,
+    "n_data": -1,
+    "n_outputs": None,
+    "n_samples": "a",
+    "mean_loss": torch.tensor(torch.nan),
+    "covered": None,
+    "excluded": None,
+    "drawn": 3,
+}
+ROWS = [
+    *(edited(key, value) for key, value in EDITS.items()),
+    Row(
+        AREA,
+        "a state whose factors are no tensors",
+        lambda w: w.la.load_state_dict({**w.la.state_dict(), "H": "a"}),
+        "ValueError",
+        ("the state", "edited"),
+    ),
+    Row(
+        AREA,
+        "a file for a model of another floating type",
+        lambda w: loaded(w, lambda m: m.double()),
+        "ValueError",
+        ("torch.float64, not torch.float32", "check_weights=False"),
+    ),
+    Row(
+        AREA,
+        "a file for a model in `DataParallel` or `torch.compile`",
+        lambda w: loaded(w, _wrapped),
+        "ValueError",
+        ("0.weight", "model.module"),
+    ),
+]

@@ -1,0 +1,127 @@
+"""Scores, diagnostics and optimisers with arguments of the wrong kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from laplace_debiased import directional_profile, evaluate, fit_temperature
+from laplace_debiased.diagnostics import kfac_profile, top_eigenpairs
+from laplace_debiased.optim import MiniBatches, NewtonCG, Quadratic, debiased_cg
+from tests.bad_input.rows import Row
+from tests.bad_input.world import World, Wrapped
+
+AREA = "Scores, diagnostics and optimisers"
+
+
+def tool(input: str, act: Callable[[World], Any], error: str, *names: str) -> Row:
+    """A row of a call."""
+    return Row(AREA, input, act, error, names)
+
+
+def profile(shown: str, error: str, *names: str, **kwargs: Any) -> Row:
+    """A row of a directional profile."""
+    return tool(
+        f"`directional_profile({shown})`",
+        lambda w: directional_profile(
+            **{
+                "model": w.model,
+                "likelihood": "classification",
+                "batch": (w.x[:6], w.y[:6]),
+                "other_batch": (w.x[6:], w.y[6:]),
+                **kwargs,
+            }
+        ),
+        error,
+        *names,
+    )
+
+
+def newton(shown: str, error: str, *names: str, **kwargs: Any) -> Row:
+    """A row of an optimiser's argument."""
+
+    def act(w: World) -> None:
+        given = {"params": w.model.parameters(), "model": w.model} | kwargs
+        loss = given.pop("loss_func", nn.CrossEntropyLoss())
+        batches = MiniBatches((w.x[:6], w.y[:6]), (w.x[6:], w.y[6:]))
+        NewtonCG(loss_func=loss, **given).step(lambda: batches)
+
+    return tool(f"`NewtonCG({shown})`", act, error, *names)
+
+
+def _skewed() -> Quadratic:
+    matrix = 5 * torch.eye(6) + torch.triu(torch.ones(6, 6), 1) - torch.tril(torch.ones(6, 6), -1)
+    return Quadratic(lambda v: matrix @ v, torch.arange(6.0))
+
+
+ROWS = [
+    tool(
+        "`evaluate` of booleans for more than two classes",
+        lambda w: evaluate(torch.full((12, 3), 1 / 3), w.y.bool()),
+        "ValueError",
+        "labels are booleans",
+        "3 classes",
+    ),
+    tool(
+        "`fit_temperature` of a model that ends in a softmax",
+        lambda w: fit_temperature(Wrapped(w.model, lambda z: z.softmax(-1)), w.loader()),
+        "ValueError",
+        "probabilities",
+        "softmax",
+    ),
+    tool(
+        "`debiased_cg` of a matrix that is not symmetric",
+        lambda w: debiased_cg(_skewed()),
+        "ValueError",
+        "quadratic_directions",
+        "symmetric",
+    ),
+    profile("model=3", "ArgumentTypeError", "model", "int", model=3),
+    profile("chunk_size=-1", "ValueError", "chunk_size", chunk_size=-1),
+    profile('k="a"', "ArgumentTypeError", "k must be", k="a"),
+    profile("batch=3", "TypeError", "pairs", "int", batch=3),
+    tool(
+        "`kfac_profile(model=3)`",
+        lambda w: kfac_profile(3, "classification", (w.x, w.y), (w.x, w.y)),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "model",
+    ),
+    tool(
+        "`top_eigenpairs(model=3)`",
+        lambda w: top_eigenpairs(3, "classification", (w.x, w.y)),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "model",
+    ),
+    newton('lr="a"', "ArgumentTypeError", "lr", "str", lr="a"),
+    newton('damping="a"', "ArgumentTypeError", "damping", "str", damping="a"),
+    newton('curvature="x"', "ValueError", "curvature", "'ggn'", curvature="x"),
+    newton(
+        'nonpositive_curvature="x"',
+        "ValueError",
+        "nonpositive_curvature",
+        "'stop'",
+        nonpositive_curvature="x",
+    ),
+    newton("termination=3", "ArgumentTypeError", "termination", "int", termination=3),
+    newton("line_search=3", "ArgumentTypeError", "line_search", "int", line_search=3),
+    newton(
+        "levenberg_marquardt=3",
+        "ArgumentTypeError",
+        "levenberg_marquardt",
+        "int",
+        levenberg_marquardt=3,
+    ),
+    newton("preconditioner=3", "ArgumentTypeError", "preconditioner", "int", preconditioner=3),
+    newton("params=3", "ArgumentTypeError", "params", "int", params=3),
+    newton("model=3", "ArgumentTypeError", "model", "int", model=3),
+    newton(
+        "loss_func=nn.CrossEntropyLoss",
+        "TypeError",
+        "loss_func",
+        "instance",
+        loss_func=nn.CrossEntropyLoss,
+    ),
+]
