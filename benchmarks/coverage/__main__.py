@@ -108,8 +108,8 @@ def markdown(rows: list[Row], options: argparse.Namespace) -> str:
         "# Coverage of real networks",
         "",
         f"{machine_line(machine(options.threads))} Random weights; {options.samples} samples of "
-        f"curvature, a prediction of {options.batch} samples (of the causal language model its last "
-        f"position), {options.threads} threads, a process each.",
+        f"curvature, a prediction of {options.batch} samples (of the causal language model its "
+        f"last position), {options.threads} threads, a process each.",
         "",
         "| network | trainable entries | by module type | by operation | left out | fit, s "
         "| predict, s | peak, GB |",
