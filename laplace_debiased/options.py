@@ -122,7 +122,8 @@ class CurvatureOptions:
         direction_fraction: share of a budget that gives the directions in ``Scheme.TWO_BATCH``.
         pool_size: size of the pool from which curvature sampling draws; None for as many samples as
             the budget can use, see :func:`~laplace_debiased.data.pool.useful_pool_size`.
-        byte_budget: working memory of one chunk, in bytes.
+        byte_budget: working memory of one chunk, in bytes. On a GPU the default is larger: an
+            eighth of the memory that is free, up to 4 GiB.
         max_rank: eigenvectors that are kept of a Kronecker factor, the leading ones; all directions
             outside of them share one magnitude per direction of the other factor.
 

@@ -44,6 +44,7 @@ from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.estimation.values import Earlier, Fit, KronCurvature
 from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.network.memory import working_memory
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import Magnitudes, Sampling, Scheme
 from laplace_debiased.parallel import shared_out
@@ -100,7 +101,7 @@ class KronStructure:
 
     def engine(self, target: Target, coverage: Coverage) -> CurvaturePass:
         """A backward pass per column; for a last layer its features."""
-        byte_budget = self.arguments.options.byte_budget
+        byte_budget = working_memory(self.arguments.options.byte_budget, target.device)
         if target.last_layer is not None:
             return target.feature_pass(coverage, byte_budget)
         return BackwardPass(target.model, coverage.covered, byte_budget, coverage.general)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
 _MESSAGES = (
     "out of memory",  # CUDA calls outside of torch's allocator, MPS
     "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
@@ -21,3 +23,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+
+
+_SHARE_OF_FREE = 8
+_MOST = 2**32
+
+
+def working_memory(byte_budget: int, device: torch.device) -> int:
+    """Bytes that a pass may take at a time: as asked for, and by default more on a GPU.
+
+    A GPU that waits for its next kernel is idle, and small chunks are little work per kernel: there
+    the default is an eighth of the memory that is free, up to 4 GiB.
+
+    Args:
+        byte_budget: the option; its default stands for "as fits the device".
+        device: where the pass runs.
+    """
+    if byte_budget != DEFAULT_BYTE_BUDGET or device.type != "cuda":
+        return byte_budget
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(byte_budget, min(free // _SHARE_OF_FREE, _MOST))

@@ -1,0 +1,1 @@
+"""How much of the parameters of real networks carries a posterior, and at what cost."""
