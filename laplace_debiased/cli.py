@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="a network trained on the digits, turned into calibrated predictions",
-        description="Train a small network on scikit-learn's digits, compare posteriors of it, and "
-        "write tables and figures.",
+        description="Train a small network on scikit-learn's digits, compare its posterior with "
+        "what it has to beat, and write tables and figures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument(
@@ -58,8 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--samples", type=int, default=64, metavar="M", help="curvature budget in training samples"
     )
-    demo.add_argument("--draws", type=int, default=5, help="draws of the budget to average over")
-    demo.add_argument("--seed", type=int, default=0, help="seed of data, network and draws")
+    demo.add_argument("--seed", type=int, default=0, help="seed of data, network and draw")
     demo.add_argument(
         "--quick", action="store_true", help="a smoke test in seconds; its numbers mean nothing"
     )
@@ -76,7 +75,6 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         DemoOptions(
             output=arguments.output,
             n_samples=arguments.samples,
-            n_draws=arguments.draws,
             seed=arguments.seed,
             quick=arguments.quick,
             progress_bar=not arguments.no_progress,

@@ -22,9 +22,9 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[DemoOptions]:
 
 
 def test_arguments_reach_the_demo(received: list[DemoOptions], tmp_path: Path) -> None:
-    arguments = ["demo", "--output", str(tmp_path), "--samples", "32", "--draws", "2"]
+    arguments = ["demo", "--output", str(tmp_path), "--samples", "32"]
     assert main([*arguments, "--seed", "7", "--quick", "--no-progress"]) == 0
-    assert received == [DemoOptions(tmp_path, 32, 2, 7, quick=True, progress_bar=False)]
+    assert received == [DemoOptions(tmp_path, 32, 7, quick=True, progress_bar=False)]
 
 
 def test_defaults_are_those_of_the_demo(received: list[DemoOptions]) -> None:
@@ -51,7 +51,7 @@ def test_what_cannot_be_parsed_exits_with_status_two(arguments: list[str]) -> No
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--samples", "1"], "samples must lie between 2 and"), (["--draws", "0"], "draws must be")],
+    [(["--samples", "1"], "samples must lie between 2 and"), (["--seed", "-1"], "seed must lie")],
 )
 def test_bad_values_give_one_line_and_status_two(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

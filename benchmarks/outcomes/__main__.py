@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 survival.figure(found),
             )
         else:
-            problem = _problem(name, options)
+            problem = _problem(name, options).on(options.device)
             methods = [m for m in METHODS[1:] if _is_wanted(m.name, options.only)]
             outcomes = [
                 run(method, problem, options.batch, options.seed)
@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text, drawn = report.markdown(problem, rows), report.figure(problem, rows)
             results = {"problem": problem.title, "rows": [row.to_dict() for row in rows]}
         print(text, flush=True)
-        written = f"{text}\n\n{machine_line(facts)}"
+        line = machine_line(facts)
+        if options.device.type == "cuda":
+            line = line.replace("no accelerator", torch.cuda.get_device_name(options.device))
+        written = f"{text}\n\n{line}"
         report.write(
             options.output, f"outcomes_{name}", written, {"machine": facts, **results}, drawn
         )
@@ -79,6 +82,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=5, help="survival: draws of them")
     parser.add_argument("--epochs", type=int, default=30, help="survival: of training")
     parser.add_argument("--label-noise", type=float, default=0.1, help="survival: random labels")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)

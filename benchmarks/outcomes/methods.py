@@ -134,7 +134,8 @@ def run(method: Method, problem: Problem, batch: int, seed: int) -> Outcome:
     fitted = method.fit(problem)
     seconds = {"fit": time.perf_counter() - start, "choice": 0.0}
     answers: dict[str, dict[str, list[Answer]]] = {}
-    labels, chosen = [], []
+    labels: list[Tensor] = []
+    chosen: list[dict[str, float]] = []
     halves = problem.halves(seed)
     for validation, test in (halves, halves[::-1]):
         clean = problem.sets["clean"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,12 @@ class Problem:
     outside: Tensor
     about: str
     published: tuple[tuple[str, float, float, float | None], ...] = field(default=())
+
+    def on(self, device: torch.device) -> Problem:
+        """The same with network and inputs on a device; labels and training samples stay."""
+        sets = {name: inputs.to(device) for name, inputs in self.sets.items()}
+        model, outside = self.model.to(device), self.outside.to(device)
+        return replace(self, model=model, sets=sets, outside=outside)
 
     def halves(self, seed: int) -> tuple[Tensor, Tensor]:
         """Indices of the two halves of the test images; each chooses for the other."""

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.data import Supply, plan_from_supply
-
 HELD_OUT_DIGITS = (8, 9)
 """Digits the network never sees: real images that belong to none of its classes."""
 
@@ -140,10 +138,3 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     maps = torch.stack([torch.stack([cos, -sin, zero], -1), torch.stack([sin, cos, zero], -1)], -2)
     grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
     return functional.grid_sample(images, grid, align_corners=False)
-
-
-def drawn_indices(train: Split, n_samples: int, seed: int) -> Tensor:
-    """The samples that every posterior of this library draws with this budget and seed."""
-    plan = plan_from_supply(Supply.of(train.loader(), n_samples=n_samples), folds=1, seed=seed)
-    assert plan.indices is not None  # a budget is always drawn by index
-    return plan.indices[0]
