@@ -120,9 +120,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the report."""
     options = parser().parse_args(arguments)
-    costs = [measure(case, options) for case in options.cases]
-    report = markdown(costs, options)
-    write(options.output, "budget", report, settings(options) | {"results": costs})
+    costs: list[Cost] = []
+    for case in options.cases:
+        costs.append(measure(case, options))
+        report = markdown(costs, options)
+        write(options.output, "budget", report, settings(options) | {"results": costs})
     print(report)
     return 0
 

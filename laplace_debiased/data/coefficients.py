@@ -11,6 +11,8 @@ from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws
 
 __all__ = ["draw_coefficients", "magnitude_coefficients"]
 
+_NEGLIGIBLE = 1 / 24
+
 
 def draw_coefficients(
     plan: CurvaturePlan, batch: Batch | Draws, folds: Collection[int], *, weighted: bool = True
@@ -61,7 +63,13 @@ def magnitude_coefficients(
     is unbiased for the population's mean given D. For weighted draws from a pool that is a sample
     it is so up to how the normaliser Σh depends on which samples the pool holds, O(1/M).
 
-    Where the population is unknown the own part is left out: λ(u) = mean over the draws of B̃.
+    Where the population is unknown the own part is left out: λ(u) = mean over the draws of B̃. So it
+    is where its weight is negligible, m_D/P ≤ 1/(24√m̃); what of the pool is outside D then stands
+    for D as well. A magnitude is a mean of m̃ squares, of a relative standard error of 1/√m̃ or more.
+    Draws by curvature weigh up to six times the mean, and along the direction in which D
+    exaggerates most it does so four or five times: leaving D out moves the magnitude by no more
+    than its standard error. D is then spared its projections, half of all. The sizes alone decide,
+    never what was drawn: that would be a bias of its own.
 
     Args:
         plan: The plan that the batch belongs to.
@@ -80,19 +88,25 @@ def magnitude_coefficients(
     _check_held_out(plan, held_out)
     n_magnitude = sum(plan.fold_sizes[k] for k in held_out)
     other = batch.counts.double() * batch.weights / n_magnitude
-    own, unseen = _own_and_unseen(plan, basis)
+    own, unseen = _own_and_unseen(plan, basis, n_magnitude)
     return torch.where(_in(batch, basis), own, other * unseen)
 
 
-def _own_and_unseen(plan: CurvaturePlan, basis: frozenset[int]) -> tuple[float, float]:
-    """Weight of a sample of the directions' folds, and the mass that B̃ stands for."""
+def _own_and_unseen(
+    plan: CurvaturePlan, basis: frozenset[int], n_magnitude: int
+) -> tuple[float, float]:
+    """Weight of a sample of the directions' folds, and the mass that the m̃ draws stand for."""
     if plan.population is None or plan.pool_size is None or plan.unseen_mass is None:
         return 0.0, 1.0
     unseen = max(0.0, 1 - sum(1 - plan.unseen_mass[k] for k in basis))
+    seen_mass = (1 - unseen) * plan.pool_size / plan.population
     if plan.population > plan.pool_size:
         seen = sum(plan.distinct_sizes[k] for k in basis)
         shares = (1 - seen / plan.population) / (1 - seen / plan.pool_size)
         unseen *= shares
+    n_directions = sum(plan.fold_sizes[k] for k in basis)
+    if n_directions / plan.population <= _NEGLIGIBLE * n_magnitude**-0.5:
+        return 0.0, seen_mass + unseen
     return 1 / plan.population, unseen
 
 

@@ -3,7 +3,7 @@
 from laplace_debiased.diagnostics.eigen import Eigenpairs, eigenspace_overlap, top_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MeanEstimate
 from laplace_debiased.diagnostics.kfac_profile import KfacProfile, kfac_profile
-from laplace_debiased.diagnostics.laboratory import LinearRegressionLab, enumerate_batch_pairs
+from laplace_debiased.diagnostics.laboratory import LinearRegressionLab
 from laplace_debiased.diagnostics.plots import plot_eigenspaces
 from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
@@ -29,7 +29,6 @@ __all__ = [
     "directional_quadratic",
     "disjoint_batches",
     "eigenspace_overlap",
-    "enumerate_batch_pairs",
     "kfac_profile",
     "plot_eigenspaces",
     "plot_profiles",

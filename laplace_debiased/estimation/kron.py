@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from laplace_debiased.curvature import (
     operation_coverage,
 )
 from laplace_debiased.curvature.factors import BlockBasis
-from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
+from laplace_debiased.curvature.rows.gram import dense
 from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.data.loaders import can_draw, sampler_indices
 from laplace_debiased.debiasing import (
@@ -37,6 +37,11 @@ from laplace_debiased.debiasing import (
 from laplace_debiased.estimation.arguments import Arguments
 from laplace_debiased.estimation.backends import BackendFactors, check_backend
 from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator
+from laplace_debiased.estimation.kron_state import (
+    curvature_from_state,
+    curvature_to_state,
+    spanned,
+)
 from laplace_debiased.estimation.plan import first_inputs_of_loader, first_inputs_of_plan
 from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.softmax_head import in_closed_form
@@ -168,7 +173,8 @@ class KronStructure:
             *tables, comparisons = task.ranks.from_first(
                 "the magnitudes", lambda: [*curvature.tables, comparisons]
             )
-            curvature = replace(curvature, tables=tuple(tables))
+            folds = tuple(spanned(fold, curvature.basis) for fold in curvature.folds)
+            curvature = replace(curvature, tables=tuple(tables), folds=folds)
         return task.result(
             curvature, comparisons, new.mean_loss, new.n_outputs, new.effective_samples
         )
@@ -199,13 +205,8 @@ class KronStructure:
 
     def to_state(self, fit: Fit) -> dict[str, Any]:
         """Eigenbases, tables, factors of the folds, and comparisons."""
-        curvature: KronCurvature = fit.curvature
-        return {
-            "H": [_block_to_state(block) for block in curvature.basis],
-            "tables": [table.detach().clone() for table in curvature.tables],
-            "folds": [_factors_to_state(fold) for fold in curvature.folds],
-            "comparisons": [comparison.to_state() for comparison in fit.comparisons],
-        }
+        comparisons = [comparison.to_state() for comparison in fit.comparisons]
+        return {**curvature_to_state(fit.curvature), "comparisons": comparisons}
 
     def from_state(
         self, state: Mapping[str, Any], device: torch.device
@@ -215,20 +216,8 @@ class KronStructure:
         Raises:
             ValueError: if a table does not fit its eigenbasis.
         """
-        names = tuple(state["covered"])
-        basis = tuple(
-            _block_from_state(BlockBasis, name, entry, device)
-            for name, entry in zip(names, state["H"], strict=True)
-        )
-        tables = tuple(table.to(device) for table in state["tables"])
-        for block, table in zip(basis, tables, strict=True):
-            if tuple(table.shape) != block.table_shape:
-                raise ValueError(
-                    f"the state's table of {block.name!r} does not fit its eigenbasis."
-                )
-        folds = tuple(_factors_from_state(names, fold, device) for fold in state["folds"])
         comparisons = tuple(Comparison.from_state(part) for part in state["comparisons"])
-        return KronCurvature(basis, tables, folds), comparisons
+        return curvature_from_state(tuple(state["covered"]), state, device), comparisons
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,54 +338,3 @@ def posterior_factors(fit: Fit) -> list[list[Tensor]]:
         else [dense(block.output) * fit.n_data, dense(block.input)]
         for block in merged.blocks
     ]
-
-
-def _block_to_state(block: BlockBasis | BlockFactors) -> dict[str, Any]:
-    """Every field but the name, tensors as copies, factors of few rows as these; None stays."""
-    return {
-        field.name: _value_to_state(getattr(block, field.name))
-        for field in fields(block)
-        if field.name != "name"
-    }
-
-
-def _value_to_state(value: Factor | None) -> Tensor | dict[str, Tensor] | None:
-    if isinstance(value, RowsFactor):
-        return {"rows": value.rows.detach().clone()}
-    return None if value is None else value.detach().clone()
-
-
-def _value_from_state(value: Any, device: torch.device) -> Factor | None:
-    if isinstance(value, Mapping):
-        return RowsFactor(value["rows"].to(device))
-    return None if value is None else value.to(device)
-
-
-def _block_from_state(
-    kind: type[Block],
-    name: str,
-    entry: Mapping[str, Any] | Sequence[Tensor],
-    device: torch.device,
-) -> Block:
-    if not isinstance(entry, Mapping):  # version 1: tensors in the order of the fields
-        keys = [field.name for field in fields(kind)][1:]
-        entry = dict(zip(keys, entry, strict=False))
-    values: dict[str, Any] = {k: _value_from_state(v, device) for k, v in entry.items()}
-    return kind(name=name, **values)
-
-
-def _factors_to_state(factors: KroneckerFactors) -> dict[str, Any]:
-    return {
-        "n_samples": factors.n_samples,
-        "blocks": [_block_to_state(block) for block in factors.blocks],
-    }
-
-
-def _factors_from_state(
-    names: Sequence[str], state: Mapping[str, Any], device: torch.device
-) -> KroneckerFactors:
-    blocks = tuple(
-        _block_from_state(BlockFactors, name, entry, device)
-        for name, entry in zip(names, state["blocks"], strict=True)
-    )
-    return KroneckerFactors(blocks, state["n_samples"])

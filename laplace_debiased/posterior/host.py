@@ -37,7 +37,7 @@ from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.parallel import Ranks
-from laplace_debiased.posterior import drawing, predicting, priors, saving, state
+from laplace_debiased.posterior import drawing, predicting, priors, saving
 from laplace_debiased.posterior.predicting import (
     checked_link,
 )
@@ -550,65 +550,11 @@ class DebiasedPosterior(_Host):
 
     # -- files and copies ------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a posterior needs beside its model: tensors and plain values only.
-
-        Raises:
-            NotFittedError: before ``fit``.
-        """
-        return state.to_state(self.fitted, self._structure, self._hyper_parameters())
-
-    @public_call
-    def load_state_dict(self, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
-        """Restore :meth:`state_dict`.
-
-        Args:
-            state_dict: the state.
-            check_weights: refuse a model with other weights; False checks names and shapes only.
-
-        Raises:
-            ValueError: if it belongs to another class, likelihood, model or set of parameters.
-                Nothing is changed then.
-        """
-        found = state.from_state(
-            state_dict,
-            self._structure,
-            self._target,
-            type(self).__name__,
-            self.likelihood,
-            check_weights=check_weights,
-        )
-        with uninterrupted():
-            self._adopt(found.fit, found.model)
-            self._fitted_on = None
-            for name, value in found.hyper_parameters.items():
-                setattr(self, name, value)
-
-    def _hyper_parameters(self) -> dict[str, Any]:
-        """What a state holds beside the fit."""
-        return {
-            "cls_name": type(self).__name__,
-            "likelihood": self.likelihood,
-            **{name: getattr(self, name) for name in state.HYPER_PARAMETERS},
-        }
-
-    def save(self, path: PathLike) -> None:
-        """Write the posterior with all its options to a file; the model is saved by its owner.
-
-        The file holds tensors and plain values only. It is written beside ``path`` first and then
-        renamed: a crash leaves the old file or the new one.
-
-        Args:
-            path: where to.
-
-        Raises:
-            NotFittedError: before ``fit``.
-            TypeError: if ``path`` is no path, or an option is neither a tensor nor a plain value.
-            OSError: as the file system says.
-        """
-        saving.write_posterior(
-            path, type(self).__name__, self._constructor_arguments(), self.state_dict()
-        )
+    state_dict = saving.state_dict
+    load_state_dict = public_call(saving.load_state_dict)
+    save = saving.save
+    _constructor_arguments = saving.constructor_arguments
+    __reduce__ = saving.reduced
 
     @classmethod
     def load(
@@ -621,36 +567,10 @@ class DebiasedPosterior(_Host):
     ) -> Self:
         """Read a posterior of this class; ``DebiasedLaplace.load`` reads any.
 
-        Args:
-            path: a file that ``save`` wrote.
-            model: the model with the weights that it was fitted with.
-            map_location: where the file's tensors are placed first (CPU by default); they end on
-                the model's device.
-            check_weights: refuse a model with other weights; False checks names and shapes only.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            StoredFileError: if it is damaged, something else, of another class, or too new.
-            ValueError: if the model is another one.
+        Arguments and errors are the same; a file of another class is a StoredFileError.
         """
         record = saving.read_posterior(path, map_location, cls.__name__)
         return saving.restored(cls, record, model, check_weights=check_weights)
-
-    def _constructor_arguments(self) -> dict[str, Any]:
-        """Arguments that construct this posterior's like; what a state holds is not among them."""
-        own = {"temperature": self.temperature, "enable_backprop": self.enable_backprop}
-        return saving.constructor_arguments(self._arguments, self._target) | own
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        arguments = self._constructor_arguments()
-        if self._fit is not None:
-            return saving.rebuilt, (type(self), self._target.model, arguments, self.state_dict())
-        start = {
-            "prior_precision": self.prior_precision,
-            "prior_mean": self.prior_mean,
-            "sigma_noise": self.sigma_noise,
-        }
-        return saving.unfitted, (type(self), self._target.model, start | arguments)
 
 
 def _one_sigma(sigma_noise: Any) -> float | Tensor:

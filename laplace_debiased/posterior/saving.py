@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from laplace_debiased.errors import StoredFileError
-from laplace_debiased.estimation import Arguments, Target
+from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target
 from laplace_debiased.files import PathLike, read_record, write_record
+from laplace_debiased.network.identity import ModelFingerprint
+from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.substitution import substituted
+from laplace_debiased.posterior import state
 from laplace_debiased.posterior.arguments import RESIDUAL
 
 KIND = "laplace_debiased posterior"
@@ -28,13 +31,109 @@ RETIRED = {"ratio_step": False, "weight_sharing": "expand"}
 """Options that files of earlier versions hold, with the one value that means what is done now."""
 
 
-def constructor_arguments(arguments: Arguments, target: Target) -> dict[str, Any]:
-    """Arguments by name that construct a posterior's like.
+class Stored(Protocol):
+    """What files and copies read and write of a posterior."""
+
+    likelihood: str
+    _arguments: Arguments
+    _structure: Structure
+    _target: Target
+    _fit: Fit | None
+    _fitted_on: FitRequest | None
+
+    @property
+    def fitted(self) -> Fit:
+        """The fitted curvature."""
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the likelihood."""
+
+    @property
+    def enable_backprop(self) -> bool:
+        """Whether predictions stay differentiable."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a posterior needs beside its model."""
+
+    def _adopt(self, fit: Fit, model: ModelFingerprint | None = None) -> None: ...
+
+
+def state_dict(self: Stored) -> dict[str, Any]:
+    """Everything that a posterior needs beside its model: tensors and plain values only.
+
+    Raises:
+        NotFittedError: before ``fit``.
+    """
+    owner = {
+        "cls_name": type(self).__name__,
+        "likelihood": self.likelihood,
+        **{name: getattr(self, name) for name in state.HYPER_PARAMETERS},
+    }
+    return state.to_state(self.fitted, self._structure, owner)
+
+
+def load_state_dict(
+    self: Stored, state_dict: dict[str, Any], *, check_weights: bool = True
+) -> None:
+    """Restore :meth:`state_dict`.
 
     Args:
-        arguments: what the posterior was asked for.
-        target: which of its model's weights.
+        self: a posterior.
+        state_dict: the state.
+        check_weights: refuse a model with other weights; False checks names and shapes only.
+
+    Raises:
+        ValueError: if it belongs to another class, likelihood, model or set of parameters.
+            Nothing is changed then.
     """
+    found = state.from_state(
+        state_dict,
+        self._structure,
+        self._target,
+        type(self).__name__,
+        self.likelihood,
+        check_weights=check_weights,
+    )
+    with uninterrupted():
+        self._adopt(found.fit, found.model)
+        self._fitted_on = None
+        for name, value in found.hyper_parameters.items():
+            setattr(self, name, value)
+
+
+def save(self: Stored, path: PathLike) -> None:
+    """Write the posterior with all its options to a file; the model is saved by its owner.
+
+    The file holds tensors and plain values only. It is written beside ``path`` first and then
+    renamed: a crash leaves the old file or the new one.
+
+    Args:
+        self: a posterior.
+        path: where to.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        TypeError: if ``path`` is no path, or an option is neither a tensor nor a plain value.
+        OSError: as the file system says; an earlier file is then as it was.
+    """
+    arguments = {name: _plain(name, value) for name, value in constructor_arguments(self).items()}
+    payload = {"posterior": type(self).__name__, "arguments": arguments, "state": self.state_dict()}
+    write_record(path, KIND, FORMAT_VERSION, payload)
+
+
+def reduced(self: Stored) -> tuple[Any, ...]:
+    """How a posterior is copied and pickled."""
+    kind, model, arguments = type(self), self._target.model, constructor_arguments(self)
+    if self._fit is not None:
+        return rebuilt, (kind, model, arguments, self.state_dict())
+    start = {n: getattr(self, n) for n in ("prior_precision", "prior_mean", "sigma_noise")}
+    return unfitted, (kind, model, start | arguments)
+
+
+def constructor_arguments(self: Stored) -> dict[str, Any]:
+    """Arguments that construct this posterior's like; what a state holds is not among them."""
+    arguments, target = self._arguments, self._target
     backend, options = arguments.backend, arguments.options
     given = {
         "likelihood": arguments.likelihood,
@@ -57,30 +156,8 @@ def constructor_arguments(arguments: Arguments, target: Target) -> dict[str, Any
         given["feature_reduction"] = target.last_layer.reduction
         given["last_layer_name"] = target.last_layer.name
     left_out = {"pool_size", "n_outputs", "columns"}  # None is a choice there
-    return {k: v for k, v in given.items() if v is not None or k in left_out}
-
-
-def write_posterior(
-    path: PathLike, kind: str, arguments: Mapping[str, Any], state: Mapping[str, Any]
-) -> None:
-    """Write a posterior to a file.
-
-    Args:
-        path: where to.
-        kind: name of its class.
-        arguments: what constructs its like.
-        state: its state.
-
-    Raises:
-        TypeError: if ``path`` is no path, or an option is neither a tensor nor a plain value.
-        OSError: as the file system says; an earlier file is then as it was.
-    """
-    payload = {
-        "posterior": kind,
-        "arguments": {name: _plain(name, value) for name, value in arguments.items()},
-        "state": dict(state),
-    }
-    write_record(path, KIND, FORMAT_VERSION, payload)
+    kept = {k: v for k, v in given.items() if v is not None or k in left_out}
+    return kept | {"temperature": self.temperature, "enable_backprop": self.enable_backprop}
 
 
 def read_posterior(

@@ -281,3 +281,65 @@ def _loader(n, batch_size=50):
 def _batch(plan):
     (batch,) = plan.batches()
     return batch
+
+
+@pytest.mark.parametrize(("n_data", "is_left_out"), [(160, False), (2_100, False), (2_200, True)])
+def test_uniform_directions_of_negligible_weight_are_left_out(n_data, is_left_out):
+    # m_D / N <= 1 / (24 sqrt(m~)) with 20 + 20 draws: from N = 2,147 on.
+    plan = plan_from_loader(_loader(n_data), folds=2, n_samples=40, seed=1)
+    draws = plan.sources[0].draws
+    c = magnitude_coefficients(plan, draws, {0})
+    own, other = c[draws.folds == 0], c[draws.folds == 1]
+    assert float(c.sum()) == pytest.approx(1, rel=1e-12)
+    assert bool((own == 0).all()) is is_left_out
+    if is_left_out:
+        assert other.tolist() == pytest.approx([1 / 20] * 20)
+    else:
+        assert own.tolist() == pytest.approx([1 / n_data] * 20)
+
+
+def test_weighted_directions_are_left_out_by_the_sizes_alone():
+    # From N = 2,147 on, whatever was drawn. What is left stands for everything.
+    q = sampling_probabilities(torch.linspace(0, 9, 1_000).double() ** 4, 0.02)
+    for population, is_left_out in ((2_100, False), (2_200, True)):
+        for first in (0, 900):  # of next to no curvature, and of much
+            counts = torch.zeros(2, 1_000, dtype=torch.int64)
+            counts[0, first : first + 20] = 1
+            counts[1, first + 50 : first + 70] = 1
+            plan = planned(counts.tolist(), q, population=population)
+            draws = plan.sources[0].draws
+            c = magnitude_coefficients(plan, draws, {0})
+            assert bool((c[draws.folds == 0] == 0).all()) is is_left_out
+        seen = float(q[draws.indices[draws.folds == 0]].sum())
+        if is_left_out:
+            mass = seen * 1_000 / 2_200 + (1 - seen) * (1 - 20 / 2_200) / (1 - 20 / 1_000)
+            expected = mass * draws.weights[draws.folds == 1] / 20
+            assert torch.allclose(c[draws.folds == 1], expected, rtol=1e-12, atol=0)
+
+
+def test_leaving_directions_out_stays_within_the_standard_error():
+    # Heavy-tailed rows, 24 + 24 of 6,000 by curvature: the magnitude along the directions' own top
+    # eigenvector moves by less than its standard error in every draw; with the folds measured on
+    # themselves it would be three times too large.
+    pool = rows(6_000, seed=1) * torch.linspace(0.2, 2, 6_000)[:, None]
+    h, generator = (pool**2).sum(1), torch.Generator().manual_seed(3)
+    q, moved, excess = sampling_probabilities(h, 0.02), [], []
+    for _ in range(20):
+        counts = torch.zeros(2, 6_000, dtype=torch.int64)
+        parts = draw_weighted_folds(h, (24, 24), 0.02, generator, symmetric=True, sweeps=2)
+        for k, part in enumerate(parts):
+            counts[k, part.positions] = part.counts
+        plan = planned(counts.tolist(), q)
+        draws = plan.sources[0].draws
+        u = top_direction(plan, draws, pool, {0})
+        x = ((pool @ u) ** 2)[draws.indices]
+        left_out = magnitude_coefficients(plan, draws, {0})
+        assert bool((left_out[draws.folds == 0] == 0).all())
+        unseen, own = plan.unseen_mass[0], draws.folds == 0
+        kept = torch.where(own, 1 / 6_000, left_out * unseen)
+        terms = (draws.weights * x)[~own].repeat_interleave(draws.counts[~own])
+        error = float(terms.std() / 24**0.5)
+        moved.append(abs(float((left_out - kept) @ x)) / error)
+        excess.append(float(draw_coefficients(plan, draws, {0}) @ x / (kept @ x)))
+    assert max(moved) < 0.25
+    assert sum(excess) / 20 > 1.2

@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from laplace_debiased.diagnostics import LinearRegressionLab, directional_profile
-from laplace_debiased.diagnostics.laboratory import (
-    enumerate_batch_pairs,
-    isotropic_plane_top_curvature,
-    quadratic_along,
-)
+from laplace_debiased.diagnostics.laboratory import quadratic_along
+from tests.diagnostics.closed_forms import enumerate_batch_pairs, isotropic_plane_top_curvature
 from tests.diagnostics.oracles import expected_disjoint, own_slope_at_optimum
 from tests.tolerances import SIGMAS, assert_exact
 
@@ -139,9 +136,3 @@ def test_bad_laboratories_raise():
             LinearRegressionLab(*arguments)
     with pytest.raises(ValueError, match="equally long"):
         LinearRegressionLab((1.0, 2.0), offset=(1.0,))
-    with pytest.raises(ValueError, match="do not fit"):
-        enumerate_batch_pairs(*population(), 4)
-    with pytest.raises(ValueError, match="too many"):
-        enumerate_batch_pairs(*population(size=30), 10)
-    with pytest.raises(ValueError, match="batch_size"):
-        isotropic_plane_top_curvature(0)
