@@ -11,15 +11,32 @@ from laplace_debiased.curvature import FeaturePass
 from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.curvature.softmax_head import SoftmaxHeadRule
 from laplace_debiased.data import Batch
-from laplace_debiased.estimation.kron_estimator import KronEstimator
+from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator
 from laplace_debiased.estimation.label_noise import SharedNoise
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
-from laplace_debiased.options import Fisher
+from laplace_debiased.options import SKETCHED_COLUMNS, Fisher
+
+DENSE_UP_TO = 4_096
+"""With more classes the factor [C, C] of the outputs is never formed: see below."""
 
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxHeadEstimator(KronEstimator):
-    """The estimator whose columns are √p, one per sample, and stand for a whole root."""
+    """The estimator whose columns are √p, one per sample, and stand for a whole root.
+
+    Attributes:
+        directions: takes the first walk where C is large: its factors are kept as the rows of
+            sketched columns, and give a thin eigenbasis. Curvature along it is measured in closed
+            form all the same, so that the sketch costs no bias and no noise of magnitudes.
+    """
+
+    directions: KronEstimator | None = None
+
+    def fold_statistics(self) -> FoldStatistics:
+        """First walk: factors of every fold, and the loss."""
+        if self.directions is not None:
+            return self.directions.fold_statistics()
+        return super().fold_statistics()
 
     @property
     def _n_columns(self) -> int:
@@ -45,4 +62,8 @@ def in_closed_form(estimator: KronEstimator) -> KronEstimator:
         and task.options.fisher is Fisher.TYPE2
     ):
         return estimator
-    return SoftmaxHeadEstimator(replace(engine, rule=SoftmaxHeadRule()), task)
+    directions = None
+    if engine.n_outputs > DENSE_UP_TO:
+        directions = replace(estimator, sketch=SKETCHED_COLUMNS)
+    closed = replace(engine, rule=SoftmaxHeadRule())
+    return SoftmaxHeadEstimator(closed, task, directions=directions)

@@ -13,7 +13,6 @@ from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature import BackwardPass, operation_coverage
 from laplace_debiased.likelihoods import loss_model, sketch, sketched_columns
 from laplace_debiased.options import CurvatureOptions, Sampling
-from laplace_debiased.posterior.saving import constructor_arguments
 from tests.likelihoods.problems import case
 from tests.tolerances import assert_exact, assert_same, relative_error
 from tests.zoo import mlp
@@ -162,12 +161,14 @@ def test_more_columns_come_closer_to_all() -> None:
     assert many < few / 2
 
 
-def test_the_choice_is_saved() -> None:
+def test_the_choice_is_saved(tmp_path) -> None:
+    model, data = many_classes(9)
     for columns in (None, 7, "auto"):
-        la = DebiasedLaplace(mlp(), columns=columns)
-        assert constructor_arguments(la.arguments, la._target)["columns"] == columns
-        again = DebiasedLaplace(mlp(), **{"columns": columns})
-        assert again.arguments.options.columns == columns
+        la = DebiasedLaplace(model, columns=columns)
+        la.fit(DataLoader(data, batch_size=12), n_samples=None)
+        la.save(tmp_path / "la.pt")
+        restored = DebiasedLaplace.load(tmp_path / "la.pt", model)
+        assert restored.arguments.options.columns == columns
 
 
 def test_the_default_budget_has_more_samples_of_fewer_columns() -> None:
