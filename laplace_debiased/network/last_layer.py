@@ -64,8 +64,12 @@ class SeenCall(TorchFunctionMode):
 
 
 def is_of(tensor: Tensor, parameter: Tensor) -> bool:
-    """Whether a tensor is the parameter or a view of it, as its transpose is."""
-    return tensor is parameter or (tensor._is_view() and tensor._base is parameter)
+    """Whether a tensor is the parameter, or a view or stand-in of the same memory."""
+    if tensor is parameter:
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
 
 @unbroken

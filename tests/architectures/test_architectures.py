@@ -17,19 +17,11 @@ IMAGE, SMALL = (3, 4, 4), (3, 16, 16)
 FULL_SIZE = pytest.mark.skipif(
     "FULL_ARCHITECTURES" not in os.environ, reason="a minute of eigendecompositions of 4 608²"
 )
-NO_LAYER = "belongs to no layer"
 CASES = [
     pytest.param(networks.resnet18, IMAGE, {}, id="resnet18", marks=FULL_SIZE),
     pytest.param(networks.narrow_resnet18, SMALL, {}, id="narrow_resnet18"),
-    pytest.param(
-        networks.vit_tiny, SMALL, {"cls_token": NO_LAYER, "pos_embed": NO_LAYER}, id="vit"
-    ),
-    pytest.param(
-        networks.torchvision_vit,
-        SMALL,
-        {"class_token": NO_LAYER, "encoder.pos_embedding": NO_LAYER},
-        id="torchvision_vit",
-    ),
+    pytest.param(networks.vit_tiny, SMALL, {}, id="vit"),
+    pytest.param(networks.torchvision_vit, SMALL, {}, id="torchvision_vit"),
     pytest.param(networks.bert, None, {}, id="bert"),
     pytest.param(networks.gpt2, None, {}, id="gpt2"),
 ]

@@ -219,15 +219,17 @@ def test_plots_show_ranks_and_refuse_unknown_blocks():
             profile.plot(names)
 
 
-def test_uncovered_layers_are_left_out_and_named():
+def test_what_is_not_covered_is_left_out_and_named():
     p = problem("mlp")
-    gated = nn.Sequential(nn.PReLU(4), *p.model).double()
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, bias=False))
+    gated = nn.Sequential(normed, *p.model).double()
     q = Problem(gated, p.x, p.y, p.likelihood)
     profile = profile_of(q, 4)
     assert list(profile.blocks) == ["1.weight", "1.bias", "3.weight", "3.bias"]
-    assert set(profile.coverage.excluded) == {"0.weight"}
+    originals = {f"0.parametrizations.weight.original{i}" for i in (0, 1)}
+    assert set(profile.coverage.excluded) == originals
     with pytest.raises(CoverageError):
-        profile_of(Problem(nn.PReLU(4).double(), p.x, p.y % 4, p.likelihood), 4)
+        profile_of(Problem(normed.double(), p.x, p.y % 4, p.likelihood), 4)
 
 
 def test_the_users_world_is_untouched_also_when_the_loader_raises(untouched):
