@@ -67,8 +67,9 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         damping: not supported (without effect in laplace-torch); must be False.
         backend_kwargs: arguments of the backend.
         asdl_fisher_kwargs: arguments of every call of an ASDL backend.
-        **options: ``scheme``, ``magnitudes``, ``sampling``, ``fisher``, ``mc_samples``, ``columns``,
-            ``folds``, ``direction_fraction``, ``pool_size``, ``byte_budget``, ``max_rank``, ``strict``: see
+        **options: ``scheme``, ``magnitudes``, ``sampling``, ``fisher``, ``mc_samples``,
+            ``columns``, ``folds``, ``direction_fraction``, ``pool_size``, ``byte_budget``,
+            ``max_rank``, ``strict``: see
             :class:`~laplace_debiased.options.CurvatureOptions`. ``ignore_index``: class label that
             does not count, as of padding (often -100). ``n_outputs``: of how many outputs of each
             sample predictions need moments, the most probable ones; None for all, "auto" for 32 of
