@@ -13,6 +13,7 @@ from torch.utils.data import (
 )
 
 from laplace_debiased import DebiasedLaplace
+from laplace_debiased.curvature import MagnitudeAccumulator
 from laplace_debiased.estimation import FitRequest
 from laplace_debiased.estimation.kron import RECOMMENDED_SAMPLES, KronStructure
 from laplace_debiased.estimation.plan import supply_for
@@ -88,3 +89,23 @@ def test_a_fit_without_options_takes_the_budget_and_keeps_the_size_of_the_data()
     assert la.fitted.n_samples == RECOMMENDED_SAMPLES
     la.fit(loader, override=False)  # a whole data set more, as in laplace-torch
     assert la.n_data == 1400
+
+
+def test_samples_of_negligible_weight_are_not_measured_along_their_own_directions(monkeypatch):
+    """8 + 8 of 5,000: every sample passes once through the magnitudes, not once per eigenbasis."""
+    projected = []
+    add = MagnitudeAccumulator.add
+
+    def counted(self, layer, rows, coefficients):
+        projected.append(len(coefficients))
+        return add(self, layer, rows, coefficients)
+
+    monkeypatch.setattr(MagnitudeAccumulator, "add", counted)
+    torch.manual_seed(0)
+    data = dataset(5_000)
+    for n_data, per_sample in ((5_000, 1), (100, 2)):
+        part = TensorDataset(*(tensor[:n_data] for tensor in data.tensors))
+        la = DebiasedLaplace(torch.nn.Linear(3, 2, bias=False), sampling="uniform")
+        la.fit(DataLoader(part, batch_size=500), n_samples=16)
+        assert sum(projected) == 16 * per_sample
+        projected.clear()
