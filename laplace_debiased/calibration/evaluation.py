@@ -196,7 +196,9 @@ def evaluate(
     ranks = ranks_for(la_or_probs)
     with ranks.together("evaluate"):
         n_bins = checks.count(n_bins, "n_bins")
-        options = Options(link_approx, pred_type, progress_bar if ranks.is_first else False, likelihood)
+        options = Options(
+            link_approx, pred_type, progress_bar if ranks.is_first else False, likelihood
+        )
         _check_ood(la_or_probs, ood_loader, ood_probs)
         ranks.agree("evaluate", {**described(la_or_probs, options), "n_bins": n_bins})
         predictions = predict(la_or_probs, loader, options, ranks)

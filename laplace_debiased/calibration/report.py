@@ -69,7 +69,9 @@ def predictive_report(
     """Predictions and their uncertainty for each sample; arguments and errors as in `evaluate`."""
     ranks = ranks_for(la_or_probs)
     with ranks.together("predictive_report"):
-        options = Options(link_approx, pred_type, progress_bar if ranks.is_first else False, likelihood)
+        options = Options(
+            link_approx, pred_type, progress_bar if ranks.is_first else False, likelihood
+        )
         ranks.agree("predictive_report", described(la_or_probs, options))
         predictions = predict(la_or_probs, loader, options, ranks)
     if isinstance(predictions, ClassPredictions):

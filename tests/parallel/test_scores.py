@@ -32,15 +32,23 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-REFINED = 1e-4
-"""Where the loss is lowest, the prior is known to the root of a rounding error, or to 1e-3 if a
-search stops for that; and in a comparison what is predicted under such a prior."""
+def tolerance(path: str) -> float:
+    """How well a number is determined.
 
-
-def refined(path: str) -> bool:
-    """Whether a number follows from a refined prior precision, or from a metric in float32."""
-    inexact = (".tuned", "prior_precision", "prior_only_p", "comparison", "a metric")
-    return any(part in path for part in inexact)
+    Where the loss is lowest, the prior is known to the root of a rounding error, or to 1e-3 if a
+    search stops for that; and in a comparison what is predicted under such a prior. The mc link
+    takes a root of covariances that are next to singular under a small prior: known to the root of
+    a rounding error, too. A metric may compute in float32.
+    """
+    if any(part in path for part in (".tuned", "prior_prec", "prior_only_p", "comparison")):
+        return 1e-4
+    if "a metric" in path:
+        return 1e-5
+    if ", report." in path:
+        return 1e-9  # of single samples
+    if ".result." in path and "probit" not in path:
+        return 1e-7
+    return 1e-10
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +61,15 @@ def alone() -> dict[str, Any]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_worlds_agree(world: int, alone: dict[str, Any]) -> None:
     found = [dict(numbers(theirs)) for theirs in run(world, tunings)]
+    wrong = []
     for theirs in found:
         assert theirs.keys() == alone.keys()
         for path, value in alone.items():
-            if not isinstance(value, float):
-                assert theirs[path] == value, path
-            elif not math.isnan(value):
-                tolerance = REFINED if refined(path) else 1e-10
-                assert theirs[path] == pytest.approx(value, rel=tolerance, abs=1e-10), path
-                assert theirs[path] == found[0][path], path
+            if isinstance(value, float) and math.isnan(value):
+                continue
+            expected = value
+            if isinstance(value, float):
+                expected = pytest.approx(value, rel=tolerance(path), abs=1e-10)
+            if theirs[path] != expected or theirs[path] != found[0][path]:
+                wrong.append((path, value, theirs[path], found[0][path]))
+    assert not wrong
