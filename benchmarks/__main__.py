@@ -19,6 +19,7 @@ SMALL: dict[str, tuple[str, ...]] = {
         *("--memory-limit", "4", "--time-limit", "60"),
     ),
     "fit": ("--case", "cnn", "--samples", "64", "--repetitions", "2"),
+    "parallel": ("--case", "mlp", "--samples", "64", "--validation", "64", "--repetitions", "1"),
     "curvature_bias": ("--pairs", "2", "--k", "40"),
     "optimise": ("--one-step", "--seeds", "2"),
     "outcomes": ("--limit", "100", "--draws", "1", "--epochs", "5"),

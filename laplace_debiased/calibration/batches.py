@@ -15,8 +15,10 @@ from torch.utils.data import (
 )
 
 from laplace_debiased.checks import checked_flag
+from laplace_debiased.data import Block
 from laplace_debiased.data.loaders import refuse_unshifted
 from laplace_debiased.network import inputs
+from laplace_debiased.parallel import ALONE, Ranks
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -89,17 +91,36 @@ def iterate(loader: Iterable[Any], name: str, progress_bar: bool) -> Iterator[An
         TypeError: If `loader` cannot be iterated over.
         ValueError: If it yields nothing.
     """
+    return iterate_block(block_of(loader, name, ALONE), name, progress_bar)
+
+
+def block_of(loader: object, name: str, ranks: Ranks) -> Block:
+    """What this rank walks of a loader.
+
+    Raises:
+        TypeError: If `loader` cannot be iterated over.
+    """
     if isinstance(loader, torch.Tensor | str | bytes) or not isinstance(loader, Iterable):
         raise TypeError(f"{name} must be a loader, got {_describe(loader)}.")
+    return Block(loader, ranks, name)
+
+
+def iterate_block(block: Block, name: str, progress_bar: bool) -> Iterator[Any]:
+    """Batches of a block, under a progress bar if one is wanted.
+
+    Raises:
+        ValueError: If all ranks' blocks yield nothing.
+    """
+    batches: Iterable[Any] = block
     if checked_flag("progress_bar", progress_bar):
         from tqdm.auto import tqdm
 
-        loader = tqdm(loader, desc=f"Predicting {name}")
-    empty = True
-    for batch in loader:
-        empty = False
+        batches = tqdm(block, desc=f"Predicting {name}")
+    n_batches = 0
+    for batch in batches:
+        n_batches += 1
         yield batch
-    if empty:
+    if not sum(block.everyones(f"batches of {name}", n_batches)):
         raise ValueError(f"{name} yields no batch; pass one with at least one sample.")
 
 

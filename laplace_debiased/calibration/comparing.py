@@ -11,17 +11,34 @@ import torch
 from laplace.utils.enums import LinkApprox, PredType
 
 from laplace_debiased.calibration import checks, metrics
-from laplace_debiased.calibration.batches import inputs_only, iterate, split_batch, to_device
+from laplace_debiased.calibration.batches import (
+    block_of,
+    inputs_only,
+    iterate_block,
+    split_batch,
+    to_device,
+)
 from laplace_debiased.calibration.comparison import ComparedRow, Comparison
 from laplace_debiased.calibration.evaluation import score_classification
-from laplace_debiased.calibration.predictions import classified, unlabelled
-from laplace_debiased.calibration.temperature import TemperatureScaling, fit_temperature
+from laplace_debiased.calibration.predictions import (
+    Options,
+    classified,
+    described,
+    ranks_for,
+    unlabelled,
+)
+from laplace_debiased.calibration.temperature import (
+    TemperatureScaling,
+    collect_logits,
+    scaling_of,
+)
 from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.errors import CoverageError
+from laplace_debiased.errors import CoverageError, RankFailedError
 from laplace_debiased.estimation import FitRequest
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.modes import undisturbed
 from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.parallel import ALONE, Ranks
 from laplace_debiased.posterior import DebiasedKronLLLaplace, predicting
 from laplace_debiased.posterior.host import DebiasedPosterior
 from laplace_debiased.posterior.priors import subject_of
@@ -79,24 +96,34 @@ def compare(
         ModelChangedError: if the model is no longer the one of the fit.
         ValueError: for another likelihood, or data that cannot be scored.
     """
-    n_bins = checks.count(n_bins, "n_bins")
-    _check_posterior(la)
-    ways = ways_to_predict(la, val_loader, train_loader, seed, progress_bar)
-    return _scored(ways, test_loader, ood_loader, n_bins, seed, progress_bar)
+    ranks = ranks_for(la)
+    with ranks.together("compare"):
+        n_bins = checks.count(n_bins, "n_bins")
+        _check_posterior(la)
+        progress_bar = progress_bar if ranks.is_first else False
+        ranks.agree("compare", {**described(la, Options()), "n_bins": n_bins, "seed": seed})
+        ways = ways_to_predict(la, val_loader, train_loader, seed, progress_bar, ranks)
+        return _scored(ways, test_loader, ood_loader, n_bins, seed, progress_bar, ranks)
 
 
 def ways_to_predict(
-    la: Any, val_loader: Any, train_loader: Any = None, seed: int = 0, progress_bar: bool = False
+    la: Any,
+    val_loader: Any,
+    train_loader: Any = None,
+    seed: int = 0,
+    progress_bar: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Ways:
     """All that :func:`compare` compares, chosen on the validation data; arguments as there."""
-    scaling = fit_temperature(
+    logits, labels = collect_logits(
         la._target.model,
         val_loader,
-        ignore_index=la.ignore_index,
         dict_key_y=la.dict_key_y,
         progress_bar=progress_bar,
+        ranks=ranks,
     )
-    prior, link = _prior_only(la, val_loader, progress_bar)
+    scaling = scaling_of(logits, labels, la.ignore_index)
+    prior, link = _prior_only(la, val_loader, progress_bar, ranks)
     last_layer = _last_layer(la, train_loader, val_loader, seed, progress_bar)
     return Ways(la, scaling, prior, link, last_layer)
 
@@ -116,12 +143,14 @@ def _check_posterior(la: Any) -> None:
         )
 
 
-def _prior_only(la: Any, val_loader: Any, progress_bar: bool) -> tuple[float, LinkApprox]:
+def _prior_only(
+    la: Any, val_loader: Any, progress_bar: bool, ranks: Ranks
+) -> tuple[float, LinkApprox]:
     """Prior precision and link of the prior alone: as the tuning found them, else by a search."""
     found = la.tuning_result
     if found is None or found.prior_only_precision is None:
         search = GridSearch(
-            Validation(subject_of(la), val_loader, None),
+            Validation(subject_of(la), val_loader, None, ranks),
             PriorGrid(),
             PredType.GLM,
             (LinkApprox.MC, LinkApprox.PROBIT),
@@ -163,7 +192,7 @@ def _last_layer(
     )
     try:
         ll.fit(train_loader, n_data=la.n_data, seed=seed, progress_bar=progress_bar)
-    except (CoverageError, ValueError) as error:
+    except (CoverageError, ValueError, RankFailedError) as error:
         warnings.warn(f"there is no row of the last layer: {error}", UserWarning, stacklevel=4)
         return None
     with warnings.catch_warnings():
@@ -246,6 +275,7 @@ def _scored(
     n_bins: int,
     seed: int,
     progress_bar: bool,
+    ranks: Ranks,
 ) -> Comparison:
     la, device, key_y = ways.la, ways.la._device, ways.la.dict_key_y
     targets: list[Any] = []
@@ -256,18 +286,20 @@ def _scored(
         return inputs
 
     def walk(loader: Any, name: str, inputs_of: Callable[[Any], Any]) -> dict[str, list[Any]]:
-        gathered: dict[str, list[Any]] = {}
+        found: list[Answers] = []
         with undisturbed(la._target.model, generators=loader_generators(loader)):
-            for batch in iterate(loader, name, progress_bar):
-                for key, answer in ways.answers(to_device(inputs_of(batch), device)).items():
-                    gathered.setdefault(key, []).append(answer)
-        return gathered
+            block = block_of(loader, name, ranks)
+            for batch in iterate_block(block, name, progress_bar):
+                found.append(ways.answers(to_device(inputs_of(batch), device)))
+        found, targets[:] = block.joined("answers", found, targets)
+        return {key: [answers[key] for answers in found] for key in found[0]}
 
-    inside = walk(test_loader, "test_loader", labelled)
+    inside, labels = walk(test_loader, "test_loader", labelled), list(targets)
+    targets.clear()
     outside = {} if ood_loader is None else walk(ood_loader, "ood_loader", inputs_only)
     rows = []
     for key, answers in inside.items():
-        predictions = classified(la, answers, targets)
+        predictions = classified(la, answers, labels)
         elsewhere = unlabelled(outside[key]) if key in outside else None
         probs = predictions.probs
         correct = probs.argmax(axis=1) == predictions.labels

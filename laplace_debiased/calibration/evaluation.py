@@ -15,8 +15,10 @@ from laplace_debiased.calibration.predictions import (
     GaussianPredictions,
     Options,
     Unlabelled,
+    described,
     predict,
     predict_unlabelled,
+    ranks_for,
     rows_of,
 )
 from laplace_debiased.calibration.reliability import (
@@ -191,18 +193,25 @@ def evaluate(
         ValueError: If predictions are not finite or no probabilities, if targets are invalid or do
             not match them, if a loader is empty, or if the out-of-distribution data do not apply.
     """
-    n_bins = checks.count(n_bins, "n_bins")
-    options = Options(link_approx, pred_type, progress_bar, likelihood)
-    _check_ood(la_or_probs, ood_loader, ood_probs)
-    predictions = predict(la_or_probs, loader, options)
-    if isinstance(predictions, GaussianPredictions):
-        if ood_loader is not None or ood_probs is not None:
-            raise ValueError("ood_loader and ood_probs apply to classification; leave them out.")
-        return _score_regression(predictions, n_bins)
-    outside = None if ood_probs is None else Unlabelled(ood_probs)
-    if ood_loader is not None:
-        outside = predict_unlabelled(la_or_probs, ood_loader, options)
-    return score_classification(predictions, outside, n_bins)
+    ranks = ranks_for(la_or_probs)
+    with ranks.together("evaluate"):
+        n_bins = checks.count(n_bins, "n_bins")
+        options = Options(
+            link_approx, pred_type, progress_bar if ranks.is_first else False, likelihood
+        )
+        _check_ood(la_or_probs, ood_loader, ood_probs)
+        ranks.agree("evaluate", {**described(la_or_probs, options), "n_bins": n_bins})
+        predictions = predict(la_or_probs, loader, options, ranks)
+        if isinstance(predictions, GaussianPredictions):
+            if ood_loader is not None or ood_probs is not None:
+                raise ValueError(
+                    "ood_loader and ood_probs apply to classification; leave them out."
+                )
+            return _score_regression(predictions, n_bins)
+        outside = None if ood_probs is None else Unlabelled(ood_probs)
+        if ood_loader is not None:
+            outside = predict_unlabelled(la_or_probs, ood_loader, options, ranks)
+        return score_classification(predictions, outside, n_bins)
 
 
 def _check_ood(source: Any, ood_loader: Any, ood_probs: Any) -> None:

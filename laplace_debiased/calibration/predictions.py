@@ -13,19 +13,22 @@ from laplace_debiased.calibration.batches import (
     FloatArray,
     IntArray,
     Targets,
+    block_of,
     collect_targets,
     concatenate,
     inputs_only,
-    iterate,
+    iterate_block,
     positions_as_samples,
     split_batch,
     to_device,
     to_numpy,
     without_ignored,
 )
+from laplace_debiased.data import Block
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.modes import undisturbed
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.parallel import ALONE, Ranks
 from laplace_debiased.posterior.host import DebiasedPosterior
 from laplace_debiased.posterior.predicting import informed_probabilities
 
@@ -113,16 +116,34 @@ class Options:
     likelihood: str | None = None
 
 
+def ranks_for(source: Any) -> Ranks:
+    """All ranks, where a posterior predicts; numbers that are there need nobody else."""
+    device = getattr(source, "_device", None)
+    return ALONE if device is None else Ranks.present(torch.device(device))
+
+
+def described(source: Any, options: Options) -> dict[str, str]:
+    """What must be the same on every rank for predictions to be one posterior's."""
+    prior, link = (getattr(source, n, None) for n in ("prior_precision", "tuned_link_approx"))
+    return {
+        "posterior": f"{type(source).__name__}, prior precision {prior}, link {link}",
+        "options": f"{options.link_approx}, {options.pred_type}",
+    }
+
+
 def predict(
-    source: Any, loader: Targets, options: Options
+    source: Any, loader: Targets, options: Options, ranks: Ranks = ALONE
 ) -> ClassPredictions | GaussianPredictions:
     """Predictions for a loader, beside its targets.
+
+    Of a posterior each rank makes a part, and all have all.
 
     Args:
         source: A fitted posterior, probabilities ([n, C], or [n, K] of binary labels), or a pair
             of means [n, K] and total predictive variances ([n, K], or covariances [n, K, K]).
         loader: Gives (x, y) or mappings; for precomputed predictions unshuffled, or the targets.
         options: How a posterior is asked.
+        ranks: All ranks.
 
     Raises:
         TypeError: If `source` is none of these.
@@ -140,9 +161,10 @@ def predict(
     likelihood = _likelihood(source)
     ask = _ask(source, likelihood, options)
     with undisturbed(_model(source), generators=loader_generators(loader)):
+        block = block_of(loader, "loader", ranks)
         if likelihood in _WITH_LABELS:
-            return _classify(source, ask, loader, options)
-        return _regress(source, ask, loader, options)
+            return _classify(source, ask, block, options)
+        return _regress(source, ask, block, options)
 
 
 @dataclass(frozen=True)
@@ -159,15 +181,19 @@ class Unlabelled:
     information: FloatArray | None = None
 
 
-def predict_unlabelled(source: Any, loader: Iterable[Any], options: Options) -> Unlabelled:
+def predict_unlabelled(
+    source: Any, loader: Iterable[Any], options: Options, ranks: Ranks = ALONE
+) -> Unlabelled:
     """Predictions of a posterior for a loader whose targets do not matter."""
     ask = _ask(source, _likelihood(source), options)
     device = getattr(source, "_device", None)
     with undisturbed(_model(source), generators=loader_generators(loader)):
+        block = block_of(loader, "ood_loader", ranks)
         parts = [
             ask(to_device(inputs_only(batch), device))
-            for batch in iterate(loader, "ood_loader", options.progress_bar)
+            for batch in iterate_block(block, "ood_loader", options.progress_bar)
         ]
+    [parts] = block.joined("answers", parts)
     return unlabelled(parts)
 
 
@@ -192,14 +218,14 @@ def _two_classes(probs: FloatArray) -> FloatArray:
     return np.stack([1.0 - one, one], axis=1)
 
 
-def _classify(la: Any, ask: Call, loader: Targets, options: Options) -> ClassPredictions:
+def _classify(la: Any, ask: Call, block: Block, options: Options) -> ClassPredictions:
     key, device = getattr(la, "dict_key_y", "labels"), getattr(la, "_device", None)
     answers, targets = [], []
-    for batch in iterate(loader, "loader", options.progress_bar):
+    for batch in iterate_block(block, "loader", options.progress_bar):
         x, y = split_batch(batch, key)
         answers.append(ask(to_device(x, device)))
         targets.append(y)
-    return classified(la, answers, targets)
+    return classified(la, *block.joined("answers", answers, targets))
 
 
 def classified(la: Any, answers: Sequence[Any], targets: Sequence[Any]) -> ClassPredictions:
@@ -238,17 +264,17 @@ def _known(parts: Sequence[torch.Tensor | None]) -> FloatArray | None:
     return to_numpy(torch.cat(known)).astype(np.float64) if len(known) == len(parts) else None
 
 
-def _regress(la: Any, ask: Call, loader: Targets, options: Options) -> GaussianPredictions:
+def _regress(la: Any, ask: Call, block: Block, options: Options) -> GaussianPredictions:
     key, device = getattr(la, "dict_key_y", "labels"), getattr(la, "_device", None)
     noise = np.square(np.atleast_1d(to_numpy(torch.as_tensor(la.sigma_noise)).astype(np.float64)))
     parts = []
-    for batch in iterate(loader, "loader", options.progress_bar):
+    for batch in iterate_block(block, "loader", options.progress_bar):
         x, y = split_batch(batch, key)
         mean, variance = (_detached(part) for part in ask(to_device(x, device)))
         targets = to_numpy(torch.as_tensor(y))
         # Batch by batch: only the diagonals of n K×K covariances are worth keeping.
         parts.append(_gaussian_predictions(mean, variance, targets, noise))
-    return _joined(parts)
+    return _joined(*block.joined("answers", parts))
 
 
 def _rows(

@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 
 from laplace_debiased.calibration.batches import FloatArray, IntArray, Targets
-from laplace_debiased.calibration.predictions import ClassPredictions, Options, predict
+from laplace_debiased.calibration.predictions import (
+    ClassPredictions,
+    Options,
+    described,
+    predict,
+    ranks_for,
+)
 from laplace_debiased.network.modes import public_call
 
 
@@ -61,8 +67,13 @@ def predictive_report(
     likelihood: str | None = None,
 ) -> PredictiveReport:
     """Predictions and their uncertainty for each sample; arguments and errors as in `evaluate`."""
-    options = Options(link_approx, pred_type, progress_bar, likelihood)
-    predictions = predict(la_or_probs, loader, options)
+    ranks = ranks_for(la_or_probs)
+    with ranks.together("predictive_report"):
+        options = Options(
+            link_approx, pred_type, progress_bar if ranks.is_first else False, likelihood
+        )
+        ranks.agree("predictive_report", described(la_or_probs, options))
+        predictions = predict(la_or_probs, loader, options, ranks)
     if isinstance(predictions, ClassPredictions):
         probs, labels = predictions.probs, predictions.labels
         top = probs.argmax(axis=1)

@@ -17,9 +17,10 @@ from laplace_debiased.calibration.batches import (
     FloatArray,
     IntArray,
     Targets,
+    block_of,
     collect_targets,
     concatenate,
-    iterate,
+    iterate_block,
     positions_as_samples,
     split_batch,
     to_device,
@@ -31,6 +32,7 @@ from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.inputs import invoke
 from laplace_debiased.network.modes import public_call, undisturbed
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.parallel import ALONE, Ranks
 
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
 
@@ -102,7 +104,7 @@ def fit_temperature(
         logits, labels = collect_logits(
             logits_or_model, val_loader, dict_key_y=dict_key_y, progress_bar=progress_bar
         )
-        return _fit(*_checked(logits, to_numpy(labels), ignore_index))
+        return scaling_of(logits, labels, ignore_index)
     if not isinstance(logits_or_model, torch.Tensor | np.ndarray):
         raise TypeError(
             "logits_or_model must be a torch module or logits (samples, classes), got "
@@ -119,10 +121,12 @@ def collect_logits(
     *,
     dict_key_y: str = "labels",
     progress_bar: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [n, C] and labels [n] of a loader, on the CPU; the model is left as it was.
 
-    The positions of sequences are rows of their own, so that batches may differ in length.
+    The positions of sequences are rows of their own, so that batches may differ in length. Each
+    rank makes a part, and all have all.
 
     Raises:
         TypeError: If a batch is neither a pair nor a mapping, or the model returns no tensor.
@@ -132,13 +136,22 @@ def collect_logits(
     device = next((parameter.device for parameter in model.parameters()), None)
     logits, labels = [], []
     with undisturbed(model, generators=loader_generators(loader)), torch.no_grad():
-        for batch in iterate(loader, "loader", progress_bar):
+        block = block_of(loader, "loader", ranks)
+        for batch in iterate_block(block, "loader", progress_bar):
             x, y = split_batch(batch, dict_key_y)
             output = _checked_output(invoke(model, to_device(x, device))).cpu()
             rows, targets = positions_as_samples(output, to_numpy(torch.as_tensor(y)))
             logits.append(rows)
             labels.append(targets)
+    logits, labels = block.joined("logits", logits, labels)
     return torch.cat(logits), torch.from_numpy(concatenate(labels))
+
+
+def scaling_of(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None
+) -> TemperatureScaling:
+    """:func:`fit_temperature` of logits and labels that :func:`collect_logits` gave."""
+    return _fit(*_checked(logits, to_numpy(labels), ignore_index))
 
 
 def _checked_output(output: Any) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """From a loader and a budget to weighted, disjoint batches: no model and no curvature here."""
 
+from laplace_debiased.data.block import Block
 from laplace_debiased.data.build import (
     batches_overlap,
     plan_from_supply,
@@ -17,6 +18,7 @@ from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabi
 
 __all__ = [
     "Batch",
+    "Block",
     "CurvaturePlan",
     "Draws",
     "Kept",

@@ -22,7 +22,14 @@ from laplace_debiased.network.inputs import tensors_of
 from laplace_debiased.network.rng import derived_seed, guarded_iter
 from laplace_debiased.parallel import Ranks
 
-__all__ = ["IndexedSource", "StreamPart", "StreamRecord", "StreamSource", "record_stream"]
+__all__ = [
+    "IndexedSource",
+    "StreamPart",
+    "StreamRecord",
+    "StreamSource",
+    "content_checksum",
+    "record_stream",
+]
 
 
 def _batch(inputs: Any, targets: Tensor, draws: Draws, start: int) -> Batch:
@@ -122,6 +129,13 @@ def _checksum(tensor: Tensor, start: int = 0) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", start)
 
 
+def content_checksum(batch: Any, start: int) -> int:
+    """Checksum of all tensors of a batch, going on from that of the batches before."""
+    for tensor in tensors_of(batch):
+        start = _checksum(tensor, start)
+    return start
+
+
 def _stream(loader: Any, seed: int) -> Iterator[Any]:
     return guarded_iter(lambda: restartable(loader), seed, generators=loader_generators(loader))
 
@@ -141,11 +155,11 @@ def record_stream(loader: Any, seed: int, dict_key_y: str, *, content: bool) -> 
     """
     sizes, checksums, whole = [], [], 0
     for item in _stream(loader, seed):
-        inputs, targets = split_batch(item, dict_key_y)
+        targets = split_batch(item, dict_key_y)[1]
         sizes.append(len(targets))
         checksums.append(_checksum(targets))
-        for tensor in (*tensors_of(inputs), targets) if content else ():
-            whole = _checksum(tensor, whole)
+        if content:
+            whole = content_checksum(item, whole)
     return StreamRecord(tuple(sizes), tuple(checksums), whole)
 
 

@@ -84,9 +84,15 @@ def run_fit(
         coverage = structure.coverage(target, chosen)
         coverage.require(strict=arguments.strict)
         engine = structure.engine(target, coverage)
-        supply = supply_for(
-            request, options.n_folds, lambda: structure.recommended_samples(engine, request, loss)
-        )
+
+        def recommended() -> int | None:
+            # By rank 0: what fits in memory may differ from rank to rank.
+            def budget() -> list[int | None]:
+                return [structure.recommended_samples(engine, request, loss)]
+
+            return ranks.from_first("the budget", budget)[0]
+
+        supply = supply_for(request, options.n_folds, recommended)
         earlier = None
         if previous is not None:
             earlier = Earlier(previous, supply is not None and supply.budget is not None)

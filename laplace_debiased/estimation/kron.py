@@ -158,7 +158,8 @@ class KronStructure:
         sketch = None
         if isinstance(engine, BackwardPass):
             inputs = first_inputs_of_plan(task.plan)
-            sketch = task.options.sketched(engine.output_shape(inputs).numel())
+            own = 0 if inputs is None else engine.output_shape(inputs).numel()
+            sketch = task.options.sketched(max(task.ranks.gathered("outputs", own)))
         estimator = in_closed_form(KronEstimator(engine, task, sketch))
         with torch.no_grad():
             new = self._statistics(estimator, task)

@@ -116,7 +116,9 @@ class LowRankEstimator:
             NumericalError: if the curvature is not finite, or vanishes.
         """
         n_rows = len(survey.draws) * survey.n_columns
-        if fits_gram(n_rows, self.row_pass, self.task.options.byte_budget):
+        # The budget may follow from what memory is free, which differs from rank to rank.
+        fits = fits_gram(n_rows, self.row_pass, self.task.options.byte_budget)
+        if self.task.ranks.from_first("the way to the eigenpairs", lambda: [fits])[0]:
             return self._by_gram_matrix(survey)
         return self._by_products(survey, n_rows)
 

@@ -21,6 +21,7 @@ from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.interrupts import unbroken, uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.parallel import Ranks
 from laplace_debiased.posterior.predicting import checked_link, checked_pred_type, selection_of
 from laplace_debiased.predictive import Predictor
 from laplace_debiased.tuning import PriorGrid, Subject, TuningResult, Validation
@@ -239,37 +240,50 @@ def optimize_prior_precision(
         NumericalError: if no grid point has a finite loss. The prior is left as it was.
         ModelChangedError: if the model is no longer the one of the fit.
     """
-    self._check_H_init()
-    self._check_model()
-    pred = checked_pred_type(pred_type)
-    checked_flag("verbose", verbose)
-    checked_flag("progress_bar", progress_bar)
-    result, link = None, None
-    if tuning_method(method, val_loader) is TuningMethod.MARGLIK:
-        best = by_evidence(
-            partial(_evidence, self),
-            init_prior_prec,
-            prior_structure,
-            self.mean,
-            tuple(parameter.numel() for parameter in self.params),
-            takes_diagonal=self._takes_diagonal_prior,
-            n_steps=n_steps,
-            lr=lr,
-            progress_bar=progress_bar,
-        )
-        _warn_if_harmful(self, best)
-    else:
-        links = _links(self, link_approx, pred)
-        call = TuningCall(val_loader, pred, links, loss, n_samples, progress_bar, refine, seed)
-        grid = PriorGrid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-        result = call.search(subject_of(self), grid)
-        link = links[0] if result.link is None else LinkApprox(result.link)
-        best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
-    with uninterrupted():
-        self.prior_precision = best
-        self.tuning_result, self.tuned_link_approx = result, link
-        self._warned_about_link = False
-    if verbose:
+    ranks = Ranks.present(self._device)
+    with ranks.together("optimize_prior_precision"):
+        self._check_H_init()
+        self._check_model()
+        pred = checked_pred_type(pred_type)
+        checked_flag("verbose", verbose)
+        checked_flag("progress_bar", progress_bar)
+        result, link = None, None
+        how = tuning_method(method, val_loader)
+        grid = log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+        given = {
+            "model": self.fitted.model.digest,
+            "fit": (self.fitted.n_samples, self.fitted.n_data, self.fitted.mean_loss),
+            "grid": str(grid),
+            "arguments": str((pred, how, link_approx, loss is None, n_samples, refine, seed)),
+        }
+        ranks.agree("optimize_prior_precision", given)
+        if how is TuningMethod.MARGLIK:
+            best = by_evidence(
+                partial(_evidence, self),
+                init_prior_prec,
+                prior_structure,
+                self.mean,
+                tuple(parameter.numel() for parameter in self.params),
+                takes_diagonal=self._takes_diagonal_prior,
+                n_steps=n_steps,
+                lr=lr,
+                progress_bar=progress_bar and ranks.is_first,
+            )
+            [best] = ranks.from_first("the prior precision", lambda: [best])
+            if ranks.is_first:
+                _warn_if_harmful(self, best)
+        else:
+            links = _links(self, link_approx, pred)
+            call = TuningCall(val_loader, pred, links, loss, n_samples, progress_bar, refine, seed)
+            result = call.search(subject_of(self), PriorGrid(*grid), ranks)
+            link = links[0] if result.link is None else LinkApprox(result.link)
+            best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
+        ranks.meet("the end of the tuning")
+        with uninterrupted():
+            self.prior_precision = best
+            self.tuning_result, self.tuned_link_approx = result, link
+            self._warned_about_link = False
+    if verbose and ranks.is_first:
         print(f"Optimized prior precision is {self.prior_precision}.")
 
 

@@ -17,6 +17,7 @@ from laplace_debiased.files import PathLike, read_record, write_record
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.substitution import substituted
+from laplace_debiased.parallel import Ranks
 from laplace_debiased.posterior import state
 from laplace_debiased.posterior.arguments import RESIDUAL
 
@@ -106,7 +107,8 @@ def save(self: Stored, path: PathLike) -> None:
     """Write the posterior with all its options to a file; the model is saved by its owner.
 
     The file holds tensors and plain values only. It is written beside ``path`` first and then
-    renamed: a crash leaves the old file or the new one.
+    renamed: a crash leaves the old file or the new one. Of several processes rank 0 writes, and
+    nobody waits: all may call this, or rank 0 alone.
 
     Args:
         self: a posterior.
@@ -119,7 +121,8 @@ def save(self: Stored, path: PathLike) -> None:
     """
     arguments = {name: _plain(name, value) for name, value in constructor_arguments(self).items()}
     payload = {"posterior": type(self).__name__, "arguments": arguments, "state": self.state_dict()}
-    write_record(path, KIND, FORMAT_VERSION, payload)
+    if Ranks.present(self._target.device).is_first:
+        write_record(path, KIND, FORMAT_VERSION, payload)
 
 
 def reduced(self: Stored) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from laplace_debiased.data.loaders import check_loader, loader_generators
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import parse_choice
+from laplace_debiased.parallel import Ranks
 from laplace_debiased.tuning import (
     GridSearch,
     PriorGrid,
@@ -40,7 +41,7 @@ class TuningCall:
     refine: bool
     seed: int
 
-    def search(self, subject: Subject, grid: PriorGrid) -> TuningResult:
+    def search(self, subject: Subject, grid: PriorGrid, ranks: Ranks) -> TuningResult:
         """Search a grid on the validation data, and warn of what a user should know.
 
         Raises:
@@ -52,7 +53,7 @@ class TuningCall:
         check_loader(self.val_loader, "val_loader")
         checked_flag("refine", self.refine)
         search = GridSearch(
-            Validation(subject, self.val_loader, self.loss),
+            Validation(subject, self.val_loader, self.loss, ranks),
             grid,
             self.pred_type,
             self.links,
@@ -64,9 +65,10 @@ class TuningCall:
             preserved_rng(None, generators=loader_generators(self.val_loader)),
             exact_arithmetic(subject.device),
         ):
-            result = search.run(self.progress_bar)
-        result.warn_on_edge()
-        result.warn_if_worse()
+            result = search.run(self.progress_bar and ranks.is_first)
+        if ranks.is_first:
+            result.warn_on_edge()
+            result.warn_if_worse()
         return result
 
 

@@ -49,16 +49,21 @@ class Moments:
         return self.prior_only.ndim == self.mean.ndim
 
 
-def rounded_away(covariances: Tensor) -> Tensor:
-    """At which nodes [K] rounding hides what classes do not share, of covariances [K, m, C, C].
+def rounding(covariances: Tensor) -> Tensor:
+    """What rounding hides of covariances [K, m, C, C], and what they tell: sums over m [2, K].
 
     No data say anything about a shift of all outputs: under a very small prior precision its
     variance, which no probability depends on, exceeds the rest by more than the dtype resolves.
     """
     diagonals = covariances.diagonal(dim1=-2, dim2=-1)
-    rest = (diagonals.mean(-1) - covariances.mean((-2, -1))).mean(-1)
-    resolution = torch.finfo(covariances.dtype).eps * diagonals.amax(-1).mean(-1)
-    return (resolution > _RESOLVED * rest).cpu()
+    rest = (diagonals.mean(-1) - covariances.mean((-2, -1))).sum(-1)
+    resolution = torch.finfo(covariances.dtype).eps * diagonals.amax(-1).sum(-1)
+    return torch.stack([resolution, rest]).double().cpu()
+
+
+def rounded_away(sums: Tensor) -> Tensor:
+    """At which nodes [K] rounding hides what classes do not share, from :func:`rounding`."""
+    return sums[0] > _RESOLVED * sums[1]
 
 
 def curved_loss(
@@ -103,7 +108,7 @@ def _loss(
             at = covariance(index, log_prior)
             found = validation.predict(batch.mean, at, link, n_points, batch.chosen)
             scorer.update(found, batch.targets)
-        return scorer.value()
+        return validation.losses([scorer])[0]
 
     return loss
 

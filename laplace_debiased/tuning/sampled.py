@@ -40,7 +40,7 @@ def _sampled_loss(validation: Validation, prior: float, n_samples: int, seed: in
             probs, _, targets, _ = validation.counted(prediction, prediction.unsqueeze(0), targets)
             prediction = (probs,)
         scorer.update(prediction, targets)
-    return scorer.value()
+    return validation.losses([scorer])[0]
 
 
 def network_map_loss(validation: Validation) -> float | None:
@@ -57,4 +57,4 @@ def network_map_loss(validation: Validation) -> float | None:
             outputs = invoke(subject.network, to_device(inputs, subject.device))
             outputs, _, targets, _ = validation.counted(outputs, outputs.unsqueeze(0), targets)
             scorer.update(validation.map_prediction(outputs), targets)
-    return scorer.value()
+    return validation.losses([scorer])[0]

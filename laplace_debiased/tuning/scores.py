@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torchmetrics
@@ -26,12 +26,34 @@ class Scorer(Protocol):
     def value(self) -> float:
         """The loss over all batches."""
 
+    def state(self) -> Any:
+        """What the batches so far come to: plain values and CPU tensors."""
 
-class CategoricalNLL:
-    """Mean negative log probability of the label, in nats."""
+    def add(self, state: Any) -> None:
+        """Add another's :meth:`state`."""
+
+
+class _Mean:
+    """A sum over samples, and their number."""
 
     def __init__(self) -> None:
         self._sum, self._count = 0.0, 0
+
+    def value(self) -> float:
+        """The mean so far."""
+        return self._sum / self._count if self._count else math.nan
+
+    def state(self) -> tuple[float, int]:
+        """The sum and the number."""
+        return self._sum, self._count
+
+    def add(self, state: tuple[float, int]) -> None:
+        """Add another's."""
+        self._sum, self._count = self._sum + state[0], self._count + state[1]
+
+
+class CategoricalNLL(_Mean):
+    """Mean negative log probability of the label, in nats."""
 
     def update(self, prediction: Prediction, targets: Tensor) -> None:
         """Add a batch."""
@@ -39,16 +61,9 @@ class CategoricalNLL:
         self._sum -= float(chosen.log().sum())
         self._count += len(targets)
 
-    def value(self) -> float:
-        """The mean so far."""
-        return self._sum / self._count if self._count else math.nan
 
-
-class BinaryNLL:
+class BinaryNLL(_Mean):
     """Mean over samples of the negative log probability of all their binary labels, in nats."""
-
-    def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
 
     def update(self, prediction: Prediction, targets: Tensor) -> None:
         """Add a batch."""
@@ -58,12 +73,8 @@ class BinaryNLL:
         self._sum -= float((torch.xlogy(y, p) + torch.xlogy(1 - y, 1 - p)).sum())
         self._count += len(targets)
 
-    def value(self) -> float:
-        """The mean so far."""
-        return self._sum / self._count if self._count else math.nan
 
-
-class GaussianNLL:
+class GaussianNLL(_Mean):
     """Mean over samples of −log N(y | f, var + σ²), summed over outputs, in nats.
 
     Args:
@@ -71,8 +82,8 @@ class GaussianNLL:
     """
 
     def __init__(self, noise_variance: float) -> None:
+        super().__init__()
         self._noise = noise_variance
-        self._sum, self._count = 0.0, 0
 
     def update(self, prediction: Prediction, targets: Tensor) -> None:
         """Add a batch; the variance is [m, C] or a covariance [m, C, C]."""
@@ -84,20 +95,30 @@ class GaussianNLL:
         self._sum += float(0.5 * (squares / total + (2 * math.pi * total).log()).sum())
         self._count += len(targets)
 
-    def value(self) -> float:
-        """The mean so far."""
-        return self._sum / self._count if self._count else math.nan
-
 
 class MetricScorer:
-    """A torchmetrics metric, cloned and reset; vector-valued metrics are summed."""
+    """A torchmetrics metric, cloned and reset; vector-valued metrics are summed.
 
-    def __init__(self, metric: torchmetrics.Metric) -> None:
+    Args:
+        metric: the metric.
+        is_part: whether others add what they have seen, so that batches have to be kept.
+    """
+
+    def __init__(self, metric: torchmetrics.Metric, *, is_part: bool) -> None:
         self._metric = metric.clone()
         self._metric.reset()
+        # Of itself it would gather what other ranks have: these have the same here, or their part.
+        self._metric.sync_on_compute = False
+        self._parts: list[tuple[Tensor, ...]] | None = [] if is_part else None
 
     def update(self, prediction: Prediction, targets: Tensor) -> None:
         """Add a batch; metrics that take no variance get the mean only."""
+        if self._parts is not None:
+            self._parts.append((*prediction, targets))
+            return
+        self._see(prediction, targets)
+
+    def _see(self, prediction: Prediction, targets: Tensor) -> None:
         try:
             self._metric.update(*prediction, targets)
         except TypeError:
@@ -105,8 +126,19 @@ class MetricScorer:
 
     def value(self) -> float:
         """The metric so far."""
+        for *prediction, targets in self._parts or ():
+            self._see(tuple(prediction), targets)
         value = self._metric.compute()
         return as_number(value.sum() if isinstance(value, Tensor) else value)
+
+    def state(self) -> list[tuple[Tensor, ...]]:
+        """The batches."""
+        return [tuple(tensor.cpu() for tensor in part) for part in self._parts or ()]
+
+    def add(self, state: list[tuple[Tensor, ...]]) -> None:
+        """Add another's batches."""
+        assert self._parts is not None
+        self._parts += [tuple(t.to(self._metric.device) for t in part) for part in state]
 
 
 class CallableScorer:
@@ -124,6 +156,14 @@ class CallableScorer:
         """The function of everything."""
         parts = (torch.cat(part) for part in zip(*self._parts, strict=True))
         return as_number(self._function(*parts))
+
+    def state(self) -> list[tuple[Tensor, ...]]:
+        """The batches."""
+        return [tuple(tensor.cpu() for tensor in part) for part in self._parts]
+
+    def add(self, state: list[tuple[Tensor, ...]]) -> None:
+        """Add another's batches; they stay on the CPU."""
+        self._parts += state
 
 
 def as_number(value: object) -> float:
@@ -146,8 +186,15 @@ def scorer_factory(
     likelihood: str,
     *,
     noise_variance: float,
+    is_part: bool = False,
 ) -> Callable[[], Scorer]:
     """Makes a fresh scorer for every prior precision.
+
+    Args:
+        loss: the user's own, or None for the negative log likelihood.
+        likelihood: a :class:`LikelihoodName`'s value.
+        noise_variance: σ².
+        is_part: whether a scorer sees a part of the batches, and is added to others.
 
     Raises:
         TypeError: if ``loss`` is neither a metric, nor callable, nor None.
@@ -168,7 +215,7 @@ def scorer_factory(
                 "minimises: pass a loss, or a function such as lambda probs, y: -metric(probs, y)."
             )
         case torchmetrics.Metric():
-            return lambda: MetricScorer(loss)
+            return lambda: MetricScorer(loss, is_part=is_part)
         case _ if callable(loss):
             return lambda: CallableScorer(loss)
     raise TypeError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")

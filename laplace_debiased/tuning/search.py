@@ -21,6 +21,7 @@ from laplace_debiased.tuning.moments import (
     lowest,
     prior_only_loss,
     rounded_away,
+    rounding,
 )
 from laplace_debiased.tuning.result import TuningResult
 from laplace_debiased.tuning.sampled import network_map_loss, sampled_losses
@@ -150,12 +151,12 @@ class GridSearch:
         subject, compared = self.validation.subject, self.validation.loss is None
         priors = log_nodes.exp().to(subject.device, subject.dtype)
         scorers, alone = self._scorers(len(on_grid)), self._scorers(len(on_grid))
-        map_scorer, hidden = self.validation.fresh_scorer(), torch.zeros(len(on_grid)).bool()
+        map_scorer, rounded = self.validation.fresh_scorer(), torch.zeros(2, len(on_grid)).double()
         for inputs, targets in self.validation.batches(progress_bar):
             batch = self._moments(inputs, targets, priors)
             self._score(scorers, batch, batch.covariances[on_grid])
             if not (batch.diagonal or self.validation.regression):
-                hidden |= rounded_away(batch.covariances[on_grid])
+                rounded += rounding(batch.covariances[on_grid])
             if compared:
                 points = priors[on_grid].reshape(-1, *[1] * batch.prior_only.ndim)
                 self._score(alone, batch, batch.prior_only / points)
@@ -164,17 +165,25 @@ class GridSearch:
                 kept.append(batch)
                 if sum(part.nbytes for part in kept) > _MAX_STORED_BYTES:
                     kept = None
+        everyones = self.validation.block.everyones("moments", (rounded, kept is not None))
+        hidden = rounded_away(torch.stack([theirs for theirs, _ in everyones]).sum(0))
+        if not all(keeps for _, keeps in everyones):
+            kept = None
         losses = {
             link: [
-                math.inf if lost and self.validation.reads_covariance(link) else scorer.value()
-                for scorer, lost in zip(row, hidden.tolist(), strict=True)
+                math.inf if lost and self.validation.reads_covariance(link) else loss
+                for loss, lost in zip(row, hidden.tolist(), strict=True)
             ]
-            for link, row in scorers.items()
+            for link, row in self._values(scorers).items()
         }
         if not compared:
             return _Pass(grid, losses, {}, None, kept)
-        prior_only = {link: [scorer.value() for scorer in row] for link, row in alone.items()}
-        return _Pass(grid, losses, prior_only, map_scorer.value(), kept)
+        [map_loss] = self.validation.losses([map_scorer])
+        return _Pass(grid, losses, self._values(alone), map_loss, kept)
+
+    def _values(self, scorers: dict[Link, list[Scorer]]) -> Curves:
+        values = iter(self.validation.losses([one for row in scorers.values() for one in row]))
+        return {link: [next(values) for _ in row] for link, row in scorers.items()}
 
     def _scorers(self, n_points: int) -> dict[Link, list[Scorer]]:
         return {

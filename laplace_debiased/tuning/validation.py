@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -12,8 +12,9 @@ from laplace.utils.enums import LinkApprox
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_debiased.data import split_batch
+from laplace_debiased.data import Block, split_batch
 from laplace_debiased.likelihoods import LikelihoodName
+from laplace_debiased.parallel import ALONE, Ranks
 from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
 from laplace_debiased.tuning.scores import Prediction, Scorer, scorer_factory
 from laplace_debiased.tuning.subject import Subject
@@ -30,18 +31,25 @@ class Validation:
         subject: what is tuned.
         loader: gives labelled batches.
         loss: the user's own, or None for the negative log likelihood.
+        ranks: all ranks, each of which walks a part.
         fresh_scorer: makes an empty running loss.
+        block: what this rank walks.
     """
 
     subject: Subject
     loader: Any
     loss: torchmetrics.Metric | Callable[..., Tensor | float] | None
+    ranks: Ranks = ALONE
     fresh_scorer: Callable[[], Scorer] = field(init=False, repr=False)
+    block: Block = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        noise = self.subject.noise_variance
-        factory = scorer_factory(self.loss, self.subject.likelihood, noise_variance=noise)
+        noise, likelihood = self.subject.noise_variance, self.subject.likelihood
+        factory = scorer_factory(
+            self.loss, likelihood, noise_variance=noise, is_part=self.ranks.world > 1
+        )
         object.__setattr__(self, "fresh_scorer", factory)
+        object.__setattr__(self, "block", Block(self.loader, self.ranks, "val_loader"))
 
     @property
     def regression(self) -> bool:
@@ -60,13 +68,24 @@ class Validation:
         Raises:
             ValueError: if the loader is empty.
         """
-        device, empty = self.subject.device, True
-        for batch in tqdm(self.loader, disable=not progress_bar, desc="[Validation set]"):
-            empty = False
+        device, n_batches = self.subject.device, 0
+        for batch in tqdm(self.block, disable=not progress_bar, desc="[Validation set]"):
+            n_batches += 1
             inputs, targets = split_batch(batch, self.subject.label_key)
             yield inputs, targets.to(device)
-        if empty:
+        if not sum(self.block.everyones("validation batches", n_batches)):
             raise ValueError("val_loader is empty.")
+
+    def losses(self, scorers: Sequence[Scorer]) -> list[float]:
+        """What running losses say of the whole validation set, in one exchange for all."""
+        if self.ranks.world == 1:
+            return [scorer.value() for scorer in scorers]
+        states = self.block.everyones("losses", [scorer.state() for scorer in scorers])
+        totals = [self.fresh_scorer() for _ in scorers]
+        for theirs in states:
+            for total, state in zip(totals, theirs, strict=True):
+                total.add(state)
+        return [total.value() for total in totals]
 
     def counted(
         self, mean: Tensor, covariances: Tensor, targets: Tensor, chosen: Tensor | None = None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
 from laplace.curvature import CurvlinopsGGN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassCalibrationError
 
-from laplace_debiased import DebiasedLaplace
+from laplace_debiased import DebiasedLaplace, compare, evaluate, predictive_report
 from laplace_debiased.network.identity import digest_of
 from laplace_debiased.network.inputs import tensors_of
 from tests.posterior.cases import STRUCTURES
@@ -191,4 +193,86 @@ def fits(rank: int, names: list[str]) -> dict[str, Any]:
         except Exception as error:
             error.add_note(f"in the case {name!r}")
             raise
+    return found
+
+
+def validation(batch_size: int = 4, **kwargs: Any) -> DataLoader:
+    """13 samples that are no part of what is fitted; the network is right on most of them."""
+    inputs = -INPUTS[:13]
+    with torch.no_grad():
+        labels = network("wide")(inputs).argmax(-1)
+    labels[::4] = (labels[::4] + 1) % 3
+    return DataLoader(TensorDataset(inputs, labels), batch_size=batch_size, **kwargs)
+
+
+def mean_brier(probs: Tensor, labels: Tensor) -> Tensor:
+    return (probs - nn.functional.one_hot(labels, probs.shape[-1])).square().sum(-1).mean()
+
+
+def _well_posed(result: Any) -> dict[str, Any] | None:
+    """A tuning result without the smallest priors, of which rounding leaves little."""
+    if result is None:
+        return None
+    found = asdict(result)
+    kept = [prior >= 1e-2 for prior in result.prior_precisions]
+    for name in ("prior_precisions", "losses"):
+        found[name] = list(compress(found[name], kept))
+    for link, losses in found["losses_by_link"].items():
+        found["losses_by_link"][link] = list(compress(losses, kept))
+    return found
+
+
+def tunings(rank: int) -> dict[str, Any]:
+    """What tunings, evaluations and comparisons say, in numbers."""
+    found: dict[str, Any] = {}
+    tuned = {
+        "kron": CASES["few rows"],
+        "low rank": CASES["low rank"],
+        "last layer": Case("kron_last_layer", network="wide"),
+    }
+    for name, case in tuned.items():
+        la = case.fitted()
+        for what, arguments in {
+            "links": {"val_loader": validation()},
+            "one batch": {"val_loader": validation(99, shuffle=True)},
+            "no refinement": {"val_loader": validation(), "refine": False, "grid_size": 7},
+            "the same list": {"val_loader": list(validation()), "link_approx": "probit"},
+            "a function": {"val_loader": validation(), "loss": mean_brier, "grid_size": 5},
+            "a metric": {
+                "val_loader": validation(),
+                "loss": MulticlassCalibrationError(3, n_bins=5),
+                "grid_size": 5,
+                "refine": False,
+            },
+            "evidence": {"method": "marglik", "n_steps": 5},
+        }.items():
+            la.optimize_prior_precision(**arguments)
+            found[f"{name}, {what}"] = {
+                "tuned": la.prior_precision,
+                "result": _well_posed(la.tuning_result),
+                "link": la.tuned_link_approx,
+            }
+        la.prior_precision = 2.0
+        for what, loader_ in {
+            "loader": validation(),
+            "shuffled": validation(5, shuffle=True),
+            "list": list(validation()),
+        }.items():
+            scores = evaluate(la, loader_, ood_loader=[(2.3 * INPUTS[:11], LABELS[:11])])
+            found[f"{name}, scores of a {what}"] = scores.to_dict()
+        found[f"{name}, report"] = predictive_report(la, validation()).to_dict()
+        if name == "kron":
+            compared = compare(la, validation(), validation(6), progress_bar=False, n_bins=5)
+            found["comparison"] = compared.to_dict()
+    regression = DebiasedLaplace(network("wide"), "regression", sigma_noise="residual")
+    data = TensorDataset(INPUTS, INPUTS[:, :3].sin())
+    regression.fit(DataLoader(data, batch_size=6), n_samples=None)
+    regression.optimize_prior_precision(val_loader=DataLoader(data, batch_size=5))
+    found["regression"] = {
+        "tuned": regression.prior_precision,
+        "result": _well_posed(regression.tuning_result),
+    }
+    regression.prior_precision = 2.0
+    found["noise"] = regression.sigma_noise
+    found["scores of a regression"] = evaluate(regression, DataLoader(data, 4)).to_dict()
     return found
