@@ -24,6 +24,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "optimise": ("--one-step", "--seeds", "2"),
     "outcomes": ("--limit", "100", "--draws", "1", "--epochs", "5"),
     "thousand_classes": ("--parts", "language", "--tiny", "--sequences", "4"),
+    "budget": ("--cases", "linear:8", "--threads", "1"),
     "fidelity": ("--problem", "digits", "--budgets", "128", "--draws", "2"),
 }
 """Module and its arguments; each also takes ``--output``."""
