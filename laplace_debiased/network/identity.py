@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class ModelFingerprint:
     """
 
     entries: Mapping[str, TensorPrint]
-    kinds: Mapping[str, str] | None = None
+    kinds: Mapping[str, str] | None = field(default=None, compare=False)
 
     @property
     def digest(self) -> str:
@@ -153,13 +154,18 @@ _WITHOUT_EFFECT = (nn.Identity, nn.modules.dropout._DropoutNd)
 """Modules that do nothing in evaluation mode."""
 
 
+_TRAINING_ONLY = re.compile(r"momentum=[^,]*(, )?")
+"""What norms print of how they are trained."""
+
+
 def module_kinds(model: nn.Module) -> dict[str, str]:
     """What every module of a model is; see :class:`ModelFingerprint`."""
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, _WITHOUT_EFFECT):
             own = " with a forward of its own" if "forward" in vars(module) else ""
-            found[name] = f"{type(module).__qualname__}|({module.extra_repr()}){own}"
+            settings = _TRAINING_ONLY.sub("", module.extra_repr())
+            found[name] = f"{type(module).__qualname__}|({settings}){own}"
     return found
 
 
