@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,9 +42,13 @@ class ModelFingerprint:
     Attributes:
         entries: by qualified name, in alphabetical order; a tied tensor counts under its first
             name.
+        kinds: by qualified name, what every module is, as far as that decides its outputs in
+            evaluation mode: its class, and behind a "|" what it prints of itself and whether its
+            ``forward`` was replaced. None, or classes alone, as a file says.
     """
 
     entries: Mapping[str, TensorPrint]
+    kinds: Mapping[str, str] | None = field(default=None, compare=False)
 
     @property
     def digest(self) -> str:
@@ -72,7 +77,18 @@ class ModelFingerprint:
                 found.append(f"{name} is {two.dtype}, not {one.dtype}")
             elif values and one.digest != two.digest:
                 found.append(f"{name} has other values")
-        return tuple(found)
+        return (*found, *(self._other_kinds(other) if values else ()))
+
+    def _other_kinds(self, other: ModelFingerprint) -> Iterator[str]:
+        if self.kinds is None or other.kinds is None:
+            return
+        for name in sorted(self.kinds.keys() | other.kinds.keys()):
+            one, two = (kinds.get(name, "nothing") for kinds in (self.kinds, other.kinds))
+            if not ("|" in one and "|" in two):
+                one, two = one.split("|")[0], two.split("|")[0]
+            if one != two:
+                shown = (kind.replace("|", " ").strip() for kind in (two, one))
+                yield f"module {name!r} is {' and not '.join(shown)}"
 
     def to_state(self) -> dict[str, list[Any]]:
         """Plain values: name → [shape, dtype, digest]."""
@@ -81,9 +97,18 @@ class ModelFingerprint:
             for name, entry in self.entries.items()
         }
 
+    @property
+    def modules(self) -> list[str] | None:
+        """Plain values: name and class of every module; torch prints them otherwise elsewhere."""
+        if self.kinds is None:
+            return None
+        return [f"{name}\t{kind.split('|')[0]}" for name, kind in self.kinds.items()]
+
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> ModelFingerprint:
-        """Read :meth:`to_state`.
+    def from_state(
+        cls, state: Mapping[str, Any], modules: Sequence[str] | None = None
+    ) -> ModelFingerprint:
+        """Read :meth:`to_state` and :attr:`modules`.
 
         Raises:
             ValueError: if it is something else.
@@ -93,7 +118,8 @@ class ModelFingerprint:
                 {
                     str(name): TensorPrint(tuple(int(n) for n in shape), str(dtype), str(digest))
                     for name, (shape, dtype, digest) in state.items()
-                }
+                },
+                None if modules is None else dict(line.split("\t") for line in modules),
             )
         except (AttributeError, TypeError, ValueError):
             raise ValueError(
@@ -119,8 +145,28 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
         {
             name: TensorPrint(tuple(tensor.shape), str(tensor.dtype), digest)
             for (name, tensor), digest in zip(named, digests, strict=True)
-        }
+        },
+        module_kinds(model),
     )
+
+
+_WITHOUT_EFFECT = (nn.Identity, nn.modules.dropout._DropoutNd)
+"""Modules that do nothing in evaluation mode."""
+
+
+_TRAINING_ONLY = re.compile(r"momentum=[^,]*(, )?")
+"""What norms print of how they are trained."""
+
+
+def module_kinds(model: nn.Module) -> dict[str, str]:
+    """What every module of a model is; see :class:`ModelFingerprint`."""
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, _WITHOUT_EFFECT):
+            own = " with a forward of its own" if "forward" in vars(module) else ""
+            settings = _TRAINING_ONLY.sub("", module.extra_repr())
+            found[name] = f"{type(module).__qualname__}|({settings}){own}"
+    return found
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

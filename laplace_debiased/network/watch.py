@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.errors import ModelChangedError
-from laplace_debiased.network.identity import ModelFingerprint, fingerprint, named_tensors
+from laplace_debiased.network.identity import (
+    ModelFingerprint,
+    fingerprint,
+    module_kinds,
+    named_tensors,
+)
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VERSION = attrgetter("_version")
@@ -87,9 +92,10 @@ class ModelWatch:
     """Compares a model with the fingerprint of the one that a posterior was fitted to.
 
     Every check looks at the identity, version counter and address of each tensor, and at one entry
-    of those in main memory: microseconds. Only if one of these changed are the weights hashed;
-    equal weights (after ``load_state_dict`` of the same, a move to another device, a step of
-    length zero) are the same model.
+    of those in main memory, and at which objects the modules' attributes are: microseconds. Only
+    if a tensor changed are the weights hashed, and only if an attribute did is it asked what the
+    modules are now. Equal weights (after ``load_state_dict`` of the same, a move to another device,
+    a step of length zero) are the same model.
 
     Args:
         reference: fingerprint of the weights at the fit.
@@ -98,6 +104,7 @@ class ModelWatch:
     def __init__(self, reference: ModelFingerprint) -> None:
         self.reference = reference
         self._glance: _Glance | None = None
+        self._attributes: list[int] | None = None
 
     def __reduce__(self) -> tuple[type[ModelWatch], tuple[ModelFingerprint]]:
         # A copy belongs to copied tensors, at other addresses.
@@ -116,17 +123,41 @@ class ModelWatch:
             ModelChangedError: naming what changed.
         """
         if self._glance is not None and self._glance.still_holds():
+            attributes = _plain_attributes(model)
+            if attributes == self._attributes:
+                return False
+            now = replace(self.reference, kinds=module_kinds(model))
+            self._refuse(self.reference.differences(now))
+            self._attributes = attributes
             return False
         changes = self.reference.differences(fingerprint(model))
+        self._refuse(changes)
+        self._glance, self._attributes = _glance_at(model), _plain_attributes(model)
+        return True
+
+    def _refuse(self, changes: tuple[str, ...]) -> None:
         if not changes:
-            self._glance = _glance_at(model)
-            return True
+            return
         more = f" and {len(changes) - _MAX_NAMED} more" if len(changes) > _MAX_NAMED else ""
         raise ModelChangedError(
             "the model is not the one that this posterior was fitted to: "
             f"{', '.join(changes[:_MAX_NAMED])}{more}. Call fit again, or load the weights back "
             "that it was fitted with."
         )
+
+
+_OWN = frozenset({"training", *vars(nn.Module()).keys()})
+"""Attributes of every module: its mode, registers and hooks."""
+
+
+def _plain_attributes(model: nn.Module) -> list[int]:
+    """Which objects the modules' own attributes are; an equal one that is another only costs."""
+    return [
+        id(value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in _OWN
+    ]
 
 
 def _registered(registers: tuple[dict[str, Any], ...]) -> Iterator[Any]:

@@ -58,6 +58,7 @@ def to_state(fit: Fit, structure: Structure, owner: Mapping[str, Any]) -> dict[s
         "excluded": dict(fit.coverage.excluded),
         "general": sorted(fit.coverage.general),
         "model": fit.model.to_state(),
+        "modules": fit.model.modules,
         "mean_loss": fit.mean_loss,
         "n_samples": fit.n_samples,
         "effective_samples": fit.effective_samples,
@@ -111,6 +112,7 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a link",
         lambda value: value is None or value in [link.value for link in LinkApprox],
     ),
+    "modules": ("a list", lambda value: value is None or isinstance(value, list)),
     "tuning_result": ("a mapping", lambda value: value is None or isinstance(value, Mapping)),
     "effective_samples": ("a number", lambda value: value is None or _is_finite(value)),
 }
@@ -284,7 +286,7 @@ def _stored_fingerprint(
             stacklevel=6,
         )
         return present
-    stored = ModelFingerprint.from_state(state["model"])
+    stored = ModelFingerprint.from_state(state["model"], state.get("modules"))
     changes = stored.differences(present, values=check_weights)
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""

@@ -101,6 +101,24 @@ ELSEWHERE = (
         "tests/posterior/test_changed_model.py",
     ),
     TestedElsewhere(
+        "another function at equal weights: an activation, a module's settings, a patched forward",
+        "ModelChangedError",
+        ("the module",),
+        "tests/posterior/test_changed_function.py",
+    ),
+    TestedElsewhere(
+        "Ctrl-C (SIGINT) at any moment of any call, also twice",
+        "KeyboardInterrupt",
+        (),
+        "tests/interrupts/test_interrupts.py",
+    ),
+    TestedElsewhere(
+        "random wrong arguments of random public calls",
+        "a result, or an error",
+        ("an argument",),
+        "tests/fuzz/test_calls.py",
+    ),
+    TestedElsewhere(
         "the state of another model, or of another kind of posterior",
         "ValueError",
         ("the entry that does not fit",),

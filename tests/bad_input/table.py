@@ -38,7 +38,23 @@ def page() -> str:
         f"| {one.input} | {one.error} | {', '.join(one.names)} | `{one.test}` |\n"
         for one in ELSEWHERE
     ]
+    parts.append(TAIL)
     return "".join(parts)
+
+
+TAIL = """
+## What is not noticed
+
+* After the fit, an entry of a weight that is written through `.data` or a numpy view without
+  touching the largest one of its tensor (`with torch.no_grad(): weight[...] = value` is noticed);
+  forward hooks that change outputs; attributes that a module of yours does not print
+  (`extra_repr`). Call `fit` again after such a change.
+* An overlap of `batch` and `other_batch` of a profile: the two are taken for independent.
+* Labels of a causal language model that come as pairs `(batch, labels)` are taken as they are.
+* A parameter that a scripted function or another library's C++ code reads keeps its trained value
+  in sampled networks: torch functions do not see it. Scripted modules are refused.
+* `n_data=1` is no mistake: curvature and losses are then per-sample means.
+"""
 
 
 def _line(input: str, error: str, names: tuple[str, ...]) -> str:

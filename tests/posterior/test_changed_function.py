@@ -1,0 +1,114 @@
+"""Another function at equal weights is another model, as far as a glance can tell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased import DebiasedLaplace, ModelChangedError
+
+X, Y = torch.randn(12, 4), torch.arange(12) % 3
+
+
+class Counting(nn.Module):
+    """Keeps what a forward pass leaves: a count and the latest features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.latest = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.latest = self.calls + 1, x
+        return x
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.LeakyReLU(), nn.Dropout(), nn.Linear(5, 3)
+    return nn.Sequential(*layers, Counting()).eval()
+
+
+def fitted(model: nn.Module, subset: str) -> Any:
+    la = DebiasedLaplace(model, subset_of_weights=subset)
+    la.fit(DataLoader(TensorDataset(X, Y), batch_size=6))
+    return la
+
+
+def other_activation(model: nn.Sequential) -> None:
+    model[2] = nn.Tanh()
+
+
+def other_slope(model: nn.Sequential) -> None:
+    model[2].negative_slope = 0.5
+
+
+def other_eps(model: nn.Sequential) -> None:
+    model[1].eps = 0.1
+
+
+def patched(model: nn.Sequential) -> None:
+    model[2].forward = lambda x: 3 * x
+
+
+CHANGES = {
+    other_activation: r"module '2' is Tanh \(\) and not LeakyReLU",
+    other_slope: r"negative_slope=0.5",
+    other_eps: r"eps=0.1",
+    patched: r"'2' is LeakyReLU .* with a forward of its own",
+}
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize(("change", "names"), CHANGES.items())
+@pytest.mark.parametrize("used", [False, True])
+def test_a_changed_function_is_named(
+    change: Callable[[Any], None], names: str, subset: str, used: bool
+) -> None:
+    model = network()
+    la = fitted(model, subset)
+    if used:
+        la(X)
+    change(model)
+    with pytest.raises(ModelChangedError, match=names):
+        la(X)
+
+
+def test_what_changes_no_output_is_no_change() -> None:
+    model = network()
+    la = fitted(model, "all")
+    expected = la(X)
+    model[3] = nn.Identity()
+    model[5].name = "for the log"  # type: ignore[assignment]
+    model.train().eval()
+    handle = model[2].register_forward_hook(lambda *args: None)
+    assert torch.equal(la(X), expected)
+    handle.remove()
+    assert torch.equal(la(X), expected)
+
+
+def test_a_file_says_which_modules_it_was_made_with(tmp_path: Path) -> None:
+    model = network()[:5]
+    la = fitted(model, "all")
+    la.save(tmp_path / "la")
+    same, other = copy.deepcopy(model), copy.deepcopy(model)
+    same[3] = nn.Identity()
+    same[2].negative_slope = 0.01
+    assert torch.equal(DebiasedLaplace.load(tmp_path / "la", same)(X), la(X))
+    other_activation(other)
+    with pytest.raises(ValueError, match="module '2' is Tanh and not LeakyReLU"):
+        DebiasedLaplace.load(tmp_path / "la", other)
+
+
+def test_a_state_of_before_does_not_say() -> None:
+    model = network()
+    state = fitted(model, "all").state_dict()
+    del state["modules"]
+    other_activation(model)
+    DebiasedLaplace(model).load_state_dict(state)
