@@ -4,8 +4,10 @@ With V the covariance of the K chosen outputs, c its mean off-diagonal entry and
 less c, every output beyond is taken to have variance c + v, and covariance c with any other. What
 all outputs share a softmax does not see; what is each class's own averages out over the many
 classes of the tail, whose sum Σ_j exp(f_j) is by the law of large numbers exp(v/2) Σ_j exp(μ_j).
-So the chosen outputs are integrated under V − c 11ᵀ beside *one* further output, and the cost does
-not depend on C.
+Where a few classes are most of the tail its sum still varies: as a lognormal of the same mean and
+variance (Fenton 1960), s² = log(1 + (exp(v) − 1) Σ π_j²) with π the tail's softmax; v where it is
+one class, 0 where it is many. So the chosen outputs are integrated under V − c 11ᵀ beside *one*
+further output, and the cost does not depend on C.
 """
 
 from __future__ import annotations
@@ -74,21 +76,29 @@ class ChosenMoments:
     def mutual_information(self) -> Tensor:
         """What the label would tell about the outputs [...], in nats: see ``links``.
 
-        What classes of the tail do not share tells v/2 where the label is one of them: with weights
-        that are lognormal, E Σ π log(π / E π) = v/2.
+        Within the tail, classes of lognormal weights tell E Σ π log(π / E π) = v/2, of which the
+        tail's sum tells s²/2.
         """
-        mean, root, _, own = self._with_tail()
-        within = monte_carlo(mean, None, POINTS, root=root)[..., -1] * own.clamp_min(0.0) / 2
-        return mutual_information(mean, None, root=root) + within
+        mean, root, _, within = self._with_tail()
+        p = monte_carlo(mean, None, POINTS, root=root)[..., -1]
+        return mutual_information(mean, None, root=root) + p * within.clamp_min(0.0)
 
     def _with_tail(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means and a root of the chosen outputs and the tail as one, the tail's means, and v."""
+        """Means and a root of chosen outputs and the tail's sum; the tail's means; (v − s²)/2."""
         shared = self.shared()
-        own = self.variances.mean(-1) - shared
+        own = (self.variances.mean(-1) - shared).clamp_min(0.0)
         beyond = self.mean.scatter(-1, self.chosen, -torch.inf)
-        lifted = beyond.logsumexp(-1) + own / 2
+        concentration = torch.softmax(beyond, dim=-1).square().sum(-1)
+        # Where exp(v) overflows, s² is v itself but for a constant.
+        spread = torch.log1p(own.clamp_max(80.0).expm1() * concentration) + (own - 80.0).clamp_min(
+            0
+        )
+        lifted = beyond.logsumexp(-1) + (own - spread) / 2
         mean = torch.cat([self.mean.gather(-1, self.chosen), lifted.unsqueeze(-1)], dim=-1)
-        return mean, torch.nn.functional.pad(self._root(shared), (0, 0, 0, 1)), beyond, own
+        root = torch.nn.functional.pad(self._root(shared), (0, 1, 0, 1))
+        k = self.chosen.shape[-1]
+        tail = torch.nn.functional.pad(spread.sqrt()[..., None, None], (k, 0, k, 0))
+        return mean, root + tail, beyond, (own - spread) / 2
 
     def _root(self, shared: Tensor) -> Tensor:
         """Root [..., K, K] of V − c 11ᵀ, its negative eigenvalues set to zero."""
