@@ -80,6 +80,57 @@ class Offset(nn.Module):
         return x + self.offset
 
 
+class Elementwise(nn.Module):
+    """Scales and shifts per channel, as layer scales do, in one of the ways to write them."""
+
+    def __init__(self, width: int, spatial: int, way: str) -> None:
+        super().__init__()
+        self.scale, self.shift = (nn.Parameter(torch.empty(width)) for _ in range(2))
+        self.view, self.way = (-1, *(1,) * spatial), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.scale.view(self.view), self.shift.view(self.view)
+        if self.way == "in place":
+            return x.clone().mul_(scale).add_(shift)
+        if self.way == "where":
+            return torch.where(x > 0, x * scale, shift)
+        return torch.addcmul(shift.sigmoid(), x, scale)
+
+
+class Functional(nn.Module):
+    """A linear map of a parameter that belongs to no layer, in one of the ways to write it."""
+
+    def __init__(self, width: int, way: str) -> None:
+        super().__init__()
+        self.matrix, self.way = nn.Parameter(torch.empty(width, width)), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "einsum":
+            return torch.einsum("...i,oi->...o", x, self.matrix)
+        if self.way == "parts":
+            top, bottom = self.matrix.split([1, len(self.matrix) - 1])
+            return torch.cat([x @ top.T, functional.linear(x, bottom)], -1)
+        if self.way == "twice":
+            return x @ self.matrix + functional.linear(x, self.matrix)
+        return x @ self.matrix
+
+
+class Token(nn.Module):
+    """A token in front of a sequence, and what reads it."""
+
+    def __init__(self, repeats: bool) -> None:
+        super().__init__()
+        self.token, self.repeats = nn.Parameter(torch.empty(1, 1, WIDTH)), repeats
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = self.token.repeat(len(x), 1, 1) if self.repeats else self.token
+        return torch.cat([token.expand(len(x), -1, -1), x[:, 1:]], 1)
+
+
+WAYS = ["in place", "where", "addcmul"]
+MAPS = ["einsum", "parts", "twice", "matmul"]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step: a module, called once or twice, with or without a residual."""
@@ -175,7 +226,17 @@ def _token_stage(draw: Draw) -> Stage:
     attention = Attention(
         draw.choice([1, 2]), draw.random() < 0.7, draw.random() < 0.5, draw.choice([None, 3, 6])
     )
-    module = draw.choice([linear(), nn.LayerNorm(WIDTH), attention, Offset((1, LENGTH, WIDTH))])
+    module = draw.choice(
+        [
+            linear(),
+            nn.LayerNorm(WIDTH),
+            attention,
+            Offset((1, LENGTH, WIDTH)),
+            Elementwise(WIDTH, 0, draw.choice(WAYS)),
+            Functional(WIDTH, draw.choice(MAPS)),
+            Token(draw.random() < 0.5),
+        ]
+    )
     return Stage(module, draw.choice([1, 1, 2]), draw.random() < 0.6)
 
 
@@ -193,12 +254,16 @@ def _stages(draw: Draw, kind: str, shape: tuple[int, ...]) -> list[Stage]:
             now = probe(x).shape[1:]
         if last:
             stages.append(_token_stage(draw))
+        elif draw.random() < 0.15:
+            stages.append(Stage(Elementwise(now[0], spatial, draw.choice(WAYS))))
         elif draw.random() < 0.4:
             stages.append(Stage(_norm(draw, now[0], spatial, last), residual=draw.random() < 0.3))
         elif spatial == 0:
             outs = draw.choice([now[0], 3, 5])
             calls = 2 if outs == now[0] and draw.random() < 0.4 else 1
             module = nn.Linear(now[0], outs, bias=draw.random() < 0.7)
+            if outs == now[0] and draw.random() < 0.3:
+                module = Functional(outs, draw.choice(MAPS))
             stages.append(Stage(module, calls, draw.random() < 0.3))
         else:
             stages.append(Stage(_convolution(draw, now[0], spatial, now[-1]), residual=True))
@@ -226,14 +291,12 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
 
 
-def _tie(draw: Draw, model: Network) -> set[str]:
-    """Share one weight between two linear layers, sometimes."""
-    linear = [m for m in model.stages if type(m) is nn.Linear]
-    square = [m for m in linear if m.weight.shape == linear[0].weight.shape]
-    if len(square) < 2 or draw.random() < 0.5:
-        return set()
-    square[1].weight = square[0].weight
-    return {name for name, p in model.named_parameters() if p is square[0].weight}
+def _tie(draw: Draw, model: Network) -> None:
+    """Share one weight between two linear layers, or one and its transpose, sometimes."""
+    linear = [m for m in model.stages if isinstance(m, nn.Linear | TransposedLinear)]
+    alike = [m for m in linear if m.weight.shape == linear[0].weight.shape]
+    if len(alike) > 1 and draw.random() < 0.5:
+        alike[1].weight = alike[0].weight
 
 
 def _freeze(draw: Draw, model: nn.Module) -> None:
