@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.operations.call import OperationCall
-from laplace_debiased.curvature.passes import parameter_rows, uses_of
+from laplace_debiased.curvature.reading import parameter_rows, uses_of
 from laplace_debiased.curvature.rows import (
     BiasRows,
     BlockRows,

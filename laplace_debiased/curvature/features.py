@@ -18,14 +18,8 @@ from laplace_debiased.curvature.operations import (
     Place,
     Use,
 )
-from laplace_debiased.curvature.passes import (
-    Chunk,
-    ColumnChunk,
-    Columns,
-    parameter_rows,
-    uses_of,
-    written_out,
-)
+from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns, written_out
+from laplace_debiased.curvature.reading import parameter_rows, uses_of
 from laplace_debiased.curvature.rows import BlockRows
 from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
 from laplace_debiased.network.last_layer import reduced, watching

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from laplace_debiased.curvature.coverage import UNUSED, Coverage
 from laplace_debiased.curvature.general import GeneralRows, is_general
 from laplace_debiased.curvature.operations.call import OperationCall
-from laplace_debiased.curvature.passes import parameter_rows, uses_of
+from laplace_debiased.curvature.reading import parameter_rows, uses_of
 from laplace_debiased.curvature.recorder import record
 from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.errors import ModelCallError, NumericalError

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.curvature.footprint import Footprint
 from laplace_debiased.curvature.general import GeneralRows
 from laplace_debiased.curvature.operations.call import OperationCall
+from laplace_debiased.curvature.reading import blocks_of
 from laplace_debiased.curvature.recorder import record
-from laplace_debiased.curvature.rows import BlockRows, joined_rows
+from laplace_debiased.curvature.rows import BlockRows
 from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes, to_device
@@ -65,9 +67,6 @@ class UnitColumns:
 
 Columns = Callable[[Tensor, slice], "Tensor | UnitColumns"]
 """From outputs [m, C] of the given rows of a batch to the columns [m, C, R] to pull back."""
-
-Uses = dict[str, list[tuple[int, str]]]
-"""By parameter name, which calls read it, and in which slot."""
 
 _STREAMING = 2
 """A pass that streams its columns takes this part of the byte budget: on a ResNet-20 chunks of
@@ -154,41 +153,6 @@ def identity_columns(outputs: Tensor, rows: slice) -> Tensor:
     n_outputs = math.prod(shape)
     eye = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
     return eye.reshape(*shape, n_outputs).expand(m, *shape, n_outputs)
-
-
-def uses_of(calls: Sequence[OperationCall]) -> Uses:
-    """Which calls read which parameter, in the order of the calls."""
-    found: Uses = {}
-    for index, call in enumerate(calls):
-        for slot, use in call.uses.items():
-            found.setdefault(use.name, []).append((index, slot))
-    return found
-
-
-def parameter_rows(
-    calls: Sequence[OperationCall],
-    places: Sequence[tuple[int, str]],
-    columns: Sequence[Cotangents],
-    *,
-    columns_only: bool = False,
-) -> BlockRows | None:
-    """Rows of one parameter from all calls that read it; None if none affects the outputs.
-
-    Args:
-        calls: what was recorded.
-        places: which of them read the parameter, and in which slot.
-        columns: by call, R columns [m, R, ...] at what it wrote.
-        columns_only: leave out the inputs, for the factor of the columns.
-    """
-    # What is a matrix here and a vector there is written out, which takes the inputs.
-    alike = len({calls[index].uses[slot].place.shape for index, slot in places}) == 1
-    found = []
-    for index, slot in places:
-        pulled = columns[index]
-        if pulled is not None:
-            rows = calls[index].rows(slot, pulled, columns_only=columns_only and alike)
-            found.append(rows)
-    return joined_rows(found) if found else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +259,7 @@ class BackwardPass:
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
             to_pull = columns(outputs, rows).to(taped.tape.outputs.dtype)
             stacks = _stacked(list(taped.pull_back_each(to_pull, differentiable)), len(calls))
-        return Chunk(rows, outputs, _blocks(calls, stacks))
+        return Chunk(rows, outputs, blocks_of(calls, stacks))
 
     def _chunk_length(
         self, inputs: Any, length: int, n_columns: int | None, byte_budget: int
@@ -361,79 +325,3 @@ def _stacked(columns: list[Sequence[Cotangents]], n_calls: int) -> list[Cotangen
             )
         )
     return stacks
-
-
-def _blocks(
-    calls: Sequence[OperationCall], stacks: list[Cotangents]
-) -> Iterator[tuple[str, BlockRows]]:
-    """Rows of every parameter; columns are let go when their last reader has had them."""
-    uses = uses_of(calls)
-    waiting = [len(call.uses) for call in calls]
-    for name, places in uses.items():
-        rows = parameter_rows(calls, places, stacks)
-        for index, _ in places:
-            waiting[index] -= 1
-            if waiting[index] == 0:
-                stacks[index] = None
-        if rows is not None:
-            yield name, rows
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Working memory of one sample in a pass, from a tape of one sample.
-
-    The graph holds about two tensors per recorded output (before and after its non-linearity);
-    the columns one per output and column; one parameter at a time holds its patches twice and two
-    arrays of the size of its rotated gradients.
-
-    Attributes:
-        outputs: shape of the network's outputs, [C] or [T, C].
-        element: bytes of a number.
-        inputs: entries of all recorded inputs.
-        written: entries of all recorded outputs.
-        parameters: per parameter, entries of its patches and of one column's rows.
-    """
-
-    outputs: torch.Size
-    element: int
-    inputs: int
-    written: int
-    parameters: tuple[tuple[int, int], ...]
-
-    @staticmethod
-    def of(tape: Tape) -> Footprint:
-        """From a tape of one sample."""
-        read = written = 0
-        calls = [call.with_inputs(_detached) for call in tape.calls]
-        zeros: list[Cotangents] = []
-        zero = tape.outputs.detach().new_zeros(())
-        for call, shapes in zip(calls, tape.shapes, strict=True):
-            if call.uses:
-                read += sum(tensor.numel() for tensor in call.inputs)
-                written += sum(shape.numel() for shape in shapes)
-            zeros.append(tuple(zero.expand(shape).unsqueeze(1) for shape in shapes))
-        sizes = []
-        for places in uses_of(calls).values():
-            rows = parameter_rows(calls, places, zeros)
-            if rows is not None:
-                sizes.append((rows.patches, rows.entries + rows.columns[:, 0].numel()))
-        return Footprint(
-            tape.outputs.shape[1:], tape.outputs.element_size(), read, written, tuple(sizes)
-        )
-
-    def bytes(self, n_columns: int | None) -> int:
-        """Of so many columns; None for one per output."""
-        columns = self.outputs.numel() if n_columns is None else n_columns
-        graph = self.inputs + (2 + columns) * self.written
-        largest = max(
-            (2 * patches + 2 * columns * rows for patches, rows in self.parameters), default=0
-        )
-        return max(1, self.element * (graph + largest))
-
-    def columns_in(self, byte_budget: int) -> int:
-        """How many columns fit; at least one."""
-        fixed = self.bytes(0)
-        rows = max((rows for _, rows in self.parameters), default=0)
-        each = self.element * (self.written + 2 * rows)
-        return max(1, (byte_budget - fixed) // max(1, each))

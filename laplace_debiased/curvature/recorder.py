@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,16 @@ from laplace_debiased.curvature.operations.call import (
 from laplace_debiased.curvature.operations.plain import PlainRule
 from laplace_debiased.curvature.operations.views import Place, matrix_place, vector_place
 from laplace_debiased.curvature.tape import Meeting, SharedCall, Tape
+from laplace_debiased.curvature.untouched import (
+    CONSTANT_FACTORIES,
+    LIKE,
+    SPREADING,
+    Untouched,
+    broadcast_shape,
+    of_its_own,
+    stored_view,
+    writes,
+)
 from laplace_debiased.network.inputs import (
     batch_length,
     invoke,
@@ -53,40 +63,6 @@ from laplace_debiased.network.inputs import (
 )
 from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.modes import evaluation_mode
-
-# ruff: noqa: SIM905  (a list of names reads better in lines than in a column)
-_BROADCASTING = frozenset(
-    """add sub rsub mul div true_divide where maximum minimum fmax fmin pow addcmul addcdiv lerp
-    atan2 hypot logaddexp masked_fill scaled_dot_product_attention""".split()
-)
-"""Operations whose tensor arguments are broadcast against each other; without underscores."""
-
-_SPREADING = frozenset("expand expand_as broadcast_to repeat tile repeat_interleave".split())
-_CONSTANT_FACTORIES = frozenset("zeros ones full zeros_like ones_like full_like".split())
-_CASTS = frozenset("to float half bfloat16 double type type_as contiguous cuda cpu".split())
-_LIKE = frozenset("type_as to expand_as view_as reshape_as new_zeros new_ones new_full".split())
-"""Operations that read no more of their further arguments than shape, dtype and device."""
-
-
-@dataclass(frozen=True, eq=False)
-class Untouched:
-    """A tensor that no sample has touched.
-
-    Attributes:
-        tensor: the tensor; held, so that its ``id`` stays its own.
-        calls: shared calls that it depends on, by their place on the tape.
-        names: covered parameters that it depends on.
-        stored: the same tensor as a view of its one parameter's memory; None if it is none.
-        spread: whether it was repeated over the batch, so that its first dimension is the batch.
-        through: the first operation that made it more than a view of a parameter.
-    """
-
-    tensor: Tensor
-    calls: frozenset[int] = frozenset()
-    names: frozenset[str] = frozenset()
-    stored: Tensor | None = None
-    spread: bool = False
-    through: str | None = None
 
 
 class Recorder(TorchFunctionMode):
@@ -144,7 +120,7 @@ class Recorder(TorchFunctionMode):
             args, kwargs = self._with_leaves(args), self._with_leaves(kwargs)
         name = str(getattr(func, "__name__", func)).strip("_")
         on_parameters = any(value.names for value in found)
-        if is_batched and name in _LIKE and self._value(args[0]) is not None:
+        if is_batched and name in LIKE and self._value(args[0]) is not None:
             is_batched = False
         if on_parameters and is_batched:
             return self._meet(func, name, args, kwargs)
@@ -154,10 +130,10 @@ class Recorder(TorchFunctionMode):
                 return noted
         outputs = func(*args, **kwargs)
         if is_batched:
-            if _writes(func):  # samples were written to it
+            if writes(func):  # samples were written to it
                 self._untouched.pop(id(args[0]), None)
         else:
-            made = args[0] if outputs is None and _writes(func) else outputs
+            made = args[0] if outputs is None and writes(func) else outputs
             self._hold_outputs(name, made, found)
         return outputs
 
@@ -193,7 +169,7 @@ class Recorder(TorchFunctionMode):
         for output in tensors_of(outputs):
             stored = None
             if len(sources) == 1:
-                stored = _stored(name, sources[0], output)
+                stored = stored_view(name, sources[0], output)
             self._hold(
                 Untouched(
                     output,
@@ -210,9 +186,9 @@ class Recorder(TorchFunctionMode):
         m = self._tape.length
         if output.ndim == 0 or len(output) % m:
             return False
-        if name in _CONSTANT_FACTORIES:
+        if name in CONSTANT_FACTORIES:
             return len(output) == m
-        if name in _SPREADING and found:
+        if name in SPREADING and found:
             before = found[0].tensor
             lead = len(before) if before.ndim == output.ndim else 1
             return lead * m == len(output) or found[0].spread
@@ -309,7 +285,7 @@ class Recorder(TorchFunctionMode):
         uses = self._uses(rule, reading)
         if isinstance(uses, str):
             return NotImplemented  # followed as any function of the parameter
-        outputs = _of_its_own(func(*args, **kwargs))
+        outputs = of_its_own(func(*args, **kwargs))
         m = self._tape.length
         shared = tuple(shared_by_samples(tensor, m) for tensor in reading.inputs)
         call = OperationCall(name, rule, uses, shared, reading.settings, folded=True)
@@ -334,7 +310,7 @@ class Recorder(TorchFunctionMode):
         def kept(tensor: Tensor) -> Tensor:
             return self._one_each(name, tensor) if id(tensor) in read else tensor
 
-        outputs = _of_its_own(func(*map_tensors(kept, args), **map_tensors(kept, kwargs)))
+        outputs = of_its_own(func(*map_tensors(kept, args), **map_tensors(kept, kwargs)))
         self.note(name, self._rules[func], reading, (outputs,))
         return outputs
 
@@ -354,7 +330,7 @@ class Recorder(TorchFunctionMode):
                 if bias is None:
                     return outputs
                 return self._meet(torch.add, "add", (outputs, bias), {})
-        shapes = _broadcast(name, args, kwargs)
+        shapes = broadcast_shape(name, args, kwargs)
         if shapes is not None:
             copied = partial(self._one_each, name, shape_of=shapes)
             return func(*map_tensors(copied, args), **map_tensors(copied, kwargs))
@@ -432,63 +408,6 @@ class Recorder(TorchFunctionMode):
             return
         calls = tuple(sorted(value.calls))
         self._tape.meetings.append(Meeting(get_gradient_edge(copies), base, calls))
-
-
-def _broadcast(
-    name: str, args: tuple, kwargs: Mapping[str, Any]
-) -> Callable[[Tensor], torch.Size] | None:
-    """The shape that an operation broadcasts each of its arguments to; None if it does not."""
-    tensors = list(tensors_of([args, dict(kwargs)]))
-    if name == "scaled_dot_product_attention":
-        query = tensors[0].shape
-        return lambda tensor: query
-    if name in ("matmul", "rmatmul") and all(tensor.ndim > 2 for tensor in tensors):
-        lead = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in tensors))
-        return lambda tensor: torch.Size((*lead, *tensor.shape[-2:]))
-    plain = name if name in _BROADCASTING or name[:1] not in ("i", "r") else name[1:]
-    if plain not in _BROADCASTING:
-        return None
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-    return lambda tensor: shape
-
-
-class _Identity(torch.autograd.Function):
-    """The same memory as a tensor that is no view of another one."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-def _of_its_own(output: Tensor) -> Tensor:
-    """An output that can be recorded, whatever follows.
-
-    A linear map of many positions returns a view. An activation in place on a view writes a new
-    history for what is viewed, in which the edge that was recorded is no longer found.
-    """
-    return _Identity.apply(output) if output._is_view() and output.requires_grad else output
-
-
-def _writes(func: Callable) -> bool:
-    """Whether a function writes to its first argument."""
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-def _stored(name: str, source: Untouched, output: Tensor) -> Tensor | None:
-    """An output as a view of its parameter's memory; None if it is none."""
-    if source.stored is None:
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(output):
-        return None
-    if output.untyped_storage().data_ptr() == source.tensor.untyped_storage().data_ptr():
-        return output if source.stored is source.tensor else None
-    same = output.shape == source.tensor.shape and output.is_floating_point()
-    return source.stored if name in _CASTS and same else None
 
 
 @unbroken

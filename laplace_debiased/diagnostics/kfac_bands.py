@@ -17,7 +17,8 @@ from laplace_debiased.curvature import (
     FactorAccumulator,
 )
 from laplace_debiased.curvature.factors import with_column_axis
-from laplace_debiased.curvature.passes import Columns, parameter_rows, uses_of
+from laplace_debiased.curvature.passes import Columns
+from laplace_debiased.curvature.reading import parameter_rows, uses_of
 from laplace_debiased.curvature.rows import BlockRows, RankOneRows
 from laplace_debiased.data import split_batch
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
