@@ -21,6 +21,7 @@ from laplace_debiased.curvature.operations import (
 from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns, written_out
 from laplace_debiased.curvature.reading import parameter_rows, uses_of
 from laplace_debiased.curvature.rows import BlockRows
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
 from laplace_debiased.network.last_layer import reduced, watching
 from laplace_debiased.network.modes import evaluation_mode
@@ -93,7 +94,7 @@ class FeaturePass:
             ValueError: if the outputs are not W φ + b.
         """
         inputs, head = to_device(inputs, self.device), self.head.module
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
             with evaluation_mode(self.model), watching(head) as seen:
                 outputs = invoke(self.model, inputs)

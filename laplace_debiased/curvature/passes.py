@@ -19,6 +19,7 @@ from laplace_debiased.curvature.recorder import record
 from laplace_debiased.curvature.rows import BlockRows
 from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.network.forecast import Forecast
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes, to_device
 from laplace_debiased.network.modes import math_attention
 from laplace_debiased.network.outputs import check_outputs
@@ -256,7 +257,7 @@ class BackwardPass:
         outputs = full_precision(outputs if differentiable else outputs.detach())
         convert = full_precision if differentiable else _detached
         calls = [call.with_inputs(convert) for call in taped.calls]
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             to_pull = columns(outputs, rows).to(taped.tape.outputs.dtype)
             stacks = _stacked(list(taped.pull_back_each(to_pull, differentiable)), len(calls))
         return Chunk(rows, outputs, blocks_of(calls, stacks))
@@ -298,7 +299,7 @@ class _Taped:
         n_columns = columns.shape[-1] if self.calls else 0
         for r in range(n_columns):
             column = columns.column(r) if isinstance(columns, UnitColumns) else columns[..., r]
-            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            with outside_inference_mode(), torch.set_grad_enabled(differentiable):
                 pulled = self.tape.pull_back(
                     column, create_graph=differentiable, retain_graph=r + 1 < n_columns
                 )

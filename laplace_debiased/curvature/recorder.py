@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from laplace_debiased.curvature.operations.attention import attend_apart
 from laplace_debiased.curvature.operations.call import (
@@ -54,6 +53,8 @@ from laplace_debiased.curvature.untouched import (
     stored_view,
     writes,
 )
+from laplace_debiased.network.function_modes import BlockMode
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import (
     batch_length,
     invoke,
@@ -65,7 +66,7 @@ from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.modes import evaluation_mode
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(BlockMode):
     """Within it, operations on covered parameters are noted on a tape.
 
     Args:
@@ -104,15 +105,8 @@ class Recorder(TorchFunctionMode):
 
     # -- the mode --------------------------------------------------------------------------
 
-    def __torch_function__(
-        self,
-        func: Callable,
-        types: Any,
-        args: tuple = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def run(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Sort a call, note it, and run it."""
-        kwargs = kwargs or {}
         found, is_batched = self._seen(args, kwargs)
         if not found and is_batched:  # nearly all calls
             return func(*args, **kwargs)
@@ -432,7 +426,7 @@ def record(
     """
     tape = Tape(batch_length(inputs) if covered else 0)
     with (
-        torch.inference_mode(False),
+        outside_inference_mode(),
         torch.set_grad_enabled(bool(covered)),
         evaluation_mode(model),
         _recording(tape, model, frozenset(covered)) if covered else nullcontext(),

@@ -234,7 +234,8 @@ def directional_profile(
         )
     checked_model(model)
     checked_flag("progress_bar", progress_bar)
-    if reference_loader is not None and not isinstance(reference_loader, Iterable):
+    tensor = isinstance(reference_loader, Tensor)
+    if reference_loader is not None and (tensor or not isinstance(reference_loader, Iterable)):
         raise ArgumentTypeError(
             f"reference_loader must give batches; got {type(reference_loader).__name__}."
         )

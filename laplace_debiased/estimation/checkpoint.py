@@ -33,6 +33,7 @@ from laplace_debiased.estimation.progress import (
     chosen_sums,
 )
 from laplace_debiased.files import PathLike, read_record, remove_file, resolved_path, write_record
+from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.parallel import ALONE, Ranks
 
 KIND = "laplace_debiased fit checkpoint"
@@ -168,7 +169,8 @@ class FitCheckpoint:
         if not now and time.monotonic() - self._written < self._interval:
             return
         self._record["walks"][name] = state()
-        write_record(self.path, KIND, FORMAT_VERSION, self._record)
+        with uninterrupted():  # as where posteriors are saved
+            write_record(self.path, KIND, FORMAT_VERSION, self._record)
         self._written = time.monotonic()
 
     def _close(self, name: str, state: State) -> None:

@@ -27,6 +27,7 @@ from laplace_debiased.estimation.request import FitRequest
 from laplace_debiased.estimation.structure import Structure, Task
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.estimation.values import Earlier, Fit, check_same_model
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.identity import ModelFingerprint, digest_of, fingerprint
 from laplace_debiased.network.inputs import tensors_of
 from laplace_debiased.network.last_layer import found_last_layer
@@ -78,7 +79,7 @@ def run_fit(
     if previous is not None:
         check_same_model(previous, model)
     # What a fit keeps must not be inference tensors, even where the caller is in that mode.
-    with preserved_rng(request.seed), torch.inference_mode(False), exact_arithmetic(target.device):
+    with preserved_rng(request.seed), outside_inference_mode(), exact_arithmetic(target.device):
         target = _located(target, request, ranks)
         loss = arguments.loss(positions=structure.takes_positions)
         coverage = structure.coverage(target, chosen)

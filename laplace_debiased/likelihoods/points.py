@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from laplace_debiased.network.grad_modes import outside_inference_mode
+
 POINTS = 256
 """Points of the default link. On a public ResNet-20 at its tuned prior their KL to the integral is
 0.2e-3 nats; 100 random draws have 2.5e-3."""
@@ -28,7 +30,7 @@ def normal_points(n_dimensions: int, n_points: int) -> Tensor:
     function; a longer set begins with the shorter one. Beyond 21,201 dimensions, where no Sobol
     sequence is tabulated, seeded pseudo-random points. The result is shared: do not change it.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference_mode(), torch.no_grad():
         if n_dimensions <= torch.quasirandom.SobolEngine.MAXDIM:
             engine = torch.quasirandom.SobolEngine(n_dimensions, scramble=True, seed=_SEED)
             uniform = engine.draw(n_points, dtype=torch.float64)

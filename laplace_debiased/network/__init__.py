@@ -8,6 +8,8 @@ What goes in and comes out:
 
 The network as a function of its parameters:
 
+* ``grad_modes``: leaving inference mode.
+* ``function_modes``: modes that are idle outside of their block.
 * ``substitution``: a model run with other weights, without a write to its own.
 * ``functional``: its outputs as a function of the covered parameters.
 * ``transforms``: derivatives of such a function, per sample and along directions.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.network.grad_modes import outside_inference_mode
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PARALLEL_BYTES = 8 * 2**20
 """Models above this size are hashed in two threads; hashing holds no interpreter lock."""
@@ -187,7 +189,7 @@ def tensor_digest(tensor: Tensor) -> str:
         ValueError: if it has no values to read.
     """
     # Gradient and inference modes are per thread; nothing here must depend on the caller's.
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference_mode(), torch.no_grad():
         values = tensor.detach()
         if values.is_meta or values.layout is not torch.strided:
             raise ValueError(

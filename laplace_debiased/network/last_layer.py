@@ -9,8 +9,8 @@ import torch
 from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from laplace_debiased.network.function_modes import BlockMode
 from laplace_debiased.network.inputs import invoke, select_rows, tensors_of, to_device
 from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.modes import evaluation_mode
@@ -31,7 +31,7 @@ _PRODUCTS = frozenset(
 """The functions by which a model may apply its last layer."""
 
 
-class SeenCall(TorchFunctionMode):
+class SeenCall(BlockMode):
     """Notes what a layer reads and writes, from the torch functions that are given its weight.
 
     Attributes:
@@ -45,16 +45,11 @@ class SeenCall(TorchFunctionMode):
         self.features: Tensor | None = None
         self.dtypes: list[torch.dtype] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it, and note what it reads."""
+        output = func(*args, **kwargs)
         if func in _PRODUCTS and isinstance(output, Tensor):
-            given = list(tensors_of((*args, *(kwargs or {}).values())))
+            given = list(tensors_of((*args, *kwargs.values())))
             read = [t for t in given if t.ndim and t.shape[-1] == self._width]
             features = [t for t in read if not is_of(t, self._weight)]
             if features and any(is_of(t, self._weight) for t in given):
@@ -135,7 +130,7 @@ class LastLayerNetwork(FeatureExtractor):
         return self.model(x)
 
 
-class _LastRead(TorchFunctionMode):
+class _LastRead(BlockMode):
     """Notes which parameter a torch function has computed with last.
 
     Args:
@@ -150,19 +145,14 @@ class _LastRead(TorchFunctionMode):
         self._parameters = {id(parameter): parameter for parameter in parameters}
         self.last: Tensor | None = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        given = list(tensors_of((*args, *(kwargs or {}).values())))
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it, and note what it reads."""
+        given = list(tensors_of((*args, *kwargs.values())))
         own = [t._base if t._is_view() else t for t in given]
         read = [t for t in own if id(t) in self._parameters]
         if len(read) < len(own):  # one alone is looked at, transposed or cast
             self.last = next(iter(read), self.last)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @unbroken

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.precision import exact_arithmetic
@@ -147,7 +148,7 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     device = next((p.device.type for p in model.parameters()), "cpu")
     with (
         evaluation_mode(model),
-        torch.inference_mode(False),
+        outside_inference_mode(),
         exact_arithmetic(torch.device(device)),
         math_attention(),
     ):
@@ -176,7 +177,7 @@ def undisturbed(
         nullcontext() if model is None else evaluation_mode(model),
         # Some backends differentiate inside a prediction, whatever the caller's grad mode is;
         # leaving inference mode also turns gradients on.
-        torch.inference_mode(False),
+        outside_inference_mode(),
     ):
         try:
             yield

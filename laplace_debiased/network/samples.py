@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import call_arguments, explained_failure, logits_of, to_device
 from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.network.substitution import call_with
@@ -41,7 +42,7 @@ def network_samples(
             for (name, value), part in zip(parameters, sample.split(sizes), strict=True)
         }
         with (
-            torch.inference_mode(False),
+            outside_inference_mode(),
             torch.set_grad_enabled(differentiable),
             evaluation_mode(model),
             explained_failure(inputs),

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from laplace_debiased.network.function_modes import BlockMode
 from laplace_debiased.network.interrupts import unbroken
 
 
-class _StandIns(TorchFunctionMode):
+class _StandIns(BlockMode):
     """Hands every torch function the stand-in where it is given the tensor itself.
 
     Attribute access is a torch function too: ``weight.T``, ``weight.dtype`` and ``weight.data`` are
@@ -28,13 +28,8 @@ class _StandIns(TorchFunctionMode):
         self._kept = tuple(stand_ins)  # as long as they live, their ids are theirs alone
         self._stand_ins = {id(tensor): value for tensor, value in stand_ins.items()}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it with stand-ins for arguments."""
         args = self._replaced(args)
         return func(*args, **self._replaced(kwargs)) if kwargs else func(*args)
 

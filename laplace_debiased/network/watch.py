@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.errors import ModelChangedError
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.identity import (
     ModelFingerprint,
     fingerprint,
@@ -202,7 +203,7 @@ def _probe(tensor: Tensor) -> tuple[memoryview, int] | None:
     integer = _INTEGERS.get(tensor.element_size())
     if tensor.device.type != "cpu" or integer is None or tensor.numel() == 0:
         return None
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference_mode(), torch.no_grad():
         values = tensor.detach()
         channels_last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
         if not (values.is_contiguous() or channels_last):

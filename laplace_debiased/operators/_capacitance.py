@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from laplace_debiased.network.grad_modes import outside_inference_mode
+
 
 @dataclass(frozen=True, eq=False)
 class Grams:
@@ -30,13 +32,13 @@ class Grams:
     # Kept beyond a caller's inference mode, whose tensors could not be used in autograd later.
     @cached_property
     def _total(self) -> Tensor:
-        with torch.inference_mode(False):
+        with outside_inference_mode():
             return self.basis.mT @ self.basis
 
     @cached_property
     def _per_layer(self) -> Tensor:
         assert self.layer_sizes is not None  # the operator refuses a prior per layer without them
-        with torch.inference_mode(False):
+        with outside_inference_mode():
             return torch.stack([part.mT @ part for part in self.basis.split(self.layer_sizes)])
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.operators._capacitance import (
     Capacitance,
     Grams,
@@ -195,7 +196,7 @@ class LowRank:
     @cached_property
     def _kept_factor(self) -> Capacitance:
         # Kept beyond a caller's inference mode, whose tensors could not be used in autograd later.
-        with torch.inference_mode(False):
+        with outside_inference_mode():
             return self._compute_factor()
 
     def _compute_factor(self) -> Capacitance:

@@ -128,7 +128,7 @@ def backend_from(
     """
     if kind is None:
         for name, value in (("backend_kwargs", kwargs), ("asdl_fisher_kwargs", kron_kwargs)):
-            if value:
+            if value is not None and not (isinstance(value, Mapping) and not value):
                 raise ValueError(f"{name} need a backend.")
         return None
     return Backend(kind, dict(kwargs or {}), dict(kron_kwargs or {}))

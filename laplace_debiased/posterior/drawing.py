@@ -8,6 +8,7 @@ from torch import Tensor
 
 from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.likelihoods import gaussian_samples
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import undrawn_on_failure
@@ -87,7 +88,7 @@ def _deviation(self: Fitted, generator: torch.Generator | None) -> Tensor:
 
     Always drawn alone, so that none depends on how many there are.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference_mode(), torch.no_grad():
         return self.sample(1, generator).reshape(-1) - self.mean
 
 

@@ -18,6 +18,7 @@ from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target
 from laplace_debiased.estimation.plan import training_sample
 from laplace_debiased.likelihoods import LikelihoodName
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.interrupts import unbroken, uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
@@ -118,7 +119,7 @@ class PreparedPrecision:
         key = (*dependencies, *(_version(tensor) for tensor in tensors))
         if self._kept is None or not all(map(_same, self._kept[0], key)):
             # Kept beyond a caller's inference mode, whose tensors autograd could not use later.
-            with torch.inference_mode(False), torch.no_grad():
+            with outside_inference_mode(), torch.no_grad():
                 self._kept = key, build()
         return self._kept[1]
 

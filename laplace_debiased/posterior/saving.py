@@ -122,7 +122,8 @@ def save(self: Stored, path: PathLike) -> None:
     arguments = {name: _plain(name, value) for name, value in constructor_arguments(self).items()}
     payload = {"posterior": type(self).__name__, "arguments": arguments, "state": self.state_dict()}
     if Ranks.present(self._target.device).is_first:
-        write_record(path, KIND, FORMAT_VERSION, payload)
+        with uninterrupted():  # torch's writer, cut off, may end the process when it is collected
+            write_record(path, KIND, FORMAT_VERSION, payload)
 
 
 def reduced(self: Stored) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import torch
 from laplace.utils.enums import LinkApprox
 from torch import Tensor
 
+from laplace_debiased.checks import checked_flag
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation import Fit, Structure, Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
@@ -90,6 +91,8 @@ def _is_count(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
+        if value.is_meta or value.layout is not torch.strided:
+            return False
         return not value.is_complex() and bool(torch.isfinite(value).all())
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -160,6 +163,7 @@ def from_state(
     Raises:
         ValueError: naming the entry that does not fit, or what the model has differently.
     """
+    checked_flag("check_weights", check_weights)
     _check_entries(state, kind, likelihood)
     with _explained():
         return _restored(state, structure, target, check_weights=check_weights)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length, explained_failure, select_rows
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels
@@ -203,7 +204,7 @@ class HeadProducts:
         """See :class:`JacobianProducts`."""
         OutputSelection(last_position=last_position).require_no_positions()
         outputs, features = self.feature_pass.features(inputs, differentiable=differentiable)
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             if not differentiable:
                 outputs, features = outputs.detach(), features.detach()
             return outputs, [self._product(features, direction) for direction in directions]

@@ -29,6 +29,7 @@ from laplace_debiased.curvature.rows import (
     RankOneRows,
     RotatedRows,
 )
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments
@@ -135,7 +136,7 @@ def functional_moments(
     for walk in selected_walks(curvature_pass, inputs, selection, differentiable=differentiable):
         outputs, covariances, indices = [], [], []
         for part in walk:
-            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            with outside_inference_mode(), torch.set_grad_enabled(differentiable):
                 outputs.append(part.outputs)
                 covariances.append(_chunk_covariance(part, blocks, diagonal))
                 indices.append(part.chosen)
@@ -213,7 +214,7 @@ def _joint(
 
     def walk() -> Iterator[tuple[Chunk, list[JointRows]]]:
         for chunk in curvature_pass.chunks(inputs, identity_columns, differentiable=differentiable):
-            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            with outside_inference_mode(), torch.set_grad_enabled(differentiable):
                 rows = _joint_rows(chunk, blocks)
             yield chunk, rows
 
@@ -222,7 +223,7 @@ def _joint(
     for chunk, left in walk():
         whole = chunk.rows == slice(0, length)
         others = (left,) if whole else (right for _, right in walk())
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             outputs.append(chunk.outputs)
             band = [sum_of_products(left, right) for right in others]
             bands.append(torch.cat(band, dim=1))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.curvature.rows import sides
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.operators import EigenKron
 from laplace_debiased.predictive.functional import NamedBlocks
 from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Sweep
@@ -59,7 +60,7 @@ class LastLayerKronPredictor:
         """Mean and covariance of the outputs: see ``Predictor``."""
         selection.require_no_positions()
         outputs, features = self.engine.features(inputs, differentiable=differentiable)
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             if not differentiable:
                 outputs, features = outputs.detach(), features.detach()
             chosen = None if covariance is OutputCovariance.JOINT else selection.chosen(outputs)

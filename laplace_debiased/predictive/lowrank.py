@@ -26,6 +26,7 @@ from torch import Tensor
 from laplace_debiased.curvature.lowrank import Eigenpairs, RowPass, Tile
 from laplace_debiased.curvature.passes import UnitColumns, identity_columns
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Sweep
 from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
@@ -158,7 +159,7 @@ class LowRankPredictor:
         outputs = self.engine.outputs(inputs, differentiable=differentiable)
         joint = covariance is OutputCovariance.JOINT
         chosen = None if joint else selection.chosen(outputs)
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             parts = _Parts(self.engine, frame, inputs, _columns(outputs, chosen))
             scale = (frame.curvature + frame.prior).reciprocal()
             if covariance is OutputCovariance.DIAGONAL:
@@ -183,7 +184,7 @@ class LowRankPredictor:
         frame = self.precision(h, torch.ones(1))
         outputs = self.engine.outputs(inputs)
         chosen = selection.chosen(outputs)
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference_mode(), torch.no_grad():
             parts = _Parts(self.engine, frame, inputs, _columns(outputs, chosen))
             inside, outside = (
                 parts.variances(False) if diagonal else parts.covariances(False, joint=False)

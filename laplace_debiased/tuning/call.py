@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laplace_debiased.checks import checked_flag, positive_value
 from laplace_debiased.data.loaders import check_loader, loader_generators
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import parse_choice
@@ -120,7 +121,7 @@ def by_evidence(
         NumericalError: if the marginal likelihood is not finite.
     """
     positive_value("init_prior_prec", initial)
-    with torch.inference_mode(False):
+    with outside_inference_mode():
         start = torch.as_tensor(initial, dtype=like.dtype, device=like.device)
         start = start.detach().clone().reshape(-1)
     match parse_choice(PriorStructure, structure, "prior_structure"):

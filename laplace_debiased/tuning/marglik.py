@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from laplace_debiased.checks import checked_integer, positive_value
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.network.grad_modes import outside_inference_mode
 
 
 def maximise_marginal_likelihood(
@@ -38,7 +39,7 @@ def maximise_marginal_likelihood(
     """
     positive_value("lr", lr)
     n_steps = checked_integer("n_steps", n_steps, 0)
-    with torch.inference_mode(False), torch.enable_grad():
+    with outside_inference_mode(), torch.enable_grad():
         log_prior = start.log().requires_grad_(True)
         optimizer = torch.optim.Adam([log_prior], lr=lr)
         best, best_value = start, -math.inf

@@ -127,8 +127,8 @@ def test_repeating_every_sample_leaves_means_alone(magnitudes: str) -> None:
     one, two = (
         DebiasedKronLaplace(q.model, scheme="single", magnitudes=magnitudes) for q in (p, doubled)
     )
-    one.fit(p.loader(), n_data=7)
-    two.fit(doubled.loader(), n_data=7)
+    one.fit(p.loader(), n_data=24)
+    two.fit(doubled.loader(), n_data=24)
     assert_same(two.H.to_matrix(), one.H.to_matrix())
 
 

@@ -165,7 +165,7 @@ def nothing_left_behind(w: World) -> Iterator[None]:
     yield
     state = interrupts._STATE
     assert (state.open, state.held, state.pending) == (0, 0, False)
-    assert not torch.overrides._get_current_function_mode_stack()
+    assert not any(mode.inside for mode in torch.overrides._get_current_function_mode_stack())
     assert torch.is_grad_enabled()
     for model in (w.model, w.moving):
         taken: list[bool] = []

@@ -175,3 +175,20 @@ def test_a_scripted_module_is_refused_by_name() -> None:
     with torch.no_grad():
         outputs = call_with(model, {"1.weight": torch.zeros(2, 4)}, (X.float(),))
     assert torch.equal(outputs, model[1].bias.expand(5, 2))
+
+
+def test_a_mode_that_comes_back_after_its_block_is_idle_until_the_next_one_removes_it() -> None:
+    layer = nn.Linear(4, 3).double()
+    expected, zeros = layer(X), torch.zeros_like(layer.weight)
+    modes = torch.overrides._get_current_function_mode_stack
+    with substituted({layer.weight: zeros}):
+        (late,) = modes()
+    torch.overrides._push_mode(late)
+    try:
+        assert torch.equal(layer(X), expected)
+        with substituted({layer.weight: zeros}):
+            assert len(modes()) == 1
+            torch.overrides._pop_mode()  # as a torch function does that is interrupted
+    finally:
+        assert not modes()
+    assert torch.equal(layer(X), expected)

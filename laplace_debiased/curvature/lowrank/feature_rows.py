@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.curvature.lowrank.rows import RowPass
+from laplace_debiased.network.grad_modes import outside_inference_mode
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,7 +33,7 @@ class FeatureRowPass(RowPass):
         """J_nᵀ s [n, r, P] for every sample and every column s of ``columns`` [n, C, r]."""
         features = self._features(inputs, differentiable)[1]
         head = self.feature_pass.head
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             columns = columns.to(features)
             parts = {
                 head.weight: torch.einsum("ncr,nd->nrcd", columns, features).flatten(2),
