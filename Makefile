@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[test,architectures,lint]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[test,architectures,accelerate,lint]"
 	touch $@
 
 demo: $(STAMP)

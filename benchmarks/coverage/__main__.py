@@ -12,8 +12,10 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.tables import machine, machine_line
 from benchmarks.common.workers import GIGABYTE, Limits, Measurement, NoResult, Worker
@@ -48,26 +50,24 @@ class Row:
     failure: str | None = None
 
 
-def before(checkout: str | None, name: str) -> float | str | None:
-    """What an earlier commit covers, or why that is not known."""
-    if checkout is None:
-        return None
+def coverages(checkout: str | None, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Coverage of networks without a fit, in a process of its own.
+
+    Args:
+        checkout: of an earlier commit; None for this one.
+        names: of the networks.
+    """
     code = "import sys, runpy; sys.path.insert(0, sys.argv[1]); import laplace_debiased; " \
-        "sys.path.pop(0); sys.path.insert(0, ''); " \
+        "sys.path[0] = ''; sys.argv = ['', *sys.argv[2:]]; " \
         "runpy.run_module('benchmarks.coverage.subject', run_name='__main__')"  # fmt: skip
-    command = [sys.executable, "-c", code, checkout, name]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    except subprocess.TimeoutExpired:
-        return "not in 120 s"
-    if run.returncode != 0:
-        return "fails: " + run.stderr.strip().splitlines()[-1][:80]
-    return float(json.loads(run.stdout.strip().splitlines()[-1]))
+    command = [sys.executable, "-c", code, checkout or "", *names]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {entry["name"]: entry for entry in found}
 
 
 def measure(name: str, options: argparse.Namespace) -> Row:
-    """One row, in processes of its own."""
-    earlier = before(options.before, name)
+    """Fit and predict in a process of its own."""
     calls: dict[str, Measurement] = {}
     failure = None
     limits = Limits(options.time_limit, options.memory_limit)
@@ -79,19 +79,23 @@ def measure(name: str, options: argparse.Namespace) -> Row:
         except NoResult as outcome:
             failure = str(outcome)
     if "fit" not in calls:
-        return Row(name, before=earlier, failure=failure)
-    found = calls["fit"].values
-    return Row(
-        name,
-        found["trainable"],
-        earlier,
-        found["covered"] / found["trainable"],
-        found["reasons"],
-        calls["fit"].wall_s,
-        calls["predict"].wall_s if "predict" in calls else None,
-        max(call.rss_peak_bytes for call in calls.values()) / GIGABYTE,
-        failure,
+        return Row(name, failure=failure)
+    row = from_coverage(name, calls["fit"].values)
+    return replace(
+        row,
+        fit_s=calls["fit"].wall_s,
+        predict_s=calls["predict"].wall_s if "predict" in calls else None,
+        peak_gb=max(call.rss_peak_bytes for call in calls.values()) / GIGABYTE,
+        failure=failure,
     )
+
+
+def from_coverage(name: str, found: dict[str, Any]) -> Row:
+    """A row without a fit."""
+    if "failure" in found:
+        return Row(name, failure=found["failure"])
+    trainable = found["trainable"]
+    return Row(name, trainable, None, found["covered"] / trainable, found["reasons"])
 
 
 def _share(value: float | str | None) -> str:
@@ -102,14 +106,20 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
+def _costs(options: argparse.Namespace) -> str:
+    return (
+        f"Fits of {options.samples} samples of curvature, predictions of {options.batch} samples "
+        f"(of the causal language model the last position), a process each."
+    )
+
+
 def markdown(rows: list[Row], options: argparse.Namespace) -> str:
     """The report."""
     lines = [
         "# Coverage of real networks",
         "",
-        f"{machine_line(machine(options.threads))} Random weights; {options.samples} samples of "
-        f"curvature, a prediction of {options.batch} samples (of the causal language model its "
-        f"last position), {options.threads} threads, a process each.",
+        f"{machine_line(machine(options.threads))} Random weights.",
+        *([] if options.coverage_only else [_costs(options)]),
         "",
         "| network | trainable entries | by module type | by operation | left out | fit, s "
         "| predict, s | peak, GB |",
@@ -134,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     found.add_argument("--networks", nargs="*", choices=list(CASES), default=list(CASES))
     found.add_argument("--before", help="checkout of an earlier commit")
+    found.add_argument("--coverage-only", action="store_true", help="no fit, no prediction")
     found.add_argument("--samples", type=int, default=8)
     found.add_argument("--batch", type=int, default=4)
     found.add_argument("--threads", type=int, default=2)
@@ -146,10 +157,18 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure every network, and write the table after each."""
     options = parser().parse_args()
+    earlier: dict[str, Any] = {}
+    if options.before is not None:
+        earlier = coverages(options.before, options.networks)
+    now = coverages(None, options.networks) if options.coverage_only else {}
     rows: list[Row] = []
     for name in options.networks:
-        rows.append(measure(name, options))
-        print(rows[-1], flush=True)
+        row = from_coverage(name, now[name]) if options.coverage_only else measure(name, options)
+        if name in earlier:
+            past = from_coverage(name, earlier[name])
+            row = replace(row, before=past.failure or past.covered)
+        rows.append(row)
+        print(row, flush=True)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(markdown(rows, options))
         data = json.dumps([asdict(row) for row in rows], indent=1)

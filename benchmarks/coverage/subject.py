@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.coverage.networks import CASES, Case
@@ -49,12 +50,7 @@ class Subject:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.posterior.fit(loader, n_samples=n_samples)
-        coverage = self.posterior.coverage
-        trainable = coverage.n_covered + sum(coverage.sizes[name] for name in coverage.gaps)
-        reasons: dict[str, int] = {}
-        for name, why in coverage.gaps.items():
-            reasons[why] = reasons.get(why, 0) + coverage.sizes[name]
-        return {"trainable": trainable, "covered": coverage.n_covered, "reasons": reasons}
+        return summary_of(self.posterior.coverage)
 
     def predict(self, batch: int) -> dict[str, Any]:
         """One batch; of a language model, its last position."""
@@ -63,21 +59,36 @@ class Subject:
         return {}
 
 
-def share_before(checkout: str, name: str) -> float:
-    """Share of the trainable entries that an earlier commit covers, which went by module type."""
-    sys.path.insert(0, checkout)
-    from laplace_debiased.curvature import (  # type: ignore[attr-defined]
-        layer_coverage,
-        layer_problems,
-    )
+def coverage_of(model: nn.Module, inputs: Any) -> Any:
+    """What a forward pass leaves of a network's coverage, in this or in an earlier version."""
+    from laplace_debiased import curvature
 
+    if hasattr(curvature, "inspected"):
+        return curvature.inspected(model, curvature.operation_coverage(model), inputs)
+    coverage, layers = curvature.layer_coverage(model)  # by module type
+    return coverage.without(curvature.layer_problems(model, layers, inputs))
+
+
+def coverage_without_a_fit(name: str) -> dict[str, Any]:
+    """Trainable and covered entries of a network, and why the rest is left out."""
     model, (inputs, _) = CASES[name].network(), CASES[name].data(2)
-    coverage, layers = layer_coverage(model)
-    coverage = coverage.without(layer_problems(model, layers, inputs))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return coverage.n_covered / trainable
+    try:
+        coverage = coverage_of(model, inputs)
+    except Exception as error:  # an earlier version broke networks; that is a result
+        return {"failure": f"{type(error).__name__}: {error}"[:80]}
+    return summary_of(coverage)
+
+
+def summary_of(coverage: Any) -> dict[str, Any]:
+    """Counts of a coverage, of trainable entries."""
+    reasons: dict[str, int] = {}
+    for name, why in coverage.gaps.items():
+        reasons[why] = reasons.get(why, 0) + coverage.sizes[name]
+    trainable = coverage.n_covered + sum(reasons.values())
+    return {"trainable": trainable, "covered": coverage.n_covered, "reasons": reasons}
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps(share_before(sys.argv[1], sys.argv[2])))
+    for one in sys.argv[1:]:
+        print(json.dumps({"name": one, **coverage_without_a_fit(one)}), flush=True)
