@@ -14,21 +14,9 @@ from benchmarks.common.tables import table
 from benchmarks.outcomes.methods import BASELINES, Outcome
 from benchmarks.outcomes.problems import Problem
 from laplace_debiased.calibration import Evaluation, metrics
+from laplace_debiased.calibration.comparison import COLUMNS
 from laplace_debiased.calibration.evaluation import score_classification
 from laplace_debiased.calibration.predictions import ClassPredictions, classified, unlabelled
-
-_HEADS = (
-    ("NLL", "nll", 4, 1.0),
-    ("ECE %", "ece", 2, 100.0),
-    ("adaptive ECE %", "adaptive_ece", 2, 100.0),
-    ("Brier", "brier", 4, 1.0),
-    ("accuracy %", "accuracy", 2, 100.0),
-    ("AURC %", "aurc", 2, 100.0),
-    ("AUROC", "auroc", 3, 1.0),
-    ("FPR95", "fpr95", 3, 1.0),
-    ("AUROC, MI", "auroc_information", 3, 1.0),
-    ("FPR95, MI", "fpr95_information", 3, 1.0),
-)
 
 
 class _Labels:
@@ -130,14 +118,14 @@ def _how(problem: Problem) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     baseline = next(r for r in rows if r.name == BASELINES["temperature"]).scores["clean"].nll
-    head = ["", "NLL", "against temperature scaling", *(h[0] for h in _HEADS[1:])]
+    head = ["", "NLL", "against temperature scaling", *(h[0] for h in COLUMNS[1:])]
     head += ["prior", "fit, s", "choice, s"]
     body = []
     for row in rows:
         numbers = row.scores["clean"].to_dict()
         cells = [
             "–" if (value := numbers[field]) is None else f"{factor * value:.{digits}f}"
-            for _, field, digits, factor in _HEADS
+            for _, field, digits, factor in COLUMNS
         ]
         difference = "–"
         if row.interval is not None:

@@ -15,7 +15,7 @@ from laplace_debiased.calibration.reliability import ReliabilityBins
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMNS = (
+COLUMNS = (
     ("NLL", "nll", 4, 1.0),
     ("ECE %", "ece", 2, 100.0),
     ("adaptive ECE %", "adaptive_ece", 2, 100.0),
@@ -75,7 +75,7 @@ class Comparison:
     @property
     def table(self) -> str:
         """One row for every way to predict, in Markdown, aligned."""
-        columns = [c for c in _COLUMNS if any(_score(row, c[1]) is not None for row in self.rows)]
+        columns = [c for c in COLUMNS if any(_score(row, c[1]) is not None for row in self.rows)]
         head = ["", "NLL", "against temperature scaling", *(c[0] for c in columns[1:])]
         body = [
             [

@@ -19,8 +19,8 @@ from laplace_debiased.curvature.operations import (
     Use,
 )
 from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns, written_out
-from laplace_debiased.curvature.reading import parameter_rows, uses_of
-from laplace_debiased.curvature.rows import BlockRows
+from laplace_debiased.curvature.reading import blocks_of
+from laplace_debiased.curvature.tape import Cotangents
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
 from laplace_debiased.network.last_layer import reduced, watching
@@ -170,12 +170,5 @@ class FeaturePass:
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
         calls = [self.head.call(features, self.rule)]
-        pulled = [(written_out(columns(outputs, rows)).transpose(1, 2),)]
-
-        def blocks() -> Iterator[tuple[str, BlockRows]]:
-            for name, places in uses_of(calls).items():
-                found = parameter_rows(calls, places, pulled)
-                assert found is not None
-                yield name, found
-
-        return Chunk(rows, outputs, blocks())
+        pulled: list[Cotangents] = [(written_out(columns(outputs, rows)).transpose(1, 2),)]
+        return Chunk(rows, outputs, blocks_of(calls, pulled))

@@ -134,14 +134,6 @@ class Tape:
         shared = [torch.Size((self.length, *kept.output.shape)) for kept in self.shared]
         return (*(kept.shapes for kept in self.direct), *((shape,) for shape in shared))
 
-    def uses(self) -> dict[str, list[tuple[int, str]]]:
-        """By parameter name, the calls (by their place in :attr:`calls`) and slots that read it."""
-        found: dict[str, list[tuple[int, str]]] = {}
-        for index, call in enumerate(self.calls):
-            for slot, use in call.uses.items():
-                found.setdefault(use.name, []).append((index, slot))
-        return found
-
     def check_inputs(self) -> None:
         """Check that what was read is still there.
 
