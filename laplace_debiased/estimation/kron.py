@@ -38,9 +38,9 @@ from laplace_debiased.estimation.arguments import Arguments
 from laplace_debiased.estimation.backends import BackendFactors, check_backend
 from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator
 from laplace_debiased.estimation.kron_state import (
+    as_kept,
     curvature_from_state,
     curvature_to_state,
-    spanned,
 )
 from laplace_debiased.estimation.plan import first_inputs_of_loader, first_inputs_of_plan
 from laplace_debiased.estimation.request import FitRequest
@@ -174,7 +174,7 @@ class KronStructure:
             *tables, comparisons = task.ranks.from_first(
                 "the magnitudes", lambda: [*curvature.tables, comparisons]
             )
-            folds = tuple(spanned(fold, curvature.basis) for fold in curvature.folds)
+            folds = tuple(as_kept(fold, curvature.basis) for fold in curvature.folds)
             curvature = replace(curvature, tables=tuple(tables), folds=folds)
         return task.result(
             curvature, comparisons, new.mean_loss, new.n_outputs, new.effective_samples

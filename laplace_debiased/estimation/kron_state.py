@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from laplace_debiased.curvature.lowrank import relative_cutoff
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor
 from laplace_debiased.curvature.rows.sides import is_thin
 from laplace_debiased.estimation.values import KronCurvature
+from laplace_debiased.parallel import from_triangle, triangle_of
 
 Block = TypeVar("Block", BlockBasis, BlockFactors)
 
@@ -35,26 +37,29 @@ class SpannedRows(RowsFactor):
         return cls(coordinates @ basis.mT, coordinates)
 
 
-def spanned(factors: KroneckerFactors, basis: Sequence[BlockBasis]) -> KroneckerFactors:
-    """Factors of one fold, those whose rows lie in the posterior's directions as such.
+def as_kept(factors: KroneckerFactors, basis: Sequence[BlockBasis]) -> KroneckerFactors:
+    """Factors of one fold as a state holds them.
 
-    A posterior's thin basis comes from these very rows, so that they have coordinates along it: r
-    numbers in place of D each. Not so where more directions than ``max_rank`` were cut off, or
-    where the fold gave no directions.
+    Matrices are symmetric to the bit, which products need not be: a state has one triangle of each.
+    Rows that lie in the posterior's directions are known as such. A posterior's thin basis comes
+    from these very rows, so that they have coordinates along it: r numbers in place of D each. Not
+    so where more directions than ``max_rank`` were cut off, or where the fold gave no directions.
     """
     blocks = tuple(
         replace(
             block,
-            output=_spanned(block.output, directions.output_basis),
-            input=None if block.input is None else _spanned(block.input, directions.input_basis),
+            output=_as_kept(block.output, directions.output_basis),
+            input=None if block.input is None else _as_kept(block.input, directions.input_basis),
         )
         for block, directions in zip(factors.blocks, basis, strict=True)
     )
     return replace(factors, blocks=blocks)
 
 
-def _spanned(factor: Factor, basis: Tensor | None) -> Factor:
-    if not isinstance(factor, RowsFactor) or basis is None or not is_thin(basis):
+def _as_kept(factor: Factor, basis: Tensor | None) -> Factor:
+    if isinstance(factor, Tensor):
+        return _mirrored(factor)
+    if basis is None or not is_thin(basis):
         return factor
     found = SpannedRows.along(factor.rows @ basis, basis)
     lost = float((factor.rows - found.rows).square().sum())
@@ -62,10 +67,15 @@ def _spanned(factor: Factor, basis: Tensor | None) -> Factor:
     return found if lost <= tolerated * float(factor.rows.square().sum()) else factor
 
 
+def _mirrored(factor: Tensor) -> Tensor:
+    """A matrix [..., D, D] with the upper triangle on either side; a diagonal [D] as it is."""
+    return factor if factor.ndim == 1 else factor.triu() + factor.triu(1).mT
+
+
 def curvature_to_state(curvature: KronCurvature) -> dict[str, Any]:
     """Eigenbases, tables and factors of the folds."""
     return {
-        "H": [_block_to_state(block) for block in curvature.basis],
+        "H": [_basis_to_state(block) for block in curvature.basis],
         "tables": [table.detach().clone() for table in curvature.tables],
         "folds": [_factors_to_state(fold) for fold in curvature.folds],
     }
@@ -96,24 +106,24 @@ def curvature_from_state(
     return KronCurvature(basis, tables, folds)
 
 
-def _block_to_state(block: BlockBasis | BlockFactors) -> dict[str, Any]:
-    """Every field but the name, tensors as copies, factors of few rows as these; None stays."""
-    return {
-        field.name: _value_to_state(getattr(block, field.name))
-        for field in fields(block)
-        if field.name != "name"
-    }
+def _basis_to_state(block: BlockBasis) -> dict[str, Tensor | None]:
+    """Every field but the name, tensors as copies."""
+    values = {field.name: getattr(block, field.name) for field in fields(block)[1:]}
+    return {n: None if value is None else value.detach().clone() for n, value in values.items()}
 
 
-def _value_to_state(value: Factor | None) -> Tensor | dict[str, Tensor] | None:
-    match value:
+def _factor_to_state(factor: Factor | None) -> Tensor | dict[str, Tensor] | None:
+    """Factors of few rows as these, matrices as upper triangles, diagonals as copies."""
+    match factor:
         case SpannedRows():
-            return {"coordinates": value.coordinates.detach().clone()}
+            return {"coordinates": factor.coordinates.detach().clone()}
         case RowsFactor():
-            return {"rows": value.rows.detach().clone()}
+            return {"rows": factor.rows.detach().clone()}
         case None:
             return None
-    return value.detach().clone()
+    if factor.ndim == 1:
+        return factor.detach().clone()
+    return {"triangle": triangle_of(factor.detach())}
 
 
 def _fields_of(kind: type[Block], entry: Mapping[str, Any] | Sequence[Tensor]) -> dict[str, Any]:
@@ -129,9 +139,12 @@ def _moved(entry: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _factor_from_state(value: Any, basis: Tensor | None, device: torch.device) -> Factor | None:
     if not isinstance(value, Mapping):
-        return None if value is None else value.to(device)
+        return None if value is None else _mirrored(value.to(device))
     if "rows" in value:
         return RowsFactor(value["rows"].to(device))
+    if "triangle" in value:
+        triangle = value["triangle"].to(device)
+        return from_triangle(triangle, (math.isqrt(8 * triangle.shape[-1] + 1) - 1) // 2)
     assert basis is not None
     return SpannedRows.along(value["coordinates"].to(device), basis)
 
@@ -139,7 +152,10 @@ def _factor_from_state(value: Any, basis: Tensor | None, device: torch.device) -
 def _factors_to_state(factors: KroneckerFactors) -> dict[str, Any]:
     return {
         "n_samples": factors.n_samples,
-        "blocks": [_block_to_state(block) for block in factors.blocks],
+        "blocks": [
+            {"output": _factor_to_state(block.output), "input": _factor_to_state(block.input)}
+            for block in factors.blocks
+        ],
     }
 
 

@@ -5,7 +5,7 @@ Nothing here knows of curvature. ``torch.distributed`` is looked at when a colle
 
 from laplace_debiased.parallel.jobs import Job, Result, Runner, in_turn, shared_out
 from laplace_debiased.parallel.ranks import ALONE, Ranks
-from laplace_debiased.parallel.sums import assembled, summed
+from laplace_debiased.parallel.sums import assembled, from_triangle, summed, triangle_of
 
 __all__ = [
     "ALONE",
@@ -14,7 +14,9 @@ __all__ = [
     "Result",
     "Runner",
     "assembled",
+    "from_triangle",
     "in_turn",
     "shared_out",
     "summed",
+    "triangle_of",
 ]

@@ -69,16 +69,28 @@ def assembled(ranks: Ranks, what: str, part: Tensor, positions: Tensor, n: int) 
     return summed(ranks, what, [whole])[0]
 
 
+def triangle_of(matrix: Tensor) -> Tensor:
+    """The upper triangle, row by row [..., D(D + 1)/2], of a symmetric matrix [..., D, D]."""
+    return matrix[..., _upper(matrix)]
+
+
+def from_triangle(triangle: Tensor, side: int) -> Tensor:
+    """The matrix [..., D, D] of :func:`triangle_of`; ``side`` is D."""
+    whole = triangle.new_zeros(*triangle.shape[:-1], side, side)
+    whole[..., _upper(whole)] = triangle
+    return whole + whole.triu(1).mT
+
+
 def _packed(tensor: Tensor, symmetric: bool) -> Tensor:
-    return tensor[..., _upper(tensor)] if symmetric else tensor
+    return triangle_of(tensor) if symmetric else tensor
 
 
 def _unpacked(flat: Tensor, like: Tensor, symmetric: bool) -> Tensor:
+    flat = flat.to(like.device)
     if not symmetric:
-        return flat.reshape(like.shape).to(like.device)
-    whole = torch.zeros_like(like)
-    whole[..., _upper(like)] = flat.to(like.device).reshape(*like.shape[:-2], -1)
-    return whole + whole.triu(1).mT
+        return flat.reshape(like.shape)
+    side = like.shape[-1]
+    return from_triangle(flat.reshape(*like.shape[:-2], side * (side + 1) // 2), side)
 
 
 def _upper(matrix: Tensor) -> Tensor:

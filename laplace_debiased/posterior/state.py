@@ -22,9 +22,9 @@ from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.options import Scheme, parse_choice
 from laplace_debiased.tuning import TuningResult
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 """1: no fingerprint of the model, no tuning result, blocks as lists. 2: comparisons as tables, and
-factors as matrices. 3: factors of few rows as these rows. 4: as below."""
+factors as matrices. 3: factors of few rows as these rows. 4: matrices whole. 5: as below."""
 
 HYPER_PARAMETERS = (
     "mean",
