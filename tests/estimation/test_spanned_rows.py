@@ -89,8 +89,11 @@ def test_states_of_version_3_hold_the_rows_and_load():
     for fold, kept in zip(state["folds"], la.fitted.curvature.folds, strict=True):
         for block, factor in zip(fold["blocks"], kept.blocks, strict=True):
             for side in ("output", "input"):
-                if isinstance(block[side], dict):
-                    block[side] = {"rows": getattr(factor, side).rows.clone()}
+                value = getattr(factor, side)
+                if isinstance(value, RowsFactor):
+                    block[side] = {"rows": value.rows.clone()}
+                elif value is not None:
+                    block[side] = value.clone()
     again = DebiasedLaplace(network())
     again.load_state_dict(state)
     inputs = next(iter(loader))[0]
