@@ -163,7 +163,12 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
         n_samples = checked_integer("n_samples", n_samples)
         check_generator(generator, self._device)
         operator = self.precision_operator.detach()
-        like = {"device": operator.device, "dtype": operator.dtype}
         with undrawn_on_failure(generator, self._device):
-            noise = torch.randn(n_samples, self.n_params, generator=generator, **like)
+            noise = torch.randn(
+                n_samples,
+                self.n_params,
+                device=operator.device,
+                dtype=operator.dtype,
+                generator=generator,
+            )
             return self.mean + operator.sqrt_solve(noise)
