@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,8 +52,43 @@ def checked_integer(name: str, value: Any, minimum: int = 1) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be {wanted}; got {number}, which is not at least {minimum}.")
     if number >= 2**63:
-        raise ValueError(f"{name} must be below 2**63; got {number:.3g}.")
+        raise ValueError(f"{name} must be below 2**63; got {_shown(number)}.")
     return number
+
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def checked_number(name: str, value: Any, *, positive: bool = False, unit: str = "") -> float:
+    """``value`` as a float of 0 or more that float32 can hold, or above 0.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        positive: refuse 0, too.
+        unit: what it counts, for messages: " of seconds".
+
+    Raises:
+        ArgumentTypeError: if it is no real number.
+        ValueError: if it is out of range.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
+        raise ArgumentTypeError(f"{name} must be a number{unit}; got {type(value).__name__}.")
+    if not 0 <= value <= FLOAT32_MAX or (positive and value == 0):
+        wanted = "positive" if positive else "0 or more"
+        raise ValueError(
+            f"{name} must be finite and {wanted}, at most {FLOAT32_MAX:.2g}; got {_shown(value)}."
+        )
+    return float(value)
+
+
+def _shown(number: Any) -> str:
+    """A number for messages; of more digits than a float has room for its sign."""
+    try:
+        return f"{float(number):g}"
+    except OverflowError:
+        return "a number beyond 1e308" if number > 0 else "a number below -1e308"
 
 
 def checked_flag(name: str, value: Any) -> bool:
@@ -64,6 +100,16 @@ def checked_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ArgumentTypeError(f"{name} must be True or False; got {value!r}.")
     return value
+
+
+def check_key(name: str, key: Any) -> None:
+    """Check that a key of mapping batches is one.
+
+    Raises:
+        ArgumentTypeError: if it is not hashable.
+    """
+    if not isinstance(key, Hashable):
+        raise ArgumentTypeError(f"{name} must be a string; got {type(key).__name__}.")
 
 
 def generator_seed(seed: Any) -> int:

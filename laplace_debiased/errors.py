@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class ArgumentTypeError(TypeError, ValueError):
     """An argument of the wrong kind: a string for a number, 2.5 for a count."""
@@ -35,6 +37,10 @@ class StoredFileError(ValueError):
 
 class ModelCallError(RuntimeError, ValueError):
     """The model fails on the inputs that it was given; its own exception is the cause."""
+
+
+class MemoryExhaustedError(torch.OutOfMemoryError, MemoryError):
+    """Memory ran out, on a GPU or on the CPU; nothing has changed, and the message says how to."""
 
 
 class RankFailedError(RuntimeError):

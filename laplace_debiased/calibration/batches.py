@@ -14,7 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from laplace_debiased.checks import checked_flag
+from laplace_debiased.checks import check_key, checked_flag
 from laplace_debiased.data import Block
 from laplace_debiased.data.loaders import refuse_unshifted
 from laplace_debiased.network import inputs
@@ -42,6 +42,7 @@ def split_batch(batch: Any, dict_key_y: str) -> tuple[Any, Any]:
         TypeError: If the batch is neither a pair nor a mapping.
     """
     if isinstance(batch, Mapping):
+        check_key("dict_key_y", dict_key_y)
         if dict_key_y not in batch:
             raise ValueError(
                 f"loader yields mappings with keys {sorted(map(str, batch))}, none of which is "

@@ -9,6 +9,9 @@ from laplace_debiased.calibration.batches import FloatArray, IntArray, to_numpy
 
 SUM_TOLERANCE = 1e-3
 
+LARGEST_COUNT = 10**6
+"""Bins that nobody needs, and that fit in memory."""
+
 
 def first_bad_row(ok: np.ndarray) -> int | None:
     """Index of the first sample of a boolean [n, ...] that does not hold throughout."""
@@ -158,8 +161,10 @@ def count(value: Any, name: str) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not 1 <= value <= LARGEST_COUNT:
+        raise ValueError(
+            f"{name} must be at least 1 and at most {LARGEST_COUNT}, got {str(value)[:20]}."
+        )
     return int(value)
 
 

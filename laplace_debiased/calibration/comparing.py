@@ -36,7 +36,7 @@ from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import CoverageError, RankFailedError
 from laplace_debiased.estimation import FitRequest
 from laplace_debiased.likelihoods import LikelihoodName
-from laplace_debiased.network.modes import undisturbed
+from laplace_debiased.network.modes import public_call, undisturbed
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.parallel import ALONE, Ranks
 from laplace_debiased.posterior import DebiasedKronLLLaplace, predicting
@@ -57,6 +57,7 @@ Answers = dict[str, Any]
 """Of every row, for one batch: probabilities, or a pair of them and the mutual information."""
 
 
+@public_call
 def compare(
     la: Any,
     val_loader: Iterable[Any],

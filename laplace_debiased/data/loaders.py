@@ -18,7 +18,7 @@ from torch.utils.data import (
     Subset,
 )
 
-from laplace_debiased.checks import checked_integer
+from laplace_debiased.checks import check_key, checked_integer
 from laplace_debiased.errors import MissingKeyError
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.network.rng import preserved_rng
@@ -55,6 +55,11 @@ def check_loader(loader: Any, name: str) -> None:
             f"{name} is an iterator ({type(loader).__name__}) and can be walked only once; "
             "pass a DataLoader or a list of batches."
         )
+    if isinstance(loader, Tensor):
+        raise TypeError(
+            f"{name} is a Tensor; pass a DataLoader, or a list of batches: "
+            f"{name}=[(inputs, targets)]."
+        )
     if isinstance(loader, Mapping) or (
         isinstance(loader, tuple) and loader and isinstance(loader[0], Tensor)
     ):
@@ -85,6 +90,7 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
         ValueError: The key is missing, or inputs and targets differ in length.
     """
     if isinstance(batch, Mapping):
+        check_key("dict_key_y", dict_key_y)
         if dict_key_y not in batch:
             raise MissingKeyError(
                 f"The loader's batches have no key dict_key_y={dict_key_y!r}; they have "
@@ -168,7 +174,7 @@ def loader_length(loader: Any, n_data: int | None = None) -> int:
     if n_data is not None:
         n = checked_integer("n_data", n_data)
         if n > _LARGEST:
-            raise ValueError(f"n_data must be at most {_LARGEST:.0e}; got {n_data:.3g}.")
+            raise ValueError(f"n_data must be at most {_LARGEST:.0e}; got {n}.")
         return n
     dataset = getattr(loader, "dataset", None)
     try:

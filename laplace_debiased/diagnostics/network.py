@@ -12,7 +12,7 @@ from laplace_debiased.curvature.lowrank import RowPass
 from laplace_debiased.data import split_batch
 from laplace_debiased.likelihoods import LossModel, loss_model
 from laplace_debiased.network.functional import FunctionalNetwork
-from laplace_debiased.network.inputs import batch_length
+from laplace_debiased.network.inputs import batch_length, check_dense
 from laplace_debiased.network.outputs import check_weights
 from laplace_debiased.network.transforms import plain_inputs
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
@@ -88,6 +88,7 @@ class LossNetwork:
             ValueError: if the key of the targets is missing, or the batch is empty.
         """
         inputs, targets = split_batch(batch, self.label_key)
+        check_dense(inputs)
         if batch_length(inputs) == 0:
             raise ValueError(f"{role} is empty; it needs at least one sample.")
         functional = self.functional

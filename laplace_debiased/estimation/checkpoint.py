@@ -12,7 +12,6 @@ what these hold, each place once, and share out what is left of the plan.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -68,7 +67,7 @@ class FitCheckpoint:
     ) -> None:
         self._base, self._ranks = resolved_path(path), ranks
         self.path = self._base if ranks.is_first else self._of_rank(ranks.rank)
-        self._interval = _checked_interval(interval)
+        self._interval = interval
         if not self._base.parent.is_dir():
             raise FileNotFoundError(f"checkpoint: the folder {self._base.parent} does not exist.")
         self._task = dict(task)
@@ -270,13 +269,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_moved(entry, device) for entry in value)
     return value
-
-
-def _checked_interval(interval: object) -> float:
-    if isinstance(interval, bool) or not isinstance(interval, int | float):
-        raise TypeError(
-            f"checkpoint_interval must be a number of seconds; got {type(interval).__name__}."
-        )
-    if not math.isfinite(interval) or interval < 0:
-        raise ValueError(f"checkpoint_interval must be 0 or more seconds; got {interval}.")
-    return float(interval)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from laplace_debiased.checks import as_integer, checked_flag
+from laplace_debiased.checks import as_integer, checked_flag, checked_number
 from laplace_debiased.data import whole_loader
-from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.files import PathLike
 from laplace_debiased.options import Scheme
 
@@ -54,11 +53,10 @@ class FitRequest:
         object.__setattr__(self, "seed", as_integer("seed", self.seed))
         checked_flag("override", self.override)
         checked_flag("progress_bar", self.progress_bar)
-        interval = self.checkpoint_interval
-        if isinstance(interval, bool) or not isinstance(interval, int | float):
-            raise ArgumentTypeError(
-                f"checkpoint_interval must be seconds; got {type(interval).__name__}."
-            )
+        interval = checked_number(
+            "checkpoint_interval", self.checkpoint_interval, unit=" of seconds"
+        )
+        object.__setattr__(self, "checkpoint_interval", interval)
         if isinstance(self.n_samples, str) and self.n_samples != AUTO:
             raise ValueError(
                 f"n_samples must be a positive integer, None or 'auto'; got {self.n_samples!r}."

@@ -17,6 +17,7 @@ __all__ = [
     "AttributeDict",
     "batch_length",
     "call_arguments",
+    "check_dense",
     "check_model_arguments",
     "described",
     "explained_failure",
@@ -99,11 +100,11 @@ def batch_length(inputs: Any) -> int:
     )
 
 
-def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
-    """Those samples of a model's input; tensors that are not per sample [m, ...] are kept.
+def check_dense(inputs: Any) -> None:
+    """Check that no tensor of a model's input is sparse.
 
     Raises:
-        ValueError: for sparse inputs.
+        ValueError: naming the first that is.
     """
     for tensor in tensors_of(inputs):
         if tensor.layout is not torch.strided:
@@ -111,6 +112,15 @@ def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
                 f"the model's inputs {described(tensor)} are of layout {tensor.layout}; give dense "
                 "ones (inputs.to_dense())."
             )
+
+
+def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
+    """Those samples of a model's input; tensors that are not per sample [m, ...] are kept.
+
+    Raises:
+        ValueError: for sparse inputs.
+    """
+    check_dense(inputs)
     if isinstance(inputs, Tensor):
         return inputs[rows]
     length = batch_length(inputs)
@@ -121,8 +131,8 @@ def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
     return map_tensors(chosen, inputs)
 
 
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move every tensor of a model's input to ``device``.
+def to_device(inputs: Any, device: torch.device, name: str = "the model's inputs") -> Any:
+    """Move every tensor of a model's input, or of what ``name`` says, to ``device``.
 
     Raises:
         ValueError: if one is on the meta device, and so holds no data.
@@ -131,7 +141,7 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     def moved(tensor: Tensor) -> Tensor:
         if tensor.is_meta and device.type != "meta":
             raise ValueError(
-                f"the model's inputs {described(tensor)} are on the meta device and hold no data; "
+                f"{name} {described(tensor)} are on the meta device and hold no data; "
                 "load them onto a real one."
             )
         return tensor.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from laplace_debiased.errors import MemoryExhaustedError
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 _MESSAGES = (
@@ -23,6 +24,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+
+
+def memory_exhausted(error: BaseException) -> MemoryExhaustedError:
+    """What a public call raises where memory ran out in it, saying what takes less."""
+    return MemoryExhaustedError(
+        f"memory ran out ({str(error).strip().partition(chr(10))[0] or type(error).__name__}); "
+        "nothing has been changed. What a pass needs beside the model follows from byte_budget "
+        f"(by default {DEFAULT_BYTE_BUDGET} bytes; on a GPU an eighth of what is free, up to 4 "
+        "GiB): make the posterior with a smaller one, DebiasedLaplace(..., byte_budget=2**26). If "
+        "a single sample is too much: smaller batches, a smaller n_samples, or "
+        "subset_of_weights='last_layer'."
+    )
 
 
 _SHARE_OF_FREE = 8

@@ -19,9 +19,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_debiased.errors import MemoryExhaustedError, RankFailedError
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.locks import model_lock
+from laplace_debiased.network.memory import is_out_of_memory, memory_exhausted
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
 
@@ -200,6 +202,8 @@ def _grad_mode_kept() -> Iterator[None]:
 def public_call(function: Callable[P, T]) -> Callable[P, T]:
     """What a user calls; an interrupt anywhere in it leaves torch's grad mode as it was.
 
+    Out of memory is told with its remedy, a :class:`~laplace_debiased.errors.MemoryExhaustedError`.
+
     ``torch.no_grad`` and its like can be interrupted between setting the mode and the block. The
     guard also stands for those inside of it: they find a handler in place.
     """
@@ -207,6 +211,13 @@ def public_call(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         with _grad_mode_kept():
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (MemoryExhaustedError, RankFailedError):
+                raise
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise memory_exhausted(error) from error
 
     return call

@@ -9,6 +9,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.checks import checked_number
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.inputs import batch_length, call_arguments, logits_of, to_device
@@ -84,10 +85,7 @@ def model_quadratic(
             f"data must be mini-batches [(X, y), ...]; got {type(data).__name__}."
         )
     curvature = parse_choice(Curvature, curvature, "curvature")
-    if isinstance(damping, bool) or not isinstance(damping, int | float):
-        raise ArgumentTypeError(f"damping must be a number; got {type(damping).__name__}.")
-    if not 0.0 <= damping < torch.finfo(torch.float32).max:
-        raise ValueError(f"damping must be finite and at least 0; got {damping}.")
+    damping = checked_number("damping", damping)
     chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
     loss = ModelLoss(model, loss_func, tuple(chosen))
     with preserved_rng(generators=loader_generators(data)):
@@ -184,7 +182,7 @@ class ModelLoss:
     def _on_device(self, batch: Batch) -> Batch:
         X, y = batch
         device = self.params[0].device
-        return to_device(X, device), y.to(device)
+        return to_device(X, device), to_device(y, device, "targets")
 
 
 @dataclass(frozen=True, eq=False)

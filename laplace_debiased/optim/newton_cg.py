@@ -1,12 +1,12 @@
 """A torch optimiser that takes debiased Newton steps."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.checks import checked_number
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
@@ -99,13 +99,7 @@ class NewtonCG(torch.optim.Optimizer):
         line_search: Backtracking | None = DEFAULT_LINE_SEARCH,
     ) -> None:
         checked_model(model)
-        for name, number in (("lr", lr), ("damping", damping)):
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ArgumentTypeError(f"{name} must be a number; got {type(number).__name__}.")
-        if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr must be finite and positive, got {lr}.")
-        if not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(f"damping must be finite and at least 0, got {damping}.")
+        lr, damping = checked_number("lr", lr, positive=True), checked_number("damping", damping)
         kinds: tuple[tuple[str, Any, Any, str], ...] = (
             ("termination", termination, Termination, "a Termination"),
             (
@@ -128,7 +122,7 @@ class NewtonCG(torch.optim.Optimizer):
                 f"params must be the model's parameters; got {type(params).__name__}."
             )
         counters = {"n_steps": 0, "sample_gradients": 0.0}
-        super().__init__(params, {"lr": float(lr), "damping": float(damping)} | counters)
+        super().__init__(params, {"lr": lr, "damping": damping} | counters)
         self._model = model
         self._loss_func = loss_func
         self._settings = NewtonSettings(

@@ -1,6 +1,5 @@
 """A damped quadratic, known through its gradient and its products."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_debiased.checks import checked_number
 from laplace_debiased.optim.matvec import Matvec, as_matvec
 
 
@@ -48,8 +48,7 @@ class Quadratic:
                 "gradient has entries that are not finite: check the data and the parameters, "
                 "or lower the step size."
             )
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping must be finite and at least 0, got {self.damping}.")
+        object.__setattr__(self, "damping", checked_number("damping", self.damping))
         _ = self._matvec  # a bad operator is reported here, not in the middle of a solve
 
     @cached_property

@@ -1,9 +1,10 @@
 """When conjugate gradients end."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from laplace_debiased.checks import checked_integer, checked_number
 
 
 class StopReason(StrEnum):
@@ -42,12 +43,12 @@ class Termination:
     relative_progress: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_iterations is not None and self.max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
+        if self.max_iterations is not None:
+            checked_integer("max_iterations", self.max_iterations)
         for name in ("relative_residual", "absolute_residual", "relative_progress"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+            if value is not None:
+                checked_number(name, value)
 
     def check(
         self,

@@ -212,6 +212,8 @@ class Ranks:
 
         try:
             return operation(torch.distributed)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             said = str(error).partition("\n")[0]
             raise RankLostError(

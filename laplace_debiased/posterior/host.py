@@ -551,7 +551,7 @@ class DebiasedPosterior(_Host):
     # -- files and copies ------------------------------------------------------------------
 
     state_dict = saving.state_dict
-    load_state_dict = public_call(saving.load_state_dict)
+    load_state_dict = saving.load_state_dict
     save = saving.save
     _constructor_arguments = saving.constructor_arguments
     __reduce__ = saving.reduced

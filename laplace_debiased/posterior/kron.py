@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation import Arguments, Fit, KronStructure, Target, posterior_factors
+from laplace_debiased.network.modes import public_call
+from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.operators import EigenKron
 from laplace_debiased.posterior.arguments import arguments_from, backend_from
 from laplace_debiased.posterior.host import DebiasedPosterior
@@ -136,6 +138,7 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         """h·N·λ + δ in its eigenbasis, per block (a sum over the training set)."""
         return self._precision()
 
+    @public_call
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Weight samples [n_samples, P] from the posterior.
 
@@ -144,4 +147,6 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         """
         self._check_H_init()
         check_generator(generator, self._device)
-        return super().sample(checked_integer("n_samples", n_samples), generator)
+        n_samples = checked_integer("n_samples", n_samples)
+        with undrawn_on_failure(generator, self._device):
+            return super().sample(n_samples, generator)

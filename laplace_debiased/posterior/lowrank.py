@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from laplace_debiased.checks import checked_integer
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation import Arguments, Fit, LowRankStructure, Target
+from laplace_debiased.network.modes import public_call
+from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.operators import LowRank
 from laplace_debiased.posterior.arguments import arguments_from, backend_from
 from laplace_debiased.posterior.host import DebiasedPosterior
@@ -155,16 +157,18 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
         """Joint covariance [m·C, m·C] of linearised outputs from Jacobians [m, C, P]."""
         return self.precision_operator.inv_square_form(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)
 
+    @public_call
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Weight samples [n_samples, P] from the posterior."""
         n_samples = checked_integer("n_samples", n_samples)
         check_generator(generator, self._device)
         operator = self.precision_operator.detach()
-        noise = torch.randn(
-            n_samples,
-            self.n_params,
-            device=operator.device,
-            dtype=operator.dtype,
-            generator=generator,
-        )
-        return self.mean + operator.sqrt_solve(noise)
+        with undrawn_on_failure(generator, self._device):
+            noise = torch.randn(
+                n_samples,
+                self.n_params,
+                device=operator.device,
+                dtype=operator.dtype,
+                generator=generator,
+            )
+            return self.mean + operator.sqrt_solve(noise)

@@ -16,6 +16,7 @@ from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, T
 from laplace_debiased.files import PathLike, read_record, write_record
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.network.interrupts import uninterrupted
+from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.substitution import substituted
 from laplace_debiased.parallel import Ranks
 from laplace_debiased.posterior import state
@@ -60,6 +61,7 @@ class Stored(Protocol):
     def _adopt(self, fit: Fit, model: ModelFingerprint | None = None) -> None: ...
 
 
+@public_call
 def state_dict(self: Stored) -> dict[str, Any]:
     """Everything that a posterior needs beside its model: tensors and plain values only.
 
@@ -74,6 +76,7 @@ def state_dict(self: Stored) -> dict[str, Any]:
     return state.to_state(self.fitted, self._structure, owner)
 
 
+@public_call
 def load_state_dict(
     self: Stored, state_dict: dict[str, Any], *, check_weights: bool = True
 ) -> None:
@@ -96,13 +99,20 @@ def load_state_dict(
         self.likelihood,
         check_weights=check_weights,
     )
+    before = dict(vars(self))
     with uninterrupted():
-        self._adopt(found.fit, found.model)
-        self._fitted_on = None
-        for name, value in found.hyper_parameters.items():
-            setattr(self, name, value)
+        try:
+            self._adopt(found.fit, found.model)
+            self._fitted_on = None
+            for name, value in found.hyper_parameters.items():
+                setattr(self, name, value)
+        except BaseException:  # a prior of another shape, say
+            vars(self).clear()
+            vars(self).update(before)
+            raise
 
 
+@public_call
 def save(self: Stored, path: PathLike) -> None:
     """Write the posterior with all its options to a file; the model is saved by its owner.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,6 +98,10 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _is_number(value: Any) -> bool:
+    return _is_finite(value) and (not isinstance(value, Tensor) or value.numel() == 1)
+
+
 _VECTOR = "a finite tensor", lambda value: isinstance(value, Tensor) and _is_finite(value)
 _COUNT = "a positive integer", _is_count
 _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -104,7 +109,7 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "mean": ("a finite vector", lambda value: _VECTOR[1](value) and value.ndim == 1),
     **dict.fromkeys(("prior_mean", "prior_precision", "sigma_noise"), _VECTOR),
     **dict.fromkeys(("n_data", "n_outputs", "n_samples"), _COUNT),
-    **dict.fromkeys(("mean_loss", "loss"), ("a finite number", _is_finite)),
+    **dict.fromkeys(("mean_loss", "loss"), ("a finite number", _is_number)),
     "covered": (
         "a list of names",
         lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
@@ -117,6 +122,11 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "modules": ("a list", lambda value: value is None or isinstance(value, list)),
     "tuning_result": ("a mapping", lambda value: value is None or isinstance(value, Mapping)),
+    "temperature": (
+        "a positive number",
+        lambda value: isinstance(value, int | float) and _is_finite(value) and value > 0,
+    ),
+    "enable_backprop": ("True or False", lambda value: isinstance(value, bool)),
     "effective_samples": ("a number", lambda value: value is None or _is_finite(value)),
 }
 """What the entries of a state must be, where they are there."""
@@ -179,13 +189,21 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-        own = isinstance(error, ValueError) and "zip()" not in str(error)
+        own = isinstance(error, ValueError) and not _is_of_python(error)
         if own or is_out_of_memory(error):
             raise
         raise ValueError(
             f"the state is damaged or was edited ({type(error).__name__}: {error}); save the "
             "posterior again."
         ) from error
+
+
+_UNEQUAL = re.compile(r"zip\(\)|values to unpack|can be converted to Python scalars")
+"""What Python and torch call entries of other lengths than expected."""
+
+
+def _is_of_python(error: ValueError) -> bool:
+    return _UNEQUAL.search(str(error)) is not None
 
 
 def _restored(

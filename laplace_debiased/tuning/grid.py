@@ -66,7 +66,9 @@ class PriorGrid:
             object.__setattr__(self, "size", checked_integer("grid_size", self.size))
         for name in ("log_min", "log_max", "base"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float | np.number | None):
+            if value is None and name != "base":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number):
                 raise ArgumentTypeError(
                     f"{_NAMES[name]} must be a number; got {type(value).__name__}."
                 )

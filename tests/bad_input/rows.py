@@ -113,6 +113,12 @@ ELSEWHERE = (
         "tests/interrupts/test_interrupts.py",
     ),
     TestedElsewhere(
+        "memory that runs out, on a GPU or on the CPU, at any operation of any call",
+        "MemoryExhaustedError",
+        ("byte_budget",),
+        "tests/bad_input/test_out_of_memory.py",
+    ),
+    TestedElsewhere(
         "random wrong arguments of random public calls",
         "a result, or an error",
         ("an argument",),

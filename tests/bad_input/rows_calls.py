@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torchmetrics
 
 from tests.bad_input.rows import Row
@@ -144,6 +145,19 @@ ROWS = [
         "ArgumentTypeError",
         "log_prior_prec_base",
         log_prior_prec_base="10",
+    ),
+    tune(
+        "`log_prior_prec_base=None`",
+        "ArgumentTypeError",
+        "log_prior_prec_base",
+        log_prior_prec_base=None,
+    ),
+    tune(
+        "a tensor for `val_loader`",
+        "TypeError",
+        "val_loader",
+        "[(inputs, targets)]",
+        loader=lambda w: torch.tensor(2),
     ),
     tune('`refine="yes"`', "ArgumentTypeError", "refine", refine="yes"),
     tune(

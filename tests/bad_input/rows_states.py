@@ -47,6 +47,7 @@ EDITS = {
     "prior_mean": torch.tensor(torch.nan),
     "sigma_noise": {},
     "temperature": -1,
+    "enable_backprop": "no",
     "tuned_link_approx": "foo",
     "tuning_result": 3,
     "n_data": -1,
@@ -65,6 +66,15 @@ ROWS = [
         lambda w: w.la.load_state_dict({**w.la.state_dict(), "H": "a"}),
         "ValueError",
         ("the state", "edited"),
+    ),
+    Row(
+        AREA,
+        "a state with a prior precision of the wrong length",
+        lambda w: w.la.load_state_dict(
+            {**w.la.state_dict(), "prior_precision": torch.ones(3), "loss": 7.0}
+        ),
+        "ValueError",
+        ("prior_precision", "(3,)"),
     ),
     Row(
         AREA,

@@ -10,7 +10,7 @@ from torch import nn
 
 from laplace_debiased import directional_profile, evaluate, fit_temperature
 from laplace_debiased.diagnostics import kfac_profile, top_eigenpairs
-from laplace_debiased.optim import MiniBatches, NewtonCG, Quadratic, debiased_cg
+from laplace_debiased.optim import MiniBatches, NewtonCG, Quadratic, debiased_cg, model_quadratic
 from tests.bad_input.rows import Row
 from tests.bad_input.world import World, Wrapped
 
@@ -32,7 +32,7 @@ def profile(shown: str, error: str, *names: str, **kwargs: Any) -> Row:
                 "likelihood": "classification",
                 "batch": (w.x[:6], w.y[:6]),
                 "other_batch": (w.x[6:], w.y[6:]),
-                **kwargs,
+                **{k: v(w) if callable(v) else v for k, v in kwargs.items()},
             }
         ),
         error,
@@ -79,6 +79,33 @@ ROWS = [
         "quadratic_directions",
         "symmetric",
     ),
+    tool(
+        "`evaluate(n_bins=2**64)`",
+        lambda w: evaluate(w.la, w.loader(), n_bins=2**64),
+        "ValueError",
+        "n_bins",
+        "at most",
+    ),
+    tool(
+        "`fit_temperature(dict_key_y={})` of mappings",
+        lambda w: fit_temperature(w.model, [{"x": w.x, "labels": w.y}], dict_key_y={}),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "dict_key_y",
+        "dict",
+    ),
+    profile(
+        "reference_loader=[(x.to_sparse(), y)]",
+        "ValueError",
+        "to_dense",
+        reference_loader=lambda w: [(w.x.to_sparse(), w.y)],
+    ),
+    tool(
+        "`model_quadratic` of targets on the meta device",
+        lambda w: model_quadratic(w.model, nn.CrossEntropyLoss(), [(w.x, w.y.to("meta"))]),
+        "ValueError",
+        "targets",
+        "meta",
+    ),
     profile("model=3", "ArgumentTypeError", "model", "int", model=3),
     profile("chunk_size=-1", "ValueError", "chunk_size", chunk_size=-1),
     profile('k="a"', "ArgumentTypeError", "k must be", k="a"),
@@ -96,6 +123,8 @@ ROWS = [
         "model",
     ),
     newton('lr="a"', "ArgumentTypeError", "lr", "str", lr="a"),
+    newton("damping=1e300", "ValueError", "damping", "finite", damping=1e300),
+    newton("damping=10**400", "ValueError", "damping", "1e308", damping=10**400),
     newton('damping="a"', "ArgumentTypeError", "damping", "str", damping="a"),
     newton('curvature="x"', "ValueError", "curvature", "'ggn'", curvature="x"),
     newton(

@@ -7,6 +7,7 @@ argument; and nothing of the user's changes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import linecache
 import random
@@ -499,7 +500,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    found = failures(arguments.calls, arguments.seed)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        found = failures(arguments.calls, arguments.seed)  # a file name may be a wrong argument
     kinds = {failure.problem[-60:]: failure for failure in found}
     for failure in kinds.values():
         print(f"{failure.entry}({failure.given})\n    {failure.problem}")
