@@ -74,6 +74,22 @@ def test_more_points_are_taken_only_where_they_are_needed() -> None:
     assert torch.equal(monte_carlo(mean, mixed), expected)
 
 
+def test_few_directions_of_a_large_variance_take_more_points() -> None:
+    """Steps in the probabilities that 256 points miss, and that the spread does not tell."""
+    g = torch.Generator().manual_seed(3)
+    n, n_classes = 24, 10
+    mean = 2.0 * torch.randn(n, n_classes, generator=g, dtype=torch.float64)
+    mean[:, 0] += 16.0
+    root = torch.randn(n, n_classes, 4, generator=g, dtype=torch.float64)
+    covariance = 4.0 * root @ root.mT
+    expected = monte_carlo(mean, covariance, 2**17)
+    coarse = monte_carlo(mean, covariance, 256)
+    assert kl(expected, coarse) >= 0.5e-3  # what the points are for
+    assert kl(expected, monte_carlo(mean, covariance)) <= 0.1e-3
+    shared = covariance + 100.0  # what all outputs share moves no probability
+    assert kl(expected, monte_carlo(mean, shared)) <= 0.1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("n_classes", "threads"), [(2, 1), (3, 1), (5, 2), (10, 1), (10, 2), (17, 1)]
