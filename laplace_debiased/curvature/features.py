@@ -18,9 +18,15 @@ from laplace_debiased.curvature.operations import (
     Place,
     Use,
 )
-from laplace_debiased.curvature.passes import Chunk, ColumnChunk, Columns, written_out
+from laplace_debiased.curvature.passes import (
+    Bases,
+    Blocks,
+    Chunk,
+    ColumnChunk,
+    Columns,
+    written_out,
+)
 from laplace_debiased.curvature.reading import blocks_of
-from laplace_debiased.curvature.tape import Cotangents
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
 from laplace_debiased.network.last_layer import reduced, watching
@@ -130,7 +136,7 @@ class FeaturePass:
         """[C]."""
         return torch.Size([self.n_outputs])
 
-    def columns_that_fit(self, inputs: Any) -> int:
+    def columns_that_fit(self, inputs: Any, bases: Bases | None = None) -> int:
         """How many columns of one sample fit the byte budget; at least one."""
         each = 4 * (4 * self.head.module.out_features + self.head.module.in_features)
         return max(1, self.byte_budget // each)
@@ -141,6 +147,7 @@ class FeaturePass:
         columns: Columns,
         *,
         n_columns: int | None = None,
+        bases: Bases | None = None,
         differentiable: bool = False,
     ) -> Iterator[Chunk]:
         """One forward pass over the batch, then chunks of its features."""
@@ -170,5 +177,10 @@ class FeaturePass:
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
         calls = [self.head.call(features, self.rule)]
-        pulled: list[Cotangents] = [(written_out(columns(outputs, rows)).transpose(1, 2),)]
-        return Chunk(rows, outputs, blocks_of(calls, pulled))
+        to_pull = written_out(columns(outputs, rows)).transpose(1, 2)
+        n_columns = to_pull.shape[1]
+
+        def pull(part: slice, last: bool) -> Blocks:
+            return blocks_of(calls, [(to_pull[:, part],)])
+
+        return Chunk(rows, outputs, n_columns, max(n_columns, 1), self.byte_budget, pull)

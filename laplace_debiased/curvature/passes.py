@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from laplace_debiased.curvature.general import GeneralRows
 from laplace_debiased.curvature.operations.call import OperationCall
 from laplace_debiased.curvature.reading import blocks_of
 from laplace_debiased.curvature.recorder import record
-from laplace_debiased.curvature.rows import BlockRows
+from laplace_debiased.curvature.rows import Basis, BlockRows
 from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.grad_modes import outside_inference_mode
@@ -66,6 +66,9 @@ class UnitColumns:
         return torch.stack([self.column(r) for r in range(self.shape[-1])], dim=-1)
 
 
+Bases = Mapping[str, Basis]
+"""Eigenbases that a caller turns rows into, by parameter name: thin ones take less memory."""
+
 Columns = Callable[[Tensor, slice], "Tensor | UnitColumns"]
 """From outputs [m, C] of the given rows of a batch to the columns [m, C, R] to pull back."""
 
@@ -74,20 +77,41 @@ _STREAMING = 2
 twice the size save 4 % of its time and cost 60 % more memory."""
 
 
+Blocks = Iterator[tuple[str, BlockRows]]
+"""Walks the parameters that affect the outputs, with their rows, computed on demand: only one
+parameter's patches are held."""
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """A chunk of a batch after one forward pass and R pull-backs.
+    """A chunk of a batch after one forward pass; its R columns are pulled back on demand.
 
     Attributes:
         rows: which samples of the batch.
         outputs: network outputs [m, C].
-        blocks: walks the parameters that affect the outputs, once, with their rows; computed on
-            demand, so that only one parameter's patches are held.
+        n_columns: R.
+        step: how many columns fit the memory of a pass at a time; R unless m is 1.
+        byte_budget: that memory, in bytes.
+        pull: pulls some of the columns back; with True they are the last, and the graph is let go.
     """
 
     rows: slice
     outputs: Tensor
-    blocks: Iterable[tuple[str, BlockRows]]
+    n_columns: int
+    step: int
+    byte_budget: int
+    pull: Callable[[slice, bool], Blocks]
+
+    @property
+    def blocks(self) -> Blocks:
+        """Rows of all columns; to be asked for once."""
+        return self.pull(slice(0, self.n_columns), True)
+
+    def tiles(self) -> Iterator[tuple[slice, Blocks]]:
+        """All columns, as many at a time as fit; to be walked once."""
+        for start in range(0, max(self.n_columns, 1), self.step):
+            stop = min(start + self.step, self.n_columns)
+            yield slice(start, stop), self.pull(slice(start, stop), stop == self.n_columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +148,7 @@ class CurvaturePass(Protocol):
         columns: Columns,
         *,
         n_columns: int | None = None,
+        bases: Bases | None = None,
         differentiable: bool = False,
     ) -> Iterator[Chunk]:
         """Chunks of the batch in order; each sample is in exactly one."""
@@ -139,7 +164,7 @@ class CurvaturePass(Protocol):
     def output_shape(self, inputs: Any) -> torch.Size:
         """Shape of one sample's outputs: [C], or [T, C]."""
 
-    def columns_that_fit(self, inputs: Any) -> int:
+    def columns_that_fit(self, inputs: Any, bases: Bases | None = None) -> int:
         """How many columns of one sample fit the byte budget; at least one."""
 
 
@@ -191,10 +216,10 @@ class BackwardPass:
         """Shape of one sample's outputs: [C], or [T, C]; a forward pass the first time."""
         return self._footprint(to_device(inputs, self.device)).outputs
 
-    def columns_that_fit(self, inputs: Any) -> int:
+    def columns_that_fit(self, inputs: Any, bases: Bases | None = None) -> int:
         """How many columns of one sample fit the byte budget; at least one."""
         footprint = self._footprint(to_device(inputs, self.device))
-        return footprint.columns_in(self.byte_budget)
+        return footprint.columns_in(self.byte_budget, bases)
 
     def chunks(
         self,
@@ -202,6 +227,7 @@ class BackwardPass:
         columns: Columns,
         *,
         n_columns: int | None = None,
+        bases: Bases | None = None,
         differentiable: bool = False,
     ) -> Iterator[Chunk]:
         """Forward and pull back, chunk by chunk.
@@ -210,17 +236,20 @@ class BackwardPass:
             inputs: one batch of model inputs.
             columns: what to pull back.
             n_columns: R where the caller knows it; else the number of outputs is assumed.
-            differentiable: keep the graph, for gradients with respect to ``inputs``.
+            bases: what rows are turned into, where the caller knows it; else whole bases are
+                assumed.
+            differentiable: keep the graph, for gradients with respect to ``inputs``. All columns
+                are then held by it.
 
         Raises:
             ValueError: if ``inputs`` hold no sample.
         """
         inputs = to_device(inputs, self.device)
-        for rows, part in self._parts(inputs, n_columns, self.byte_budget):
+        for rows, part in self._parts(inputs, n_columns, self.byte_budget, bases):
             # The fused attention kernels cannot be differentiated twice.
             with math_attention() if differentiable else nullcontext():
                 taped = self._taped(part, rows)
-            yield self._chunk(taped, rows, columns, differentiable)
+            yield self._chunk(taped, part, rows, columns, bases, differentiable)
 
     def column_chunks(
         self, inputs: Any, columns: Columns, *, n_columns: int | None = None
@@ -235,12 +264,15 @@ class BackwardPass:
             yield ColumnChunk(rows, outputs, calls, taped.pull_back_each(to_pull))
 
     def _parts(
-        self, inputs: Any, n_columns: int | None, byte_budget: int
+        self, inputs: Any, n_columns: int | None, byte_budget: int, bases: Bases | None = None
     ) -> Iterator[tuple[slice, Any]]:
         length = batch_length(inputs)
         if length == 0:
             raise ValueError("the model inputs hold no sample.")
-        step = self._chunk_length(inputs, length, n_columns, byte_budget)
+        step = length
+        if length > 1:
+            each = self._footprint(inputs).bytes(n_columns, bases)
+            step = max(1, min(length, byte_budget // each))
         for start in range(0, length, step):
             rows = slice(start, min(start + step, length))
             yield rows, inputs if rows == slice(0, length) else select_rows(inputs, rows)
@@ -252,22 +284,43 @@ class BackwardPass:
         general = [name for name in self.names if name in self.general]
         return _Taped(tape, GeneralRows.of(self.model, tape, general, inputs))
 
-    def _chunk(self, taped: _Taped, rows: slice, columns: Columns, differentiable: bool) -> Chunk:
+    def _chunk(
+        self,
+        taped: _Taped,
+        inputs: Any,
+        rows: slice,
+        columns: Columns,
+        bases: Bases | None,
+        differentiable: bool,
+    ) -> Chunk:
         outputs = taped.tape.outputs
         outputs = full_precision(outputs if differentiable else outputs.detach())
         convert = full_precision if differentiable else _detached
         calls = [call.with_inputs(convert) for call in taped.calls]
         with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             to_pull = columns(outputs, rows).to(taped.tape.outputs.dtype)
-            stacks = _stacked(list(taped.pull_back_each(to_pull, differentiable)), len(calls))
-        return Chunk(rows, outputs, blocks_of(calls, stacks))
+        n_columns = to_pull.shape[-1]
 
-    def _chunk_length(
-        self, inputs: Any, length: int, n_columns: int | None, byte_budget: int
-    ) -> int:
-        if length <= 1:
-            return max(length, 1)
-        return max(1, min(length, byte_budget // self._footprint(inputs).bytes(n_columns)))
+        def pull(part: slice, last: bool) -> Blocks:
+            with outside_inference_mode(), torch.set_grad_enabled(differentiable):
+                pulled = list(taped.pull_back_each(to_pull, part, last, differentiable))
+                stacks = _stacked(pulled, len(calls))
+            return blocks_of(calls, stacks)
+
+        step = n_columns
+        if len(outputs) == 1 and n_columns > 1 and not differentiable:
+            step = min(n_columns, self._columns_at_a_time(inputs, n_columns, bases))
+        return Chunk(rows, outputs, n_columns, max(step, 1), self.byte_budget, pull)
+
+    def _columns_at_a_time(self, inputs: Any, n_columns: int, bases: Bases | None) -> int:
+        """How many columns of one sample are held at a time.
+
+        Where that is not all of them, the other half of the memory is for what is kept of them.
+        """
+        footprint = self._footprint(inputs)
+        if footprint.bytes(n_columns, bases) <= self.byte_budget:
+            return n_columns
+        return footprint.columns_in(self.byte_budget // 2, bases)
 
     def _footprint(self, inputs: Any) -> Footprint:
         """What one sample takes; measured once for inputs of a shape."""
@@ -293,15 +346,28 @@ class _Taped:
         return (*self.tape.calls, *self.general.calls)
 
     def pull_back_each(
-        self, columns: Tensor | UnitColumns, differentiable: bool = False
-    ) -> Iterator[Sequence[Cotangents]]:
-        """One pull-back per column of ``columns`` [m, C, R]; nothing where nothing is recorded."""
-        n_columns = columns.shape[-1] if self.calls else 0
-        for r in range(n_columns):
+        self,
+        columns: Tensor | UnitColumns,
+        part: slice | None = None,
+        last: bool = True,
+        differentiable: bool = False,
+    ) -> Iterator[list[Cotangents]]:
+        """One pull-back per column of ``columns`` [m, C, R]; nothing where nothing is recorded.
+
+        Args:
+            columns: what to pull back.
+            part: only those.
+            last: whether no other follow, and the graph can be let go.
+            differentiable: whether the result is itself differentiable.
+        """
+        part = slice(0, columns.shape[-1]) if part is None else part
+        for r in range(part.start, part.stop) if self.calls else ():
             column = columns.column(r) if isinstance(columns, UnitColumns) else columns[..., r]
             with outside_inference_mode(), torch.set_grad_enabled(differentiable):
                 pulled = self.tape.pull_back(
-                    column, create_graph=differentiable, retain_graph=r + 1 < n_columns
+                    column,
+                    create_graph=differentiable,
+                    retain_graph=r + 1 < part.stop or not last,
                 )
                 pulled += self.general.pull_back(column)
             yield pulled
@@ -311,11 +377,13 @@ def _detached(tensor: Tensor) -> Tensor:
     return full_precision(tensor.detach())
 
 
-def _stacked(columns: list[Sequence[Cotangents]], n_calls: int) -> list[Cotangents]:
+def _stacked(columns: list[list[Cotangents]], n_calls: int) -> list[Cotangents]:
     """R columns of every call as one [m, R, ...] per tensor; the columns are used up."""
     stacks: list[Cotangents] = []
     for index in range(n_calls):
         parts = [column[index] for column in columns]
+        for column in columns:
+            column[index] = None
         if any(part is None for part in parts) or not parts:
             stacks.append(None)
             continue

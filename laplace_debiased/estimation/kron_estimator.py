@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from laplace_debiased.curvature import (
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.over_ranks import factors_over_ranks, magnitudes_over_ranks
 from laplace_debiased.curvature.passes import Columns
+from laplace_debiased.curvature.rows import largest_basis
 from laplace_debiased.data import (
     Batch,
 )
@@ -133,11 +135,13 @@ class KronEstimator:
         """Second walk: directional curvatures along each measurement's eigenbasis."""
         sums = [MagnitudeAccumulator(basis) for basis in bases]
         walk = self._progress("magnitudes", sums, bases)
-        plan, chunks = self.task.plan, self.engine.chunks
+        plan = self.task.plan
+        largest = {group[0].name: largest_basis(group) for group in zip(*bases, strict=True)}
+        chunks = partial(self.engine.chunks, bases=largest)
         for batch, chunk in self._walk("magnitudes", walk, chunks):
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
-            for name, rows in chunk.blocks:
+            for name, rows in (block for _, tile in chunk.tiles() for block in tile):
                 for accumulator, coefficients in zip(sums, wanted, strict=True):
                     used = nonzero_slice(coefficients)
                     if used is not None:

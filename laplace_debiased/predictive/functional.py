@@ -11,8 +11,7 @@ J̃_c = (U_Bᵀ g_c)(U_Aᵀ a)ᵀ, so that the sum over j can be taken first.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +23,15 @@ from laplace_debiased.curvature.passes import (
     CurvaturePass,
     identity_columns,
 )
-from laplace_debiased.curvature.rows import (
-    PositionRows,
-    RankOneRows,
-    RotatedRows,
-)
+from laplace_debiased.curvature.rows import Basis, RotatedRows, Weights
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.operators import EigenBlock, EigenKron
+from laplace_debiased.predictive.covariances import Products
 from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments
 from laplace_debiased.predictive.selection import (
     ALL_OUTPUTS,
     OutputSelection,
-    SelectedChunk,
     selected_walks,
 )
 
@@ -76,36 +71,15 @@ class NamedBlocks:
         delta = deltas[index] if deltas.numel() > 1 else deltas.reshape(())
         return self.precision.blocks[index].eigenvalues + delta
 
+    def weights(self, name: str) -> Weights:
+        """What products of rows along each eigenvector count: the posterior variance."""
+        table = self.table(name)
+        return Weights(table, table.new_zeros(1))
 
-def rotated_jacobians(
-    chunk: Chunk, blocks: NamedBlocks
-) -> Iterator[tuple[str, RotatedRows | RankOneRows | PositionRows]]:
-    """Jacobian rows of a chunk's blocks in their eigenbases, by parameter name.
-
-    Where J̃ is a product of two factors g̃ [m, C, D_out] and ã [m, D_in] (a weight with a single
-    position) these are given instead; where a sample touches few rows of a table, only those;
-    where a basis is thin, what J̃ is made of.
-    """
-    for name, rows in chunk.blocks:
-        yield name, rows.rotated(blocks.block(name))
-
-
-def whitened(jacobian: RotatedRows | RankOneRows, table: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rows X with X Xᵀ the block's share of the covariance.
-
-    Returns:
-        (X [m, C, K], None) in general; (g̃ [m, C, K], s [m, K]) where the covariance is
-        g̃ diag(s) g̃ᵀ (single position).
-    """
-    entries = jacobian.entries(table)
-    if isinstance(jacobian, RankOneRows):
-        return jacobian.columns, jacobian.scales(entries)
-    return jacobian.values * _per_sample(entries.rsqrt()), None
-
-
-def _per_sample(entries: Tensor) -> Tensor:
-    """Entries [K] or [m, K] to broadcast against rows [m, C, K]."""
-    return entries if entries.ndim == 1 else entries.unsqueeze(1)
+    @property
+    def bases(self) -> Mapping[str, Basis]:
+        """Eigenbases of all blocks by parameter name."""
+        return dict(zip(self.names, self.precision.blocks, strict=True))
 
 
 def functional_moments(
@@ -132,13 +106,16 @@ def functional_moments(
             return OutputMoments(*_joint(curvature_pass, blocks, inputs, differentiable))
         case OutputCovariance.DIAGONAL | OutputCovariance.PER_SAMPLE:
             diagonal = covariance is OutputCovariance.DIAGONAL
+    products = Products(blocks.block, blocks.weights, 1, diagonal)
     groups = []
-    for walk in selected_walks(curvature_pass, inputs, selection, differentiable=differentiable):
+    for walk in selected_walks(
+        curvature_pass, inputs, selection, blocks.bases, differentiable=differentiable
+    ):
         outputs, covariances, indices = [], [], []
         for part in walk:
             with outside_inference_mode(), torch.set_grad_enabled(differentiable):
                 outputs.append(part.outputs)
-                covariances.append(_chunk_covariance(part, blocks, diagonal))
+                covariances.append(products.of(part)[0])
                 indices.append(part.chosen)
         groups.append((torch.cat(outputs), torch.cat(covariances), joined(indices)))
     mean, variance, chosen = zip(*groups, strict=True)
@@ -155,53 +132,6 @@ def joined(indices: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
 def beside(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Parts along an axis; a single one as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def _chunk_covariance(part: SelectedChunk, blocks: NamedBlocks, diagonal: bool) -> Tensor:
-    *lead, n_outputs = part.shape
-    m = math.prod(lead)
-    shape = (m, n_outputs) if diagonal else (m, n_outputs, n_outputs)
-    total = part.outputs.new_zeros(shape)
-    for name, jacobian in rotated_jacobians(part.chunk, blocks):
-        block = _block_covariance(jacobian, blocks.table(name), shape, diagonal)
-        total = total + block.reshape(shape)
-    return total.reshape(*lead, *shape[1:])
-
-
-def _block_covariance(
-    jacobian: RotatedRows | RankOneRows | PositionRows,
-    table: Tensor,
-    shape: tuple[int, ...],
-    diagonal: bool,
-) -> Tensor:
-    m, n_outputs = shape[:2]
-    if isinstance(jacobian, PositionRows):
-        weights = table.reciprocal().unsqueeze(0)
-        return jacobian.per_position(n_outputs).covariances(weights, diagonal=diagonal)[0]
-    rows, scale = whitened(jacobian, table)
-    rows = per_position(rows, n_outputs)
-    scale = None if scale is None else repeated(scale, m)
-    if diagonal:
-        squares = rows.square()
-        return squares.sum(-1) if scale is None else squares @ scale.unsqueeze(-1)
-    left = rows if scale is None else rows * scale.unsqueeze(1)
-    return left @ rows.transpose(1, 2)
-
-
-def per_position(rows: Tensor, n_outputs: int) -> Tensor:
-    """Rows [m, T·C, ...] of samples with outputs at T positions, as rows [m·T, C, ...].
-
-    Positions share the weights, so their outputs are correlated; only the covariance at each
-    position is wanted.
-    """
-    return rows.reshape(-1, n_outputs, *rows.shape[2:])
-
-
-def repeated(values: Tensor, length: int) -> Tensor:
-    """Per-sample values [m, ...], once for every position of a sample [length, ...]."""
-    if len(values) == length:
-        return values
-    return values.repeat_interleave(length // len(values), dim=0)
 
 
 def _joint(
@@ -245,7 +175,8 @@ class JointRows:
     @classmethod
     def of(cls, jacobian: RotatedRows, table: Tensor) -> JointRows:
         """From one block's rotated rows and its precision table."""
-        whitened = jacobian.values * _per_sample(jacobian.entries(table).rsqrt())
+        entries = jacobian.entries(table).rsqrt()  # [K], or [m, K]
+        whitened = jacobian.values * (entries if entries.ndim == 1 else entries.unsqueeze(1))
         if jacobian.touched is None:
             return cls(whitened.flatten(0, 1))
         touched, place = jacobian.touched.unique(return_inverse=True)
@@ -274,7 +205,8 @@ def sum_of_products(left: list[JointRows], right: list[JointRows]) -> Tensor:
 def _joint_rows(chunk: Chunk, blocks: NamedBlocks) -> list[JointRows]:
     """Whitened Jacobian rows of every block of a chunk."""
     rows = []
-    for name, jacobian in rotated_jacobians(chunk, blocks):
+    for name, found in chunk.blocks:
+        jacobian = found.rotated(blocks.block(name))
         written = jacobian if isinstance(jacobian, RotatedRows) else jacobian.expanded()
         rows.append(JointRows.of(written, blocks.table(name)))
     return rows

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.passes import Chunk, CurvaturePass, UnitColumns
+from laplace_debiased.curvature.passes import Bases, Chunk, CurvaturePass, UnitColumns
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.inputs import batch_length
 
@@ -91,6 +91,7 @@ def selected_walks(
     engine: CurvaturePass,
     inputs: Any,
     selection: OutputSelection,
+    bases: Bases | None = None,
     *,
     differentiable: bool = False,
 ) -> Iterator[Iterator[SelectedChunk]]:
@@ -103,19 +104,18 @@ def selected_walks(
     width = n_outputs if selection.n_outputs is None else min(selection.n_outputs, n_outputs)
     each = width * (1 if selection.last_position else math.prod(positions))
     forecast = _forecast(engine, batch_length(inputs), each, n_outputs)
+    walk = _Walk(engine, inputs, selection, bases, differentiable, forecast)
     if not positions:
         selection.require_no_positions()
-        yield _chunks(engine, inputs, selection, None, width, differentiable, forecast)
+        yield walk.chunks(None, width)
         return
     if selection.last_position:
-        last = last_positions(inputs, positions[0])
-        yield _chunks(engine, inputs, selection, last, width, differentiable, forecast)
+        yield walk.chunks(last_positions(inputs, positions[0]), width)
         return
-    step = max(1, engine.columns_that_fit(inputs) // width)
+    step = max(1, engine.columns_that_fit(inputs, bases) // width)
     for start in range(0, positions[0], step):
         group = slice(start, min(start + step, positions[0]))
-        n_columns = width * (group.stop - group.start)
-        yield _chunks(engine, inputs, selection, group, n_columns, differentiable, forecast)
+        yield walk.chunks(group, width * (group.stop - group.start))
 
 
 def _forecast(
@@ -137,30 +137,41 @@ def _forecast(
     return Forecast(f"moments of {n_samples} samples", n_samples * n_columns, f"{advice}.", engine)
 
 
-def _chunks(
-    engine: CurvaturePass,
-    inputs: Any,
-    selection: OutputSelection,
-    positions: slice | Tensor | None,
-    n_columns: int,
-    differentiable: bool,
-    forecast: Forecast | None,
-) -> Iterator[SelectedChunk]:
-    def part(outputs: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        reduced = at_positions(outputs, positions, rows)
-        return reduced, selection.chosen(reduced)
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """What all walks over a batch have in common; see :func:`selected_walks`."""
 
-    def columns(outputs: Tensor, rows: slice) -> UnitColumns:
-        reduced, chosen = part(outputs, rows)
-        n_outputs = outputs.shape[-1]
-        if chosen is None:
-            chosen = torch.arange(n_outputs, device=outputs.device).expand(reduced.shape)
-        if positions is not None:
-            chosen = chosen + n_outputs * _index(positions, rows, outputs).unsqueeze(-1)
-        return UnitColumns(outputs.detach(), chosen.flatten(1), forecast)
+    engine: CurvaturePass
+    inputs: Any
+    selection: OutputSelection
+    bases: Bases | None
+    differentiable: bool
+    forecast: Forecast | None
 
-    for chunk in engine.chunks(inputs, columns, n_columns=n_columns, differentiable=differentiable):
-        yield SelectedChunk(chunk, *part(chunk.outputs, chunk.rows))
+    def chunks(self, positions: slice | Tensor | None, n_columns: int) -> Iterator[SelectedChunk]:
+        """At a group of positions, or at each sample's own one."""
+
+        def part(outputs: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+            reduced = at_positions(outputs, positions, rows)
+            return reduced, self.selection.chosen(reduced)
+
+        def columns(outputs: Tensor, rows: slice) -> UnitColumns:
+            reduced, chosen = part(outputs, rows)
+            n_outputs = outputs.shape[-1]
+            if chosen is None:
+                chosen = torch.arange(n_outputs, device=outputs.device).expand(reduced.shape)
+            if positions is not None:
+                chosen = chosen + n_outputs * _index(positions, rows, outputs).unsqueeze(-1)
+            return UnitColumns(outputs.detach(), chosen.flatten(1), self.forecast)
+
+        for chunk in self.engine.chunks(
+            self.inputs,
+            columns,
+            n_columns=n_columns,
+            bases=self.bases,
+            differentiable=self.differentiable,
+        ):
+            yield SelectedChunk(chunk, *part(chunk.outputs, chunk.rows))
 
 
 def at_positions(outputs: Tensor, positions: slice | Tensor | None, rows: slice) -> Tensor:

@@ -71,8 +71,8 @@ def test_fits_sweeps_and_predictions_stay_in_the_budget() -> None:
     """8 MiB against no limit, which takes ten times as much for predictions."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, x, y = network(), torch.randn(12, 3, 32, 32), torch.randint(100, (12,))
-    loader = DataLoader(TensorDataset(x, y), batch_size=12)
+        model, x, y = network(), torch.randn(16, 3, 32, 32), torch.randint(100, (16,))
+    loader = DataLoader(TensorDataset(x, y), batch_size=16)
     peaks = {}
     for budget in (8 * MIB, 4096 * MIB):
         la = DebiasedLaplace(model, byte_budget=budget, prior_precision=100.0)

@@ -11,7 +11,9 @@ from laplace_debiased.curvature.rows.gram import Factor, RowsFactor
 from laplace_debiased.curvature.rows.matrix import GroupedRows, MatrixRows
 from laplace_debiased.curvature.rows.mixed import MixedRows, joined_rows
 from laplace_debiased.curvature.rows.positions import PositionRows
+from laplace_debiased.curvature.rows.products import Weights
 from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
+from laplace_debiased.curvature.rows.size import RowsSize, largest_basis
 from laplace_debiased.curvature.rows.tokens import TokenRows, per_token, token_factor
 from laplace_debiased.curvature.rows.vectors import MAX_DENSE_VECTOR, BiasRows, VectorRows
 
@@ -29,10 +31,13 @@ __all__ = [
     "RankOneRows",
     "RotatedRows",
     "RowsFactor",
+    "RowsSize",
     "TokenRows",
     "VectorRows",
+    "Weights",
     "input_factor",
     "joined_rows",
+    "largest_basis",
     "per_token",
     "stacked",
     "token_factor",

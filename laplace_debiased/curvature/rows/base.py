@@ -24,19 +24,8 @@ from laplace_debiased.curvature import kernels
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense, gram_of_rows
 from laplace_debiased.curvature.rows.positions import PositionRows
 from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
+from laplace_debiased.curvature.rows.size import Basis, RowsSize
 from laplace_debiased.network.transforms import vmap
-
-
-class Basis(Protocol):
-    """Eigenbasis of a block; None stands for the identity."""
-
-    @property
-    def output_basis(self) -> Tensor | None:
-        """Acts on the rows of the parameter as a matrix."""
-
-    @property
-    def input_basis(self) -> Tensor | None:
-        """Acts on its columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +51,8 @@ class BlockRows(Protocol):
         """Whether columns act on the columns of the parameter as a matrix, not on its rows."""
 
     @property
-    def entries(self) -> int:
-        """Numbers that one column's rows take in an eigenbasis, all samples together."""
-
-    @property
-    def patches(self) -> int:
-        """Numbers that the inputs take, all samples together."""
+    def extent(self) -> RowsSize:
+        """What the rows of one sample are made of."""
 
     def select(self, index: Tensor | slice) -> BlockRows:
         """Those samples."""

@@ -21,6 +21,7 @@ from laplace_debiased.curvature.rows.gram import Factor
 from laplace_debiased.curvature.rows.positions import PositionRows, thin_weight_curvature
 from laplace_debiased.curvature.rows.rotated import RankOneRows, RotatedRows
 from laplace_debiased.curvature.rows.sides import coordinates, is_thin, split
+from laplace_debiased.curvature.rows.size import RowsSize
 from laplace_debiased.network.transforms import vmap
 
 
@@ -38,8 +39,10 @@ class _MapRows:
         return required(self.inputs)
 
     @property
-    def patches(self) -> int:
-        return 0 if self.inputs is None else self.inputs.numel()
+    def extent(self) -> RowsSize:
+        g, a = self.columns, self.read
+        groups = len(g) if g.ndim == 5 else 1
+        return RowsSize(g.shape[-2], g.shape[-1], a.shape[-1], groups, self.transposed)
 
     def _bases(self, basis: Basis) -> tuple[Tensor, Tensor]:
         rows, columns = basis.output_basis, basis.input_basis
@@ -81,11 +84,6 @@ class MatrixRows(_MapRows):
         columns: g [m, R, T, D_out].
         transposed: whether the parameter is stored as [D_in, D_out].
     """
-
-    @property
-    def entries(self) -> int:
-        g, a = self.columns[:, 0], self.read
-        return g.numel() * a.shape[-1] // max(1, g.shape[-2])
 
     def select(self, index: Tensor | slice) -> MatrixRows:
         return replace(self, inputs=self.read[index], columns=self.columns[index])
@@ -136,11 +134,6 @@ class GroupedRows(_MapRows):
         columns: g [G, m, R, T, D_out].
         transposed: whether every slice is stored as [D_in, D_out].
     """
-
-    @property
-    def entries(self) -> int:
-        g, a = self.columns[:, :, 0], self.read
-        return g.numel() * a.shape[-1] // max(1, g.shape[-2])
 
     def select(self, index: Tensor | slice) -> GroupedRows:
         return replace(self, inputs=self.read[:, index], columns=self.columns[:, index])

@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from laplace_debiased.curvature.rows.base import Basis, BlockRows, FactorRule
 from laplace_debiased.curvature.rows.matrix import MatrixRows
 from laplace_debiased.curvature.rows.rotated import RotatedRows
+from laplace_debiased.curvature.rows.size import RowsSize
 from laplace_debiased.curvature.rows.tokens import TokenRows
 from laplace_debiased.curvature.rows.vectors import VectorRows
 
@@ -57,12 +58,13 @@ class MixedRows:
         return self.parts[0].columns
 
     @property
-    def entries(self) -> int:
-        return max(part.entries for part in self.parts)
-
-    @property
-    def patches(self) -> int:
-        return sum(part.patches + part.columns[:, 0].numel() for part in self.parts)
+    def extent(self) -> RowsSize:
+        positions = sum(part.columns.shape[2] for part in self.parts)
+        first = self.parts[0]
+        width = first.columns.shape[-1]
+        other = first.size if isinstance(first, TokenRows) else first.read.shape[-1]
+        left, right = (other, width) if first.transposed else (width, other)
+        return RowsSize(positions, left, right, own_inputs=True)
 
     def select(self, index: Tensor | slice) -> MixedRows:
         return replace(self, parts=tuple(part.select(index) for part in self.parts))

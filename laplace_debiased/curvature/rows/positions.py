@@ -10,12 +10,14 @@ which is the cheaper way where positions are fewer than D, as they are where a f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.curvature import kernels
+from laplace_debiased.curvature.rows.products import Weights, pair_sums
 from laplace_debiased.curvature.rows.rotated import RotatedRows
 from laplace_debiased.curvature.rows.sides import energies, is_thin, split
 
@@ -96,6 +98,27 @@ class PositionRows:
         g, g_rest = split(g, output_basis)
         return cls(a, g, a_rest, g_rest, transposed)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all columns take."""
+        rest = self.columns_rest
+        return self.columns.nbytes + (0 if rest is None else rest.nbytes)
+
+    def beside(self, others: Sequence[PositionRows]) -> PositionRows:
+        """With further columns of the same samples."""
+        rest = [rows.columns_rest for rows in others if rows.columns_rest is not None]
+        return replace(
+            self,
+            columns=torch.cat([self.columns, *(rows.columns for rows in others)], 1),
+            columns_rest=None
+            if self.columns_rest is None
+            else torch.cat([self.columns_rest, *rest], 1),
+        )
+
+    def sharing(self, other: PositionRows) -> PositionRows:
+        """The same, with what does not depend on columns held once."""
+        return replace(self, inputs=other.inputs, inputs_rest=other.inputs_rest)
+
     @staticmethod
     def pays(positions: int, output_basis: Tensor, input_basis: Tensor) -> bool:
         """Whether a side is thin, and positions are few enough for their Gram matrices."""
@@ -134,65 +157,49 @@ class PositionRows:
         """[m, R, K]: every entry of :meth:`expanded`."""
         return self.expanded().values
 
-    def covariances(self, weights: Tensor, *, diagonal: bool) -> Tensor:
-        """Σ over directions of weight · row_r · row_r', for each of K tables of weights.
-
-        Args:
-            weights: [K, *table].
-            diagonal: only r = r'.
-
-        Returns:
-            [K, m, R] or [K, m, R, R].
-        """
-        weights = weights.mT if self.transposed else weights
-        a, g = self.inputs, self.columns
+    def products(self, other: PositionRows, weights: Weights, *, diagonal: bool) -> Tensor:
+        """See :meth:`RotatedRows.products`."""
+        tables = weights.tables().movedim(-1, 0)
+        tables = tables.mT if self.transposed else tables
+        symmetric = other is self
+        a, g, h = self.inputs, self.columns, other.columns
         n_out, n_in = g.shape[-1], a.shape[-1]
         rows = kernels.weight_gradients(a, g).flatten(2)
-        total = pair_sums(rows, rows, weights[:, :n_out, :n_in].flatten(1).mT, diagonal)
+        others = rows if symmetric else kernels.weight_gradients(a, h).flatten(2)
+        inside = tables[:, :n_out, :n_in].flatten(1).mT
+        total = pair_sums(rows, others, inside, diagonal, symmetric)
         gram = None if self.inputs_rest is None else self.inputs_rest @ self.inputs_rest.mT
         if gram is not None:
-            table = weights[:, :n_out, -1].repeat(1, g.shape[2]).mT
-            mixed = (gram.unsqueeze(1) @ g).flatten(2)
-            total = total + pair_sums(g.flatten(2), mixed, table, diagonal)
-        if self.columns_rest is not None:
-            mixing = (a * weights[:, -1, :n_in].reshape(-1, 1, 1, n_in)) @ a.mT  # [K, m, T, T]
+            table = tables[:, :n_out, -1].repeat(1, g.shape[2]).mT
+            mixed = (gram.unsqueeze(1) @ h).flatten(2)
+            total = total + pair_sums(g.flatten(2), mixed, table, diagonal, symmetric)
+        if self.columns_rest is not None and other.columns_rest is not None:
+            mixing = (a * tables[:, -1, :n_in].reshape(-1, 1, 1, n_in)) @ a.mT  # [W, m, T, T]
             if gram is not None:
-                mixing = mixing + weights[:, -1, -1].reshape(-1, 1, 1, 1) * gram
-            total = total + _mixed_positions(self.columns_rest, mixing, diagonal)
+                mixing = mixing + tables[:, -1, -1].reshape(-1, 1, 1, 1) * gram
+            rest = self.columns_rest, other.columns_rest
+            total = total + _mixed_positions(*rest, mixing, diagonal, symmetric)
         return total
 
 
-def pair_sums(left: Tensor, right: Tensor, table: Tensor, diagonal: bool) -> Tensor:
-    """Σ_k left_ck right_c'k table_kw of rows [m, R, K], symmetric in c and c', [W, m, R(, R)]."""
+def _mixed_positions(
+    g: Tensor, h: Tensor, mixing: Tensor, diagonal: bool, symmetric: bool
+) -> Tensor:
+    """Σ_{t,t'} M_w[t, t'] g_ctᵀ h_c't' of [m, R, T, D] each and symmetric M [W, m, T, T]."""
     if diagonal:
-        return ((left * right) @ table).permute(2, 0, 1)
-    if table.shape[1] == 1:
-        product = (left * table[:, 0]) @ right.mT
-        return (product + product.mT).unsqueeze(0) / 2
-    m, n_columns = left.shape[:2]
-    result = left.new_empty(m, n_columns, n_columns, table.shape[1])
-    for c in range(n_columns):
-        products = (left[:, c : c + 1] * right[:, c:]) @ table
-        result[:, c, c:] = products
-        result[:, c:, c] = products
-    return result.permute(3, 0, 1, 2)
-
-
-def _mixed_positions(g: Tensor, mixing: Tensor, diagonal: bool) -> Tensor:
-    """Σ_{t,t'} M_w[t, t'] g_ctᵀ g_c't' of g [m, R, T, D] and symmetric M [W, m, T, T]."""
-    if diagonal:
-        return torch.einsum("wmst,mcst->wmc", mixing, g @ g.mT)
+        return torch.einsum("wmst,mcst->wmc", mixing, g @ h.mT)
     if len(mixing) == 1:
-        product = g.flatten(2) @ (mixing[0].unsqueeze(1) @ g).flatten(2).mT
-        return (product + product.mT).unsqueeze(0) / 2
-    m, n_columns = g.shape[:2]
+        product = g.flatten(2) @ (mixing[0].unsqueeze(1) @ h).flatten(2).mT
+        return ((product + product.mT) / 2 if symmetric else product).unsqueeze(0)
     flat = mixing.flatten(2).permute(1, 2, 0)  # [m, T·T, W]
-    result = g.new_empty(m, n_columns, n_columns, len(mixing))
-    for c in range(n_columns):
-        grams = g[:, c : c + 1] @ g[:, c:].mT
+    result = g.new_empty(*g.shape[:2], h.shape[1], len(mixing))
+    for c in range(g.shape[1]):
+        first = c if symmetric else 0
+        grams = g[:, c : c + 1] @ h[:, first:].mT
         products = (grams + grams.mT).flatten(2) @ flat / 2
-        result[:, c, c:] = products
-        result[:, c:, c] = products
+        result[:, c, first:] = products
+        if symmetric:
+            result[:, first:, c] = products
     return result.permute(3, 0, 1, 2)
 
 

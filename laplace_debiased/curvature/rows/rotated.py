@@ -1,12 +1,14 @@
-"""Rows of one parameter tensor in an eigenbasis."""
+"""Rows of one parameter tensor in an eigenbasis, and what two columns have in common there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from laplace_debiased.curvature.rows.products import Weights, pair_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,42 @@ class RotatedRows:
         """Entries of a table that belong to ``values``: [K], or [m, K] where rows are touched."""
         table = spread_last(table, self.spreads)
         return table.flatten() if self.touched is None else table[self.touched].flatten(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all columns take."""
+        return self.values.nbytes
+
+    def beside(self, others: Sequence[RotatedRows]) -> RotatedRows:
+        """With further columns of the same samples."""
+        return replace(self, values=torch.cat([self.values, *(r.values for r in others)], 1))
+
+    def sharing(self, other: RotatedRows) -> RotatedRows:
+        """The same, with what does not depend on columns held once."""
+        return replace(self, touched=other.touched)
+
+    def per_position(self, n_outputs: int) -> RotatedRows:
+        """Rows of samples with outputs at L positions, R = L·C, as those of m·L samples."""
+        times = self.values.shape[1] // n_outputs
+        if times == 1:
+            return self
+        values = self.values.reshape(-1, n_outputs, self.values.shape[2])
+        touched = None if self.touched is None else self.touched.repeat_interleave(times, 0)
+        return replace(self, values=values, touched=touched)
+
+    def products(self, other: RotatedRows, weights: Weights, *, diagonal: bool) -> Tensor:
+        """Σ over directions of weight · row_r · row_r' for each of W weights.
+
+        Args:
+            other: rows r' of the same samples; the same object for all pairs of one set.
+            weights: of the directions of the table.
+            diagonal: only r = r'.
+
+        Returns:
+            [W, m, R] or [W, m, R, R'].
+        """
+        table = weights.of(self.entries(weights.eigenvalues)).tables()
+        return pair_sums(self.values, other.values, table, diagonal, other is self)
 
     def written_out(self) -> Tensor:
         """[m, R, P], zero where a sample touches nothing."""
@@ -64,6 +102,32 @@ class RankOneRows:
         """The table as [I, J]; a thin side counts as one entry."""
         return table.mT if self.transposed else table
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all columns take."""
+        return self.columns.nbytes
+
+    def beside(self, others: Sequence[RankOneRows]) -> RankOneRows:
+        """With further columns of the same samples."""
+        return replace(self, columns=torch.cat([self.columns, *(r.columns for r in others)], 1))
+
+    def sharing(self, other: RankOneRows) -> RankOneRows:
+        """The same, with what does not depend on columns held once."""
+        return replace(self, inputs=other.inputs, inputs_rest=other.inputs_rest)
+
+    def per_position(self, n_outputs: int) -> RankOneRows:
+        """Rows of samples with outputs at L positions, R = L·C, as those of m·L samples."""
+        times = self.columns.shape[1] // n_outputs
+        if times == 1:
+            return self
+        rest = self.inputs_rest
+        return replace(
+            self,
+            columns=self.columns.reshape(-1, n_outputs, self.columns.shape[2]),
+            inputs=self.inputs.repeat_interleave(times, 0),
+            inputs_rest=None if rest is None else rest.repeat_interleave(times, 0),
+        )
+
     def input_squares(self) -> Tensor:
         """Squares of the inputs [m, J], last those outside of a thin side."""
         squares = self.inputs.square()
@@ -71,9 +135,18 @@ class RankOneRows:
             return squares
         return torch.cat([squares, self.inputs_rest.square().sum(-1, keepdim=True)], dim=-1)
 
-    def scales(self, entries: Tensor) -> Tensor:
-        """Σ_j a_j² / entries_ij, for every column of ``columns`` [m, I]."""
-        return spread_last(self.input_squares() @ entries.reciprocal().mT, (self.spread,))
+    def products(self, other: RankOneRows, weights: Weights, *, diagonal: bool) -> Tensor:
+        """See :meth:`RotatedRows.products`; the sum over inputs is taken first."""
+        squares, weights = self.input_squares(), weights.of(self.entries(weights.eigenvalues))
+        found = []
+        for table in weights.each():
+            scale = spread_last(squares @ table.mT, (self.spread,))
+            if diagonal:
+                product = (self.columns.square() @ scale.unsqueeze(-1)).squeeze(-1)
+            else:
+                product = (self.columns * scale.unsqueeze(1)) @ other.columns.mT
+            found.append(product)
+        return torch.stack(found)
 
     def expanded(self) -> RotatedRows:
         """Written out."""

@@ -18,6 +18,7 @@ from laplace_debiased.curvature.rows.base import (
 from laplace_debiased.curvature.rows.gram import Factor
 from laplace_debiased.curvature.rows.rotated import RotatedRows
 from laplace_debiased.curvature.rows.sides import coordinates, energies, is_thin
+from laplace_debiased.curvature.rows.size import RowsSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +41,9 @@ class TokenRows:
     transposed = True  # tokens act on the rows of the table
 
     @property
-    def entries(self) -> int:
-        return self.columns[:, 0].numel()
-
-    @property
-    def patches(self) -> int:
-        return 0
+    def extent(self) -> RowsSize:
+        positions, width = self.columns.shape[2:]
+        return RowsSize(positions, width, transposed=True, sparse=True)
 
     def select(self, index: Tensor | slice) -> TokenRows:
         return replace(self, tokens=self.tokens[index], columns=self.columns[index])

@@ -18,6 +18,7 @@ from laplace_debiased.curvature.rows.base import (
 from laplace_debiased.curvature.rows.gram import Factor
 from laplace_debiased.curvature.rows.rotated import RotatedRows
 from laplace_debiased.curvature.rows.sides import coordinates, energies, is_thin
+from laplace_debiased.curvature.rows.size import RowsSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +34,9 @@ class _ColumnRows:
     transposed = False
 
     @property
-    def entries(self) -> int:
-        return self.columns[:, 0].numel()
-
-    @property
-    def patches(self) -> int:
-        return 0
+    def extent(self) -> RowsSize:
+        positions = self.columns.shape[2] if self.columns.ndim == 4 else 1
+        return RowsSize(positions, self.columns.shape[-1])
 
     def _turned(self, rows: Tensor, basis: Tensor | None) -> RotatedRows:
         """Rows [m, R, D] in an eigenbasis."""
