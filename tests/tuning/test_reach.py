@@ -62,6 +62,18 @@ def nll(la) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_prior_is_better_than_the_tuned_one_by_1e_4(kind: str) -> None:
+    la = tuned(1.0, kind=kind)
+    found, best = nll(la), la.prior_precision.item()
+    others = []
+    for step in torch.linspace(-1.0, 1.0, 41).tolist():
+        la.prior_precision = best * 10.0**step
+        others.append(nll(la))
+    assert min(others) > found - 1e-4
+    assert min(others[0], others[-1]) > found + 1e-3, "it lies between the others"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimum", [1e7, 1e-6])
 def test_the_optimum_is_found_beyond_the_hosts_grid(optimum: float, kind: str) -> None:
     with warnings.catch_warnings():
