@@ -30,6 +30,7 @@ from laplace_debiased.calibration.reliability import (
     reliability_bins,
 )
 from laplace_debiased.network.modes import public_call
+from laplace_debiased.options import Positions, parse_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,6 +163,7 @@ def evaluate(
     progress_bar: bool = False,
     ood_probs: torch.Tensor | np.ndarray | None = None,
     likelihood: str | None = None,
+    positions: Positions | str = Positions.ALL,
 ) -> Evaluation:
     """Score a posterior, or predictions, on labelled data.
 
@@ -184,6 +186,9 @@ def evaluate(
         progress_bar: Whether to show progress over the loaders.
         ood_probs: Probabilities [m, C] on out-of-distribution data, in place of `ood_loader`.
         likelihood: "bernoulli" says that precomputed probabilities are of binary labels.
+        positions: Of sequences "all", or "last": a posterior predicts only the last position of
+            each (the last that an `attention_mask` attends to), and its label [n, T], or the one
+            label of the sample [n], is scored.
 
     Returns:
         A record of floats, None where a metric does not apply.
@@ -197,7 +202,11 @@ def evaluate(
     with ranks.together("evaluate"):
         n_bins = checks.count(n_bins, "n_bins")
         options = Options(
-            link_approx, pred_type, progress_bar if ranks.is_first else False, likelihood
+            link_approx,
+            pred_type,
+            progress_bar if ranks.is_first else False,
+            likelihood,
+            parse_choice(Positions, positions, "positions"),
         )
         _check_ood(la_or_probs, ood_loader, ood_probs)
         ranks.agree("evaluate", {**described(la_or_probs, options), "n_bins": n_bins})

@@ -28,9 +28,11 @@ from laplace_debiased.data import Block
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.modes import undisturbed
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.options import Positions
 from laplace_debiased.parallel import ALONE, Ranks
 from laplace_debiased.posterior.host import DebiasedPosterior
 from laplace_debiased.posterior.predicting import informed_probabilities
+from laplace_debiased.predictive.selection import last_labels
 
 Values = torch.Tensor | np.ndarray
 Call = Callable[[Any], Any]
@@ -108,12 +110,14 @@ class Options:
         pred_type: Type of predictive.
         progress_bar: Whether to show progress over the loader.
         likelihood: What precomputed predictions are of: None or "bernoulli".
+        positions: Of sequences all positions, or the last.
     """
 
     link_approx: str | None = None
     pred_type: str | None = None
     progress_bar: bool = False
     likelihood: str | None = None
+    positions: Positions = Positions.ALL
 
 
 def ranks_for(source: Any) -> Ranks:
@@ -127,7 +131,7 @@ def described(source: Any, options: Options) -> dict[str, str]:
     prior, link = (getattr(source, n, None) for n in ("prior_precision", "tuned_link_approx"))
     return {
         "posterior": f"{type(source).__name__}, prior precision {prior}, link {link}",
-        "options": f"{options.link_approx}, {options.pred_type}",
+        "options": f"{options.link_approx}, {options.pred_type}, {options.positions.value}",
     }
 
 
@@ -150,6 +154,11 @@ def predict(
         ValueError: If predictions or targets are invalid or do not match.
     """
     _check_likelihood(source, options.likelihood)
+    if options.positions is Positions.LAST and not isinstance(source, DebiasedPosterior):
+        raise ValueError(
+            "positions='last' needs a posterior of this library to predict with; of others "
+            "take the last position's probabilities and labels yourself."
+        )
     if isinstance(source, Values):
         with preserved_rng(generators=loader_generators(loader)):
             targets = collect_targets(loader)
@@ -224,7 +233,8 @@ def _classify(la: Any, ask: Call, block: Block, options: Options) -> ClassPredic
     for batch in iterate_block(block, "loader", options.progress_bar):
         x, y = split_batch(batch, key)
         answers.append(ask(to_device(x, device)))
-        targets.append(y)
+        last = options.positions is Positions.LAST
+        targets.append(last_labels(x, torch.as_tensor(y)) if last else y)
     return classified(la, *block.joined("answers", answers, targets))
 
 
@@ -396,11 +406,15 @@ def _check_likelihood(source: Any, likelihood: str | None) -> None:
 
 def _ask(la: Any, likelihood: str, options: Options) -> Call:
     """The posterior's predictive under the options."""
-    kwargs = {} if options.pred_type is None else {"pred_type": options.pred_type}
+    kwargs: dict[str, Any] = {}
+    if options.pred_type is not None:
+        kwargs["pred_type"] = options.pred_type
+    if options.positions is Positions.LAST:
+        kwargs["positions"] = options.positions
     if likelihood in _WITH_LABELS:
         link = options.link_approx
         if isinstance(la, DebiasedPosterior) and options.pred_type in (None, "glm"):
-            return lambda x: informed_probabilities(la, x, link)
+            return lambda x: informed_probabilities(la, x, link, positions=options.positions)
         if link is None:
             # Sampling weights leaves no other link; a link tuned for "glm" does not apply.
             sampled = options.pred_type == "nn"

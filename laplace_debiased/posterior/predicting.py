@@ -308,7 +308,11 @@ def predict(
 
 @public_call
 def informed_probabilities(
-    self: Fitted, x: Inputs, link_approx: LinkApprox | str | None = None
+    self: Fitted,
+    x: Inputs,
+    link_approx: LinkApprox | str | None = None,
+    *,
+    positions: Positions | str = Positions.ALL,
 ) -> tuple[Tensor, Tensor]:
     """Probabilities as of ``la(x)``, and the mutual information of label and weights, in nats.
 
@@ -317,7 +321,8 @@ def informed_probabilities(
     """
     self._check_H_init()
     link = _link(self, link_approx, PredType.GLM)
-    return linearised(self).informed_probabilities(x, link)
+    at = checked_positions(positions, PredType.GLM)
+    return linearised(self, at).informed_probabilities(x, link)
 
 
 def linearised(self: Fitted, positions: Positions = Positions.ALL) -> Predictive:

@@ -22,8 +22,14 @@ from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.interrupts import unbroken, uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.options import Positions
 from laplace_debiased.parallel import Ranks
-from laplace_debiased.posterior.predicting import checked_link, checked_pred_type, selection_of
+from laplace_debiased.posterior.predicting import (
+    checked_link,
+    checked_positions,
+    checked_pred_type,
+    selection_of,
+)
 from laplace_debiased.predictive import Predictor
 from laplace_debiased.tuning import PriorGrid, Subject, TuningResult, Validation
 from laplace_debiased.tuning.call import TuningCall, by_evidence, tuning_method
@@ -198,6 +204,7 @@ def optimize_prior_precision(
     *,
     refine: bool = True,
     seed: int = 0,
+    positions: Positions | str = Positions.ALL,
 ) -> None:
     """Choose prior precision and link on validation data, or the prior by the marginal likelihood.
 
@@ -235,6 +242,8 @@ def optimize_prior_precision(
         log_prior_prec_base: base of the grid's exponents.
         refine: search on between the best grid point's neighbours, at no further pass.
         seed: seed of the sampled networks, the same at every grid point.
+        positions: of sequences "all", whose labels all count, or "last" for "gridsearch": only the
+            last position is predicted and scored (the last that an ``attention_mask`` attends to).
 
     Raises:
         ValueError: for impossible arguments.
@@ -250,12 +259,18 @@ def optimize_prior_precision(
         checked_flag("progress_bar", progress_bar)
         result, link = None, None
         how = tuning_method(method, val_loader)
+        at = checked_positions(positions, pred)
+        if at is Positions.LAST and how is TuningMethod.MARGLIK:
+            raise ValueError(
+                "positions='last' is for method='gridsearch': the marginal likelihood is of whole "
+                "sequences. Leave positions out."
+            )
         grid = log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
         given = {
             "model": self.fitted.model.digest,
             "fit": (self.fitted.n_samples, self.fitted.n_data, self.fitted.mean_loss),
             "grid": str(grid),
-            "arguments": str((pred, how, link_approx, loss is None, n_samples, refine, seed)),
+            "arguments": str((pred, how, link_approx, loss is None, n_samples, refine, seed, at)),
         }
         ranks.agree("optimize_prior_precision", given)
         if how is TuningMethod.MARGLIK:
@@ -276,7 +291,7 @@ def optimize_prior_precision(
         else:
             links = _links(self, link_approx, pred)
             call = TuningCall(val_loader, pred, links, loss, n_samples, progress_bar, refine, seed)
-            result = call.search(subject_of(self), PriorGrid(*grid), ranks)
+            result = call.search(subject_of(self, at), PriorGrid(*grid), ranks)
             link = links[0] if result.link is None else LinkApprox(result.link)
             best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
         ranks.meet("the end of the tuning")
@@ -302,8 +317,8 @@ def _links(
     return _LINKS if given is None else (given,)
 
 
-def subject_of(self: Tunable) -> Subject:
-    """What a tuning sees of the posterior."""
+def subject_of(self: Tunable, positions: Positions = Positions.ALL) -> Subject:
+    """What a tuning sees of the posterior, at some positions of sequences."""
     sigma = float(torch.as_tensor(self.sigma_noise).detach())
     return Subject(
         self.predictor,
@@ -316,7 +331,7 @@ def subject_of(self: Tunable) -> Subject:
         self.dict_key_y,
         self._target.model,
         partial(_sampled_at, self),
-        selection_of(self._arguments, self.fitted),
+        selection_of(self._arguments, self.fitted, positions),
     )
 
 

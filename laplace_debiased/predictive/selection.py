@@ -198,3 +198,11 @@ def last_positions(inputs: Any, n_positions: int) -> Tensor:
         return torch.full((batch_length(inputs),), n_positions - 1)
     order = torch.arange(1, n_positions + 1, device=mask.device)
     return ((mask != 0) * order).amax(-1).sub(1).clamp_min(0)
+
+
+def last_labels(inputs: Any, targets: Tensor) -> Tensor:
+    """Labels [m, T] of sequences at their last positions [m]; one label per sample as it is."""
+    if targets.ndim != 2:
+        return targets
+    last = last_positions(inputs, targets.shape[1]).to(targets.device)
+    return targets[torch.arange(len(targets), device=targets.device), last]

@@ -13,6 +13,7 @@ from torch import Tensor
 from laplace_debiased.checks import checked_integer, generator_seed
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods.points import POINTS
+from laplace_debiased.predictive.selection import last_labels
 from laplace_debiased.tuning.grid import PriorGrid
 from laplace_debiased.tuning.moments import (
     Loss,
@@ -197,6 +198,8 @@ class GridSearch:
         swept = subject.predictor.sweep(
             inputs, subject.h, priors, subject.selection, diagonal=diagonal
         )
+        if subject.selection.last_position:
+            targets = last_labels(inputs, targets)
         subject.loss.check_targets(swept.outputs, targets)
         together = torch.cat([swept.covariances, swept.prior_only.unsqueeze(0)])
         mean, together, targets, chosen = self.validation.counted(
