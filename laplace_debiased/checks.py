@@ -168,6 +168,14 @@ def positive_value(name: str, value: Any) -> float | Tensor:
     return number
 
 
+def one_number(name: str, value: Any) -> float | Tensor:
+    """``positive_value`` of a single entry; of several a ValueError."""
+    number = positive_value(name, value)
+    if isinstance(number, Tensor) and number.numel() != 1:
+        raise ValueError(f"{name} must be one number; got shape {tuple(number.shape)}.")
+    return number
+
+
 def check_representable(name: str, value: float | Tensor, dtype: torch.dtype) -> None:
     """Check that a positive number stays one in the dtype that it is used in.
 

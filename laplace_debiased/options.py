@@ -112,7 +112,7 @@ class CurvatureOptions:
     Args:
         scheme: which data give directions and which magnitudes.
         magnitudes: how curvature along a direction is measured.
-        sampling: how a budget is drawn; see ``posterior/arguments.py`` for its default.
+        sampling: how a budget is drawn; see ``estimation/keywords.py`` for its default.
         fisher: which second moment stands for the loss Hessian.
         mc_samples: label draws per sample for ``Fisher.MC``.
         columns: columns per sample for ``Fisher.TYPE2``: None for all of the loss Hessian's root,

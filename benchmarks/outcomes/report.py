@@ -14,9 +14,10 @@ from benchmarks.common.tables import table
 from benchmarks.outcomes.methods import BASELINES, Outcome
 from benchmarks.outcomes.problems import Problem
 from laplace_debiased.calibration import Evaluation, metrics
+from laplace_debiased.calibration.asking import classified, unlabelled
 from laplace_debiased.calibration.comparison import COLUMNS
 from laplace_debiased.calibration.evaluation import score_classification
-from laplace_debiased.calibration.predictions import ClassPredictions, classified, unlabelled
+from laplace_debiased.calibration.predictions import ClassPredictions
 
 
 class _Labels:

@@ -11,6 +11,13 @@ import torch
 from laplace.utils.enums import LinkApprox, PredType
 
 from laplace_debiased.calibration import checks, metrics
+from laplace_debiased.calibration.asking import (
+    Options,
+    classified,
+    described,
+    ranks_for,
+    unlabelled,
+)
 from laplace_debiased.calibration.batches import (
     block_of,
     inputs_only,
@@ -20,13 +27,6 @@ from laplace_debiased.calibration.batches import (
 )
 from laplace_debiased.calibration.comparison import ComparedRow, Comparison
 from laplace_debiased.calibration.evaluation import score_classification
-from laplace_debiased.calibration.predictions import (
-    Options,
-    classified,
-    described,
-    ranks_for,
-    unlabelled,
-)
 from laplace_debiased.calibration.temperature import (
     TemperatureScaling,
     collect_logits,

@@ -9,18 +9,16 @@ import numpy as np
 import torch
 
 from laplace_debiased.calibration import checks, metrics
-from laplace_debiased.calibration.batches import FloatArray, Targets
-from laplace_debiased.calibration.predictions import (
-    ClassPredictions,
-    GaussianPredictions,
+from laplace_debiased.calibration.asking import (
     Options,
     Unlabelled,
     described,
     predict,
     predict_unlabelled,
     ranks_for,
-    rows_of,
 )
+from laplace_debiased.calibration.batches import FloatArray, Targets
+from laplace_debiased.calibration.predictions import ClassPredictions, GaussianPredictions, rows_of
 from laplace_debiased.calibration.reliability import (
     IntervalCurve,
     ReliabilityBins,

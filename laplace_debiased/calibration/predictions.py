@@ -1,43 +1,20 @@
-"""From a posterior or precomputed predictions, and a loader, to validated arrays."""
+"""Predictions beside their targets, as validated arrays."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from laplace_debiased.calibration import checks, metrics
 from laplace_debiased.calibration.batches import (
     FloatArray,
     IntArray,
-    Targets,
-    block_of,
-    collect_targets,
-    concatenate,
-    inputs_only,
-    iterate_block,
     positions_as_samples,
-    split_batch,
-    to_device,
-    to_numpy,
     without_ignored,
 )
-from laplace_debiased.data import Block
-from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.network.modes import undisturbed
-from laplace_debiased.network.rng import preserved_rng
-from laplace_debiased.options import Positions
-from laplace_debiased.parallel import ALONE, Ranks
-from laplace_debiased.posterior.host import DebiasedPosterior
-from laplace_debiased.posterior.predicting import informed_probabilities
-from laplace_debiased.predictive.selection import last_labels
 
 Values = torch.Tensor | np.ndarray
-Call = Callable[[Any], Any]
-
-_WITH_LABELS = ("classification", "bernoulli")
 
 
 @dataclass(frozen=True)
@@ -101,117 +78,6 @@ class GaussianPredictions:
     nll: FloatArray
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a posterior is asked; None leaves the posterior's own default.
-
-    Attributes:
-        link_approx: Link approximation; by default the one that the posterior was tuned for.
-        pred_type: Type of predictive.
-        progress_bar: Whether to show progress over the loader.
-        likelihood: What precomputed predictions are of: None or "bernoulli".
-        positions: Of sequences all positions, or the last.
-    """
-
-    link_approx: str | None = None
-    pred_type: str | None = None
-    progress_bar: bool = False
-    likelihood: str | None = None
-    positions: Positions = Positions.ALL
-
-
-def ranks_for(source: Any) -> Ranks:
-    """All ranks, where a posterior predicts; numbers that are there need nobody else."""
-    device = getattr(source, "_device", None)
-    return ALONE if device is None else Ranks.present(torch.device(device))
-
-
-def described(source: Any, options: Options) -> dict[str, str]:
-    """What must be the same on every rank for predictions to be one posterior's."""
-    prior, link = (getattr(source, n, None) for n in ("prior_precision", "tuned_link_approx"))
-    return {
-        "posterior": f"{type(source).__name__}, prior precision {prior}, link {link}",
-        "options": f"{options.link_approx}, {options.pred_type}, {options.positions.value}",
-    }
-
-
-def predict(
-    source: Any, loader: Targets, options: Options, ranks: Ranks = ALONE
-) -> ClassPredictions | GaussianPredictions:
-    """Predictions for a loader, beside its targets.
-
-    Of a posterior each rank makes a part, and all have all.
-
-    Args:
-        source: A fitted posterior, probabilities ([n, C], or [n, K] of binary labels), or a pair
-            of means [n, K] and total predictive variances ([n, K], or covariances [n, K, K]).
-        loader: Gives (x, y) or mappings; for precomputed predictions unshuffled, or the targets.
-        options: How a posterior is asked.
-        ranks: All ranks.
-
-    Raises:
-        TypeError: If `source` is none of these.
-        ValueError: If predictions or targets are invalid or do not match.
-    """
-    _check_likelihood(source, options.likelihood)
-    if options.positions is Positions.LAST and not isinstance(source, DebiasedPosterior):
-        raise ValueError(
-            "positions='last' needs a posterior of this library to predict with; of others "
-            "take the last position's probabilities and labels yourself."
-        )
-    if isinstance(source, Values):
-        with preserved_rng(generators=loader_generators(loader)):
-            targets = collect_targets(loader)
-        return _rows(source, targets, options.likelihood or "classification")
-    if isinstance(source, tuple):
-        with preserved_rng(generators=loader_generators(loader)):
-            targets = collect_targets(loader)
-        return _from_moments(source, targets)
-    likelihood = _likelihood(source)
-    ask = _ask(source, likelihood, options)
-    with undisturbed(_model(source), generators=loader_generators(loader)):
-        block = block_of(loader, "loader", ranks)
-        if likelihood in _WITH_LABELS:
-            return _classify(source, ask, block, options)
-        return _regress(source, ask, block, options)
-
-
-@dataclass(frozen=True)
-class Unlabelled:
-    """Predictions for inputs whose labels do not matter.
-
-    Attributes:
-        probs: Probabilities [m, C], of sequences [m, T, C], of binary labels [m, K].
-        information: Mutual information of label and weights [m], in nats (of sequences [m · T]);
-            None where it is not known.
-    """
-
-    probs: Values
-    information: FloatArray | None = None
-
-
-def predict_unlabelled(
-    source: Any, loader: Iterable[Any], options: Options, ranks: Ranks = ALONE
-) -> Unlabelled:
-    """Predictions of a posterior for a loader whose targets do not matter."""
-    ask = _ask(source, _likelihood(source), options)
-    device = getattr(source, "_device", None)
-    with undisturbed(_model(source), generators=loader_generators(loader)):
-        block = block_of(loader, "ood_loader", ranks)
-        parts = [
-            ask(to_device(inputs_only(batch), device))
-            for batch in iterate_block(block, "ood_loader", options.progress_bar)
-        ]
-    [parts] = block.joined("answers", parts)
-    return unlabelled(parts)
-
-
-def unlabelled(answers: Sequence[Any]) -> Unlabelled:
-    """A posterior's answers, batch by batch, to inputs whose labels do not matter."""
-    probs, information = zip(*map(_with_information, answers), strict=True)
-    return Unlabelled(torch.cat(probs), _known(information))
-
-
 def rows_of(values: Values, binary: bool, name: str) -> FloatArray:
     """Checked probabilities as rows [n, C]: of each sample, position or binary label."""
     if binary:
@@ -227,72 +93,12 @@ def _two_classes(probs: FloatArray) -> FloatArray:
     return np.stack([1.0 - one, one], axis=1)
 
 
-def _classify(la: Any, ask: Call, block: Block, options: Options) -> ClassPredictions:
-    key, device = getattr(la, "dict_key_y", "labels"), getattr(la, "_device", None)
-    answers, targets = [], []
-    for batch in iterate_block(block, "loader", options.progress_bar):
-        x, y = split_batch(batch, key)
-        answers.append(ask(to_device(x, device)))
-        last = options.positions is Positions.LAST
-        targets.append(last_labels(x, torch.as_tensor(y)) if last else y)
-    return classified(la, *block.joined("answers", answers, targets))
-
-
-def classified(la: Any, answers: Sequence[Any], targets: Sequence[Any]) -> ClassPredictions:
-    """A posterior's answers, batch by batch, as predictions beside their targets.
-
-    Args:
-        la: the posterior, which says what labels mean and which of them count.
-        answers: probabilities [batch, ...], or pairs of them and the mutual information.
-        targets: of every batch.
-    """
-    probs, informations, labels = [], [], []
-    for answer, y in zip(answers, targets, strict=True):
-        predicted, information = _with_information(answer)
-        predicted, target = positions_as_samples(predicted, to_numpy(torch.as_tensor(y)))
-        probs.append(predicted)
-        informations.append(information)
-        labels.append(target)
-    ignored = getattr(la, "ignore_index", None)
-    together, known = concatenate(labels), _known(informations)
-    rows = _rows(torch.cat(probs), together, la.likelihood, ignored)
-    if known is not None:
-        known = without_ignored(known, together, ignored)[0]
-    return replace(rows, information=known)
-
-
-def _with_information(answer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Probabilities, and the mutual information as a vector where the answer has it."""
-    if not isinstance(answer, tuple):
-        return _detached(answer), None
-    probs, information = answer
-    return _detached(probs), None if information is None else _detached(information).reshape(-1)
-
-
-def _known(parts: Sequence[torch.Tensor | None]) -> FloatArray | None:
-    known = [part for part in parts if part is not None]
-    return to_numpy(torch.cat(known)).astype(np.float64) if len(known) == len(parts) else None
-
-
-def _regress(la: Any, ask: Call, block: Block, options: Options) -> GaussianPredictions:
-    key, device = getattr(la, "dict_key_y", "labels"), getattr(la, "_device", None)
-    noise = np.square(np.atleast_1d(to_numpy(torch.as_tensor(la.sigma_noise)).astype(np.float64)))
-    parts = []
-    for batch in iterate_block(block, "loader", options.progress_bar):
-        x, y = split_batch(batch, key)
-        mean, variance = (_detached(part) for part in ask(to_device(x, device)))
-        targets = to_numpy(torch.as_tensor(y))
-        # Batch by batch: only the diagonals of n K×K covariances are worth keeping.
-        parts.append(_gaussian_predictions(mean, variance, targets, noise))
-    return _joined(*block.joined("answers", parts))
-
-
-def _rows(
+def class_rows(
     probs: Values, targets: np.ndarray, likelihood: Any, ignore_index: int | None = None
 ) -> ClassPredictions:
     """Predictions as rows; positions of sequences and labels that do not count are left out."""
     floor = checks.smallest_probability(probs)
-    if _name(likelihood) == "bernoulli":
+    if likelihood_name(likelihood) == "bernoulli":
         checked = checks.label_probabilities(probs)
         labels = checks.binary_labels(targets, checked.shape).reshape(-1)
         return ClassPredictions(_two_classes(checked), labels, floor, checked.shape[1], True)
@@ -301,16 +107,22 @@ def _rows(
     return ClassPredictions(rows, checks.class_labels(targets, *rows.shape), floor)
 
 
-def _from_moments(source: tuple[Any, ...], targets: np.ndarray) -> GaussianPredictions:
+def gaussian_rows(source: tuple[Any, ...], targets: np.ndarray) -> GaussianPredictions:
+    """Predictions from a pair of means and total predictive variances.
+
+    Raises:
+        TypeError: if it is no such pair.
+        ValueError: for invalid numbers.
+    """
     if len(source) != 2 or not all(isinstance(part, Values) for part in source):
         raise TypeError(
             "la_or_probs as a tuple must be (mean, variance) tensors, got "
             f"({', '.join(type(part).__name__ for part in source)})."
         )
-    return _gaussian_predictions(*source, targets, noise=None)
+    return gaussian_predictions(*source, targets, noise=None)
 
 
-def _gaussian_predictions(
+def gaussian_predictions(
     mean: Values, variance: Values, targets: np.ndarray, noise: FloatArray | None
 ) -> GaussianPredictions:
     """Predictions with observation noise variance [1] or [K] added; None: it is in there."""
@@ -353,7 +165,8 @@ def _moments(mean: Values, variance: Values) -> tuple[FloatArray, FloatArray]:
     return mu, covariance
 
 
-def _joined(parts: list[GaussianPredictions]) -> GaussianPredictions:
+def joined(parts: list[GaussianPredictions]) -> GaussianPredictions:
+    """Predictions of several batches as one."""
     epistemic = [p.epistemic_variance for p in parts if p.epistemic_variance is not None]
     return GaussianPredictions(
         mean=np.concatenate([p.mean for p in parts]),
@@ -364,72 +177,6 @@ def _joined(parts: list[GaussianPredictions]) -> GaussianPredictions:
     )
 
 
-def _likelihood(source: Any) -> str:
-    """The posterior's likelihood by name.
-
-    Raises:
-        TypeError: If `source` is no posterior.
-        ValueError: If its likelihood cannot be scored.
-    """
-    likelihood = getattr(source, "likelihood", None)
-    if isinstance(source, nn.Module) or not callable(source) or likelihood is None:
-        raise TypeError(
-            "la_or_probs must be a fitted posterior, class probabilities (samples, classes), or a "
-            f"(mean, variance) pair, got {type(source).__name__}; for a plain model pass "
-            "torch.softmax(logits, -1)."
-        )
-    name = _name(likelihood)
-    if name not in (*_WITH_LABELS, "regression"):
-        raise ValueError(
-            "likelihood must be 'classification', 'bernoulli' or 'regression' to be evaluated, got "
-            f"{name!r}; pass probabilities instead."
-        )
-    return name
-
-
-def _name(likelihood: Any) -> str:
+def likelihood_name(likelihood: Any) -> str:
+    """A likelihood by name, whether it is an enum or a string."""
     return str(getattr(likelihood, "value", likelihood))
-
-
-def _check_likelihood(source: Any, likelihood: str | None) -> None:
-    if likelihood not in (None, *_WITH_LABELS):
-        raise ValueError(
-            "likelihood must be 'classification' or 'bernoulli' beside precomputed probabilities, "
-            f"got {likelihood!r}; regression is a (mean, variance) pair."
-        )
-    if likelihood is not None and not isinstance(source, Values):
-        raise ValueError(
-            "likelihood says what precomputed probabilities are of; a posterior or a (mean, "
-            "variance) pair knows its own, so leave it out."
-        )
-
-
-def _ask(la: Any, likelihood: str, options: Options) -> Call:
-    """The posterior's predictive under the options."""
-    kwargs: dict[str, Any] = {}
-    if options.pred_type is not None:
-        kwargs["pred_type"] = options.pred_type
-    if options.positions is Positions.LAST:
-        kwargs["positions"] = options.positions
-    if likelihood in _WITH_LABELS:
-        link = options.link_approx
-        if isinstance(la, DebiasedPosterior) and options.pred_type in (None, "glm"):
-            return lambda x: informed_probabilities(la, x, link, positions=options.positions)
-        if link is None:
-            # Sampling weights leaves no other link; a link tuned for "glm" does not apply.
-            sampled = options.pred_type == "nn"
-            link = "mc" if sampled else getattr(la, "tuned_link_approx", None)
-        if link is not None:
-            kwargs["link_approx"] = link
-    elif options.link_approx is not None:
-        raise ValueError("link_approx applies to classification; leave it out for regression.")
-    return lambda x: la(x, **kwargs)
-
-
-def _model(la: Any) -> nn.Module | None:
-    model = getattr(la, "model", None)
-    return model if isinstance(model, nn.Module) else None
-
-
-def _detached(value: Any) -> torch.Tensor:
-    return torch.as_tensor(value).detach().cpu()

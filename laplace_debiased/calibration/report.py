@@ -5,14 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from laplace_debiased.calibration.asking import Options, described, predict, ranks_for
 from laplace_debiased.calibration.batches import FloatArray, IntArray, Targets
-from laplace_debiased.calibration.predictions import (
-    ClassPredictions,
-    Options,
-    described,
-    predict,
-    ranks_for,
-)
+from laplace_debiased.calibration.predictions import ClassPredictions
 from laplace_debiased.network.modes import public_call
 
 

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 
+from laplace_debiased.curvature.meeting import broadcast_shape, met_copies, met_spread
 from laplace_debiased.curvature.operations.attention import attend_apart
 from laplace_debiased.curvature.operations.call import (
     OperationCall,
@@ -42,13 +42,11 @@ from laplace_debiased.curvature.operations.call import (
 )
 from laplace_debiased.curvature.operations.plain import PlainRule
 from laplace_debiased.curvature.operations.views import Place, matrix_place, vector_place
-from laplace_debiased.curvature.tape import Meeting, SharedCall, Tape
+from laplace_debiased.curvature.tape import SharedCall, Tape
 from laplace_debiased.curvature.untouched import (
-    CONSTANT_FACTORIES,
     LIKE,
-    SPREADING,
     Untouched,
-    broadcast_shape,
+    is_spread,
     of_its_own,
     stored_view,
     writes,
@@ -170,23 +168,10 @@ class Recorder(BlockMode):
                     calls if output.requires_grad else frozenset(),
                     names if output.requires_grad else frozenset(),
                     stored,
-                    self._is_spread(name, output, found),
+                    is_spread(name, output, found, self._tape.length),
                     through or (None if stored is not None or not sources else name),
                 )
             )
-
-    def _is_spread(self, name: str, output: Tensor, found: list[Untouched]) -> bool:
-        """Whether an output's first dimension is the batch, though no sample was read."""
-        m = self._tape.length
-        if output.ndim == 0 or len(output) % m:
-            return False
-        if name in CONSTANT_FACTORIES:
-            return len(output) == m
-        if name in SPREADING and found:
-            before = found[0].tensor
-            lead = len(before) if before.ndim == output.ndim else 1
-            return lead * m == len(output) or found[0].spread
-        return any(v.spread and v.tensor.ndim and len(v.tensor) == len(output) for v in found)
 
     # -- calls of a rule's operation -----------------------------------------------------------
 
@@ -361,47 +346,14 @@ class Recorder(BlockMode):
             return tensor
         copies = None
         if shape_of is not None:
-            copies = self._copies(value, shape_of(tensor))
+            copies = met_copies(self._tape, value, shape_of(tensor))
         elif value.spread:
-            copies = self._spread(value)
+            copies = met_spread(self._tape, value)
         if copies is None:
             why = "has no rule" if shape_of is None else "does not have the batch in front"
             self.refuse(name, why, [tensor])
             return tensor
         return copies
-
-    def _copies(self, value: Untouched, shape: torch.Size) -> Tensor | None:
-        """A copy for every sample, broadcast as the tensor itself would be; None if unclear."""
-        tensor, m = value.tensor, self._tape.length
-        if not shape or shape[0] % m or tensor.ndim > len(shape):
-            return None
-        k = shape[0] // m
-        if tensor.ndim == len(shape) and len(tensor) > 1:
-            if value.spread:
-                return self._spread(value)
-            if m > 1:
-                return None
-            copies = tensor.view_as(tensor)
-            self._met(copies, tensor, value)
-            return copies
-        base = tensor.reshape((1,) * (len(shape) - tensor.ndim) + tensor.shape)
-        copies = base.expand(m, *base.shape[1:])
-        copies = copies if m > 1 else base.view_as(base)
-        self._met(copies, tensor, value)
-        return copies if k == 1 else copies.repeat_interleave(k, 0)
-
-    def _spread(self, value: Untouched) -> Tensor:
-        """What was repeated over the batch: all copies are equal, and depend on one of them."""
-        tensor = value.tensor
-        copies = tensor.view_as(tensor)
-        self._met(copies, tensor[: len(tensor) // self._tape.length], value)
-        return copies
-
-    def _met(self, copies: Tensor, base: Tensor, value: Untouched) -> None:
-        if not copies.requires_grad:  # under no_grad
-            return
-        calls = tuple(sorted(value.calls))
-        self._tape.meetings.append(Meeting(get_gradient_edge(copies), base, calls))
 
 
 @unbroken

@@ -3,20 +3,12 @@
 # ruff: noqa: SIM905  (a list of names reads better in lines than in a column)
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from laplace_debiased.network.inputs import tensors_of
-
-BROADCASTING = frozenset(
-    """add sub rsub mul div true_divide where maximum minimum fmax fmin pow addcmul addcdiv lerp
-    atan2 hypot logaddexp masked_fill scaled_dot_product_attention""".split()
-)
-"""Operations whose tensor arguments are broadcast against each other; without underscores."""
 
 SPREADING = frozenset("expand expand_as broadcast_to repeat tile repeat_interleave".split())
 CONSTANT_FACTORIES = frozenset("zeros ones full zeros_like ones_like full_like".split())
@@ -44,24 +36,6 @@ class Untouched:
     stored: Tensor | None = None
     spread: bool = False
     through: str | None = None
-
-
-def broadcast_shape(
-    name: str, args: tuple, kwargs: Mapping[str, Any]
-) -> Callable[[Tensor], torch.Size] | None:
-    """The shape that an operation broadcasts each of its arguments to; None if it does not."""
-    tensors = list(tensors_of([args, dict(kwargs)]))
-    if name == "scaled_dot_product_attention":
-        query = tensors[0].shape
-        return lambda tensor: query
-    if name in ("matmul", "rmatmul") and all(tensor.ndim > 2 for tensor in tensors):
-        lead = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in tensors))
-        return lambda tensor: torch.Size((*lead, *tensor.shape[-2:]))
-    plain = name if name in BROADCASTING or name[:1] not in ("i", "r") else name[1:]
-    if plain not in BROADCASTING:
-        return None
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-    return lambda tensor: shape
 
 
 class _Identity(torch.autograd.Function):
@@ -101,3 +75,16 @@ def stored_view(name: str, source: Untouched, output: Tensor) -> Tensor | None:
         return output if source.stored is source.tensor else None
     same = output.shape == source.tensor.shape and output.is_floating_point()
     return source.stored if name in CASTS and same else None
+
+
+def is_spread(name: str, output: Tensor, found: list[Untouched], m: int) -> bool:
+    """Whether an output's first dimension is the batch of m, though no sample was read."""
+    if output.ndim == 0 or len(output) % m:
+        return False
+    if name in CONSTANT_FACTORIES:
+        return len(output) == m
+    if name in SPREADING and found:
+        before = found[0].tensor
+        lead = len(before) if before.ndim == output.ndim else 1
+        return lead * m == len(output) or found[0].spread
+    return any(v.spread and v.tensor.ndim and len(v.tensor) == len(output) for v in found)

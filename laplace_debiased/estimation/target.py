@@ -46,6 +46,7 @@ class Target:
         last_layer: its last layer, if that alone is meant; None for all weights.
 
     Raises:
+        TypeError: for a model that is no module.
         ValueError: if the weights are cut up over processes.
     """
 
@@ -53,6 +54,8 @@ class Target:
     last_layer: LastLayer | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(self.model).__name__}.")
         object.__setattr__(self, "model", plain_network(self.model))
         check_whole(self.model)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -10,42 +9,21 @@ import torch
 from laplace.baselaplace import ParametricLaplace
 from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from laplace_debiased.checks import check_representable, checked_flag, positive_value, shortened
+from laplace_debiased.checks import check_representable, checked_flag, one_number, positive_value
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.debiasing import BiasReport, bias_report
 from laplace_debiased.errors import NotFittedError
-from laplace_debiased.estimation import (
-    Arguments,
-    Fit,
-    FitReport,
-    FitRequest,
-    Structure,
-    Target,
-    run_fit,
-)
-from laplace_debiased.estimation.checkpoint import DEFAULT_INTERVAL
+from laplace_debiased.estimation import Arguments, Fit, FitReport, FitRequest, Structure, Target
+from laplace_debiased.estimation.arguments import Backend
+from laplace_debiased.estimation.keywords import arguments_from
 from laplace_debiased.files import PathLike
-from laplace_debiased.likelihoods import (
-    LikelihoodName,
-    residual_noise,
-)
+from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.identity import ModelFingerprint
-from laplace_debiased.network.interrupts import uninterrupted
-from laplace_debiased.network.locks import model_lock
-from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.watch import ModelWatch
-from laplace_debiased.parallel import Ranks
-from laplace_debiased.posterior import drawing, predicting, priors, saving
-from laplace_debiased.posterior.predicting import (
-    checked_link,
-)
-from laplace_debiased.posterior.priors import (
-    PreparedPrecision,
-    check_prior_mean,
-)
+from laplace_debiased.posterior import fitting, predicting, priors, saving
 from laplace_debiased.predictive import Predictor
+from laplace_debiased.predictive.call import checked_link
+from laplace_debiased.predictive.prepared import PreparedPrecision
 from laplace_debiased.tuning import TuningResult
 
 if TYPE_CHECKING:
@@ -94,23 +72,35 @@ class DebiasedPosterior(_Host):
 
     def _construct(
         self,
-        arguments: Arguments,
         target: Target,
+        likelihood: str,
+        options: dict[str, Any],
         *,
+        backend: Backend | None,
+        dict_keys: tuple[str, str],
         sigma_noise: float | Tensor | str,
         prior_precision: float | Tensor,
         prior_mean: float | Tensor,
         temperature: float,
         enable_backprop: bool,
+        damping: bool = False,
     ) -> None:
-        """Set everything; to be called once, by a constructor, with checked arguments."""
+        """Check and set everything; to be called once, by a constructor."""
+        arguments = arguments_from(
+            likelihood,
+            options,
+            sigma_noise=sigma_noise,
+            dict_keys=dict_keys,
+            backend=backend,
+            damping=damping,
+            low_rank=self._takes_diagonal_prior,
+        )
         self._arguments, self._structure = arguments, self._structure_for(arguments)
         self._target, self._prepared = target, PreparedPrecision()
         self._chosen = None
         if target.is_located:
             self._chosen = self._structure.coverage(target)
             self._chosen.require(strict=arguments.strict)
-        backend = arguments.backend
         self.H_facs, self.damping = None, False
         # Not the concrete host's own: it may ask for a package that no plain install has, or copy
         # the model. Priors follow below, when it is known what is covered.
@@ -166,22 +156,6 @@ class DebiasedPosterior(_Host):
             )
         return self._coverage
 
-    def __repr__(self) -> str:
-        name, head = type(self).__name__, f"likelihood={self.likelihood!r}"
-        if self._fit is None:
-            return f"{name}({head}, not fitted)"
-        fit = self._fit
-        prior = shortened(self.prior_precision.detach(), digits=4)
-        link = ""
-        if self.likelihood not in predicting.MOMENTS:
-            link = f", link={(self.tuned_link_approx or LinkApprox.MC).value!r}"
-        time = "" if fit.report is None else f", fitted in {fit.report.seconds:.3g} s"
-        return (
-            f"{name}({head}, scheme={fit.scheme.value!r}, {fit.n_samples} of N={fit.n_data} "
-            f"samples, {fit.coverage.n_covered} parameters ({100 * fit.coverage.share:.1f} % "
-            f"covered), prior_precision={prior}{link}{time})"
-        )
-
     # -- hyper-parameters ------------------------------------------------------------------
 
     @property
@@ -196,9 +170,7 @@ class DebiasedPosterior(_Host):
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        value = torch.as_tensor(positive_value("temperature", temperature), dtype=torch.float64)
-        if value.numel() != 1:
-            raise ValueError(f"temperature must be one number; got shape {tuple(value.shape)}.")
+        value = torch.as_tensor(one_number("temperature", temperature), dtype=torch.float64)
         check_representable("temperature", value, self._dtype)
         self._temperature = float(value)
 
@@ -230,7 +202,7 @@ class DebiasedPosterior(_Host):
 
     @sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
-        value = _one_sigma(sigma_noise)
+        value = one_number("sigma_noise", sigma_noise)
         check_representable("sigma_noise", value, self._dtype)
         scale = float(torch.as_tensor(value).detach().sum())
         if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
@@ -244,7 +216,7 @@ class DebiasedPosterior(_Host):
 
     @prior_mean.setter
     def prior_mean(self, prior_mean: float | Tensor) -> None:
-        check_prior_mean(prior_mean, None if self._coverage is None else self.n_params)
+        priors.check_prior_mean(prior_mean, None if self._coverage is None else self.n_params)
         ParametricLaplace.prior_mean.fset(self, prior_mean)
 
     @property
@@ -280,89 +252,10 @@ class DebiasedPosterior(_Host):
 
     # -- fitting ---------------------------------------------------------------------------
 
-    @public_call
-    def fit(
-        self,
-        train_loader: DataLoader,
-        override: bool = True,
-        progress_bar: bool = False,
-        *,
-        magnitude_loader: DataLoader | None = None,
-        n_samples: int | str | None = "auto",
-        n_data: int | None = None,
-        seed: int = 0,
-        checkpoint: PathLike | None = None,
-        checkpoint_interval: float = DEFAULT_INTERVAL,
-    ) -> None:
-        """Estimate the curvature at the model's weights.
-
-        Args:
-            train_loader: training data; B with a ``magnitude_loader``.
-            override: replace an earlier fit; False adds to it. With ``n_samples`` further samples
-                are drawn and N stays; without, the new data extend the training set.
-            progress_bar: show every stage while it runs, and at the end ``fit_report``.
-            magnitude_loader: B̃; both loaders are then walked whole.
-            n_samples: curvature budget in all, drawn from the training set behind the loader; None
-                for everything that the loader yields. "auto", Kronecker: 256 (2,048 for a last
-                layer) where the loader can be drawn from and holds more, else everything, as with
-                ``override=False`` and ``magnitude_loader``; low rank: everything or, without a
-                ``rank``, as many samples as fit in memory (four times ``byte_budget``).
-            n_data: N, when it is not the size of the training set behind the loader; 1 for
-                per-sample means.
-            seed: seed of every draw. The global generators are left as they are.
-            checkpoint: file for what a Kronecker fit has so far. The same call goes on from there
-                after a crash, loading but not computing the batches behind it, and gives the same
-                posterior; on success the file is removed.
-            checkpoint_interval: seconds between two writes of it; 0 writes after every batch.
-
-        Raises:
-            ValueError: for bad data, budgets, a checkpoint of another fit, or arguments that
-                contradict each other.
-            NumericalError: for NaN or infinite weights, outputs or curvature.
-            CoverageError: if the forward pass shows that nothing can be covered.
-            ModelChangedError: if ``override=False`` adds to a fit at other weights.
-            An exception of the loader passes through. In all cases the earlier posterior and the
-            model are left as they were.
-        """
-        ranks = Ranks.present(self._target.device)
-        with ranks.together("fit"):
-            request = FitRequest(
-                train_loader,
-                magnitude_loader,
-                n_samples,
-                n_data,
-                seed,
-                override,
-                checked_flag("progress_bar", progress_bar) and ranks.is_first,
-                self.dict_key_y,
-                checkpoint,
-                checkpoint_interval,
-            )
-            previous = None if override else self._fit
-            fit = run_fit(
-                self._structure,
-                self._target,
-                self._arguments,
-                request,
-                previous,
-                self._chosen or self._coverage,
-                self._check_priors,
-                ranks,
-            )
-            noise = None
-            if self._arguments.residual_noise:
-                noise = residual_noise(fit.mean_loss, fit.n_outputs)
-            ranks.meet("the end of the fit")
-            with uninterrupted():
-                self._adopt(fit)
-                self._fitted_on = request
-                if noise is not None:
-                    self.sigma_noise = noise
-
-    def _check_priors(self, coverage: Coverage) -> None:
-        """Refuse a coverage that the present priors do not fit."""
-        self._check_prior(self._prior_precision, coverage)
-        check_prior_mean(self._prior_mean, coverage.n_covered)
+    fit = fitting.fit
+    bias_report = fitting.bias_report
+    __repr__ = fitting.described
+    _check_model = fitting.check_model
 
     def _adopt(self, fit: Fit, model: ModelFingerprint | None = None) -> None:
         """Take over a finished fit; what can fail comes first.
@@ -433,40 +326,9 @@ class DebiasedPosterior(_Host):
         """
         return self.fitted.report
 
-    def bias_report(self) -> BiasReport:
-        """Own-batch against other-batch curvature along the posterior's directions.
-
-        From the folds of the fit alone, no further pass.
-
-        Raises:
-            NotFittedError: before ``fit``.
-            ValueError: under ``scheme="single"``, which has no other batch.
-        """
-        fit = self.fitted
-        blocks = max((len(part.own_tops) for part in fit.comparisons), default=0)
-        names = fit.coverage.covered
-        return bias_report(fit.comparisons, names if blocks == len(names) else ("lowrank",))
-
     def _check_H_init(self) -> None:  # noqa: N802
         if self._fit is None:
             raise NotFittedError("this posterior is not fitted: call fit(train_loader) first.")
-
-    def _check_model(self) -> None:
-        """Check that the model is as it was at the fit.
-
-        Raises:
-            ModelChangedError: naming what changed.
-        """
-        if self._watch is None:
-            return
-        model = self._target.model
-        with model_lock(model), uninterrupted():
-            if self._watch.check(model):
-                # A layer may have been replaced by its equal: who refers to the old one sees none.
-                assert self._fit is not None
-                self._set_target(self._target, self._fit.coverage)
-                engine = self._structure.engine(self._target, self._fit.coverage)
-                self._predictor = self._structure.predictor(engine, self._fit)
 
     def _checked_prior(self) -> Tensor:
         """The prior precision, which may have been written to in place.
@@ -486,63 +348,20 @@ class DebiasedPosterior(_Host):
             differentiable: keep the graph of hyper-parameters that require gradients.
         """
         predictor = self.predictor
+        return self._prepared.get(
+            lambda: predictor.precision(self._H_factor, self._checked_prior()),
+            *(predictor, self.prior_precision, self.sigma_noise, self.temperature),
+            differentiable=differentiable,
+        )
 
-        def build() -> Any:
-            return predictor.precision(self._H_factor, self._checked_prior())
-
-        dependencies = predictor, self.prior_precision, self.sigma_noise, self.temperature
-        return self._prepared.get(build, *dependencies, differentiable=differentiable)
-
-    @public_call
-    def log_marginal_likelihood(
-        self,
-        prior_precision: Tensor | None = None,
-        sigma_noise: Tensor | None = None,
-    ) -> Tensor:
-        """Laplace approximation of the log marginal likelihood, differentiable in both arguments.
-
-        As in laplace-torch, values that are passed stay set; not so if they are refused.
-
-        Raises:
-            NotFittedError: before ``fit``.
-            ValueError: for values that are not positive, or a sigma in classification.
-        """
-        self._check_H_init()
-        before = self._checked_prior(), self._sigma_noise
-        if sigma_noise is not None:
-            _one_sigma(sigma_noise)
-            if self.likelihood != LikelihoodName.REGRESSION:
-                raise ValueError("sigma_noise is for likelihood='regression' only.")
-        try:
-            return super().log_marginal_likelihood(prior_precision, sigma_noise)
-        except BaseException:
-            self._prior_precision, self._sigma_noise = before
-            raise
-
-    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
-        """Log density of a weight vector [P]; before a fit under the prior, as in laplace-torch.
-
-        Args:
-            value: covered weights, flat.
-            normalized: with the normalising constant.
-
-        Raises:
-            NotFittedError: before ``fit``, while the last layer is not known.
-        """
-        if self._fit is not None:
-            return super().log_prob(value, normalized)
-        if self._coverage is None:
-            raise NotFittedError("the last layer is not known yet: call fit(train_loader) first.")
-        precision = self.prior_precision_diag
-        square = (precision * (value - self.prior_mean).square()).sum()
-        constant = precision.log().sum() - self.n_params * math.log(2 * math.pi)
-        return 0.5 * (constant - square) if normalized else -0.5 * square
+    log_marginal_likelihood = priors.log_marginal_likelihood
+    log_prob = priors.log_prob
 
     # -- prediction ------------------------------------------------------------------------
 
     __call__ = predicting.predict
-    functional_samples = drawing.functional_samples
-    predictive_samples = drawing.predictive_samples
+    functional_samples = predicting.functional_samples
+    predictive_samples = predicting.predictive_samples
     outputs_report = predicting.report_outputs
     _glm_predictive_distribution = predicting.host_moments
 
@@ -571,16 +390,3 @@ class DebiasedPosterior(_Host):
         """
         record = saving.read_posterior(path, map_location, cls.__name__)
         return saving.restored(cls, record, model, check_weights=check_weights)
-
-
-def _one_sigma(sigma_noise: Any) -> float | Tensor:
-    """The noise level, one positive number.
-
-    Raises:
-        ArgumentTypeError: if it is no number.
-        ValueError: if it is not positive and finite, or several.
-    """
-    value = positive_value("sigma_noise", sigma_noise)
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"sigma_noise must be one number; got shape {tuple(value.shape)}.")
-    return value

@@ -12,16 +12,15 @@ from laplace.utils.matrix import Kron
 from torch import Tensor, nn
 
 from laplace_debiased.checks import checked_integer
-from laplace_debiased.curvature import Coverage
-from laplace_debiased.estimation import Arguments, Fit, KronStructure, Target, posterior_factors
+from laplace_debiased.estimation import Fit, KronStructure, Target, posterior_factors
+from laplace_debiased.estimation.keywords import backend_from
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.operators import EigenKron
-from laplace_debiased.posterior.arguments import arguments_from, backend_from
 from laplace_debiased.posterior.host import DebiasedPosterior
-from laplace_debiased.posterior.predicting import check_generator
 from laplace_debiased.posterior.priors import check_kron_prior
 from laplace_debiased.predictive import KronPredictor
+from laplace_debiased.predictive.call import check_generator
 
 
 class FactorsOnDemand(Kron):
@@ -85,6 +84,8 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
     """
 
     _key = ("all", "debiased_kron")
+    _structure_for = staticmethod(KronStructure)
+    _check_prior = staticmethod(check_kron_prior)
 
     def __init__(
         self,
@@ -103,32 +104,19 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        arguments = arguments_from(
-            model,
+        self._construct(
+            Target(model),
             likelihood,
             options,
-            sigma_noise=sigma_noise,
-            dict_keys=(dict_key_x, dict_key_y),
             backend=backend_from(backend, backend_kwargs, asdl_fisher_kwargs),
-            damping=damping,
-        )
-        self._construct(
-            arguments,
-            Target(model),
+            dict_keys=(dict_key_x, dict_key_y),
             sigma_noise=sigma_noise,
             prior_precision=prior_precision,
             prior_mean=prior_mean,
             temperature=temperature,
             enable_backprop=enable_backprop,
+            damping=damping,
         )
-
-    @staticmethod
-    def _structure_for(arguments: Arguments) -> KronStructure:
-        return KronStructure(arguments)
-
-    @staticmethod
-    def _check_prior(value: object, coverage: Coverage) -> None:
-        check_kron_prior(value, coverage)
 
     def _host_curvature(self, fit: Fit, predictor: KronPredictor) -> dict[str, Any]:
         return {"H": predictor.curvature, "H_facs": FactorsOnDemand(fit)}

@@ -10,9 +10,9 @@ from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
 from laplace_debiased.estimation import LastLayer, Target
+from laplace_debiased.estimation.keywords import backend_from
 from laplace_debiased.network.last_layer import check_last_layer_name
 from laplace_debiased.options import parse_choice
-from laplace_debiased.posterior.arguments import arguments_from, backend_from
 from laplace_debiased.posterior.kron import DebiasedKronLaplace
 from laplace_debiased.posterior.lowrank import DebiasedLowRankLaplace
 
@@ -75,23 +75,18 @@ class DebiasedKronLLLaplace(DebiasedKronLaplace, KronLLLaplace):
         backend_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        arguments = arguments_from(
-            model,
+        self._construct(
+            last_layer_target(model, last_layer_name, feature_reduction),
             likelihood,
             options,
-            sigma_noise=sigma_noise,
-            dict_keys=(dict_key_x, dict_key_y),
             backend=backend_from(backend, backend_kwargs, None),
-            damping=damping,
-        )
-        self._construct(
-            arguments,
-            last_layer_target(model, last_layer_name, feature_reduction),
+            dict_keys=(dict_key_x, dict_key_y),
             sigma_noise=sigma_noise,
             prior_precision=prior_precision,
             prior_mean=prior_mean,
             temperature=temperature,
             enable_backprop=enable_backprop,
+            damping=damping,
         )
 
 
@@ -131,18 +126,12 @@ class DebiasedLowRankLLLaplace(DebiasedLowRankLaplace, LLLaplace):
         backend_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        arguments = arguments_from(
-            model,
+        self._construct(
+            last_layer_target(model, last_layer_name, feature_reduction),
             likelihood,
             options,
-            sigma_noise=sigma_noise,
-            dict_keys=(dict_key_x, dict_key_y),
             backend=backend_from(backend, backend_kwargs, None),
-            low_rank=True,
-        )
-        self._construct(
-            arguments,
-            last_layer_target(model, last_layer_name, feature_reduction),
+            dict_keys=(dict_key_x, dict_key_y),
             sigma_noise=sigma_noise,
             prior_precision=prior_precision,
             prior_mean=prior_mean,

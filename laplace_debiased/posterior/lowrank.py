@@ -10,16 +10,15 @@ from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from laplace_debiased.checks import checked_integer
-from laplace_debiased.curvature import Coverage
-from laplace_debiased.estimation import Arguments, Fit, LowRankStructure, Target
+from laplace_debiased.estimation import Fit, LowRankStructure, Target
+from laplace_debiased.estimation.keywords import backend_from
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.operators import LowRank
-from laplace_debiased.posterior.arguments import arguments_from, backend_from
 from laplace_debiased.posterior.host import DebiasedPosterior
-from laplace_debiased.posterior.predicting import check_generator
 from laplace_debiased.posterior.priors import check_low_rank_prior
 from laplace_debiased.predictive import LowRankPredictor
+from laplace_debiased.predictive.call import check_generator
 
 
 class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
@@ -59,6 +58,8 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     """
 
     _key = ("all", "debiased_lowrank")
+    _structure_for = staticmethod(LowRankStructure)
+    _check_prior = staticmethod(check_low_rank_prior)
     _takes_diagonal_prior = True
     _operator: LowRank
 
@@ -77,32 +78,18 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
         backend_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        arguments = arguments_from(
-            model,
+        self._construct(
+            Target(model),
             likelihood,
             options,
-            sigma_noise=sigma_noise,
-            dict_keys=(dict_key_x, dict_key_y),
             backend=backend_from(backend, backend_kwargs, None),
-            low_rank=True,
-        )
-        self._construct(
-            arguments,
-            Target(model),
+            dict_keys=(dict_key_x, dict_key_y),
             sigma_noise=sigma_noise,
             prior_precision=prior_precision,
             prior_mean=prior_mean,
             temperature=temperature,
             enable_backprop=enable_backprop,
         )
-
-    @staticmethod
-    def _structure_for(arguments: Arguments) -> LowRankStructure:
-        return LowRankStructure(arguments)
-
-    @staticmethod
-    def _check_prior(value: object, coverage: Coverage) -> None:
-        check_low_rank_prior(value, coverage)
 
     def _host_curvature(self, fit: Fit, predictor: LowRankPredictor) -> dict[str, Any]:
         basis = predictor.pairs.basis

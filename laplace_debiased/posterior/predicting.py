@@ -1,235 +1,53 @@
-"""Predictions of a fitted posterior: the calls of ``la(x)``, checked and answered."""
+"""Predictions of a fitted posterior: the calls of ``la(x)``, and draws of functions."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from laplace.utils.enums import LinkApprox, PredType
 from torch import Tensor
 
 from laplace_debiased.checks import checked_flag, checked_integer
-from laplace_debiased.curvature import Coverage
-from laplace_debiased.errors import NumericalError
-from laplace_debiased.estimation import Arguments, Fit, Target
-from laplace_debiased.likelihoods import InverseLink, LikelihoodName, softmax
+from laplace_debiased.estimation import Arguments, Fit
+from laplace_debiased.likelihoods import LikelihoodName, gaussian_samples
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import check_model_arguments
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import undrawn_on_failure
-from laplace_debiased.options import Positions, parse_choice
+from laplace_debiased.options import Positions
+from laplace_debiased.posterior.shell import Shell
 from laplace_debiased.predictive import (
     OutputSelection,
     OutputsReport,
     Predictive,
-    Predictor,
     outputs_report,
     resolved,
 )
+from laplace_debiased.predictive.call import (
+    MOMENTS,
+    PredictionCall,
+    check_generator,
+    checked_link,
+    checked_positions,
+    checked_pred_type,
+    inverse_link_of,
+    require_finite,
+    require_finite_outputs,
+)
+from laplace_debiased.predictive.draws import mirrored_draws
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 """What a model takes: a tensor, several, or a mapping that holds tensors."""
 
-MOMENTS = (LikelihoodName.REGRESSION, LikelihoodName.REWARD_MODELING)
-"""Likelihoods whose predictions are moments of the outputs."""
-
-NETWORKS = 100
-"""Sampled networks that a prediction averages by default."""
-
-SampledOutputs = Callable[..., Tensor]
-"""(inputs, n_samples, generator, **model_kwargs) to outputs of sampled networks [S, m, C]."""
-
-
-class Fitted(Protocol):
-    """What predictions read of a posterior."""
-
-    likelihood: str
-    enable_backprop: bool
-    tuned_link_approx: LinkApprox | None
-    mean: Tensor
-    _target: Target
-    _arguments: Arguments
-    _warned_about_link: bool
-
-    @property
-    def coverage(self) -> Coverage:
-        """Which parameters carry a posterior."""
-
-    @property
-    def fitted(self) -> Fit:
-        """The fitted curvature."""
-
-    @property
-    def predictor(self) -> Predictor:
-        """What predicts with the fitted curvature."""
-
-    @property
-    def _device(self) -> torch.device: ...
-    def sample(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
-        """Weight samples [n_samples, P]."""
-
-    def _precision(self, *, differentiable: bool) -> Any: ...
-    def _check_H_init(self) -> None: ...  # noqa: N802
-    def _check_model(self) -> None: ...
-
-
-@dataclass(frozen=True, eq=False)
-class PredictionCall:
-    """What a call of a posterior asks for.
-
-    Attributes:
-        pred_type: the linearised network, or sampled networks.
-        link: how probabilities are approximated.
-        likelihood: of the posterior.
-        joint: covariance over all samples.
-        n_samples: draws or points; None for what the kind of prediction takes by itself.
-        diagonal_output: variances in place of covariances.
-        generator: source of the draws.
-        fitting: reward modelling: probabilities of a pair in place of rewards.
-    """
-
-    pred_type: PredType
-    link: LinkApprox
-    likelihood: str
-    joint: bool = False
-    n_samples: int | None = None
-    diagonal_output: bool = False
-    generator: torch.Generator | None = None
-    fitting: bool = False
-
-    @property
-    def asks_for_moments(self) -> bool:
-        """Whether the answer is a mean and a covariance."""
-        rewards = self.likelihood == LikelihoodName.REWARD_MODELING
-        return self.likelihood in MOMENTS and not (self.fitting and rewards)
-
-    def answer(
-        self,
-        inputs: Any,
-        predictive: Predictive,
-        sampled: SampledOutputs,
-        model_kwargs: dict[str, Any],
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction.
-
-        Args:
-            inputs: model inputs.
-            predictive: the linearised network under the posterior.
-            sampled: outputs of sampled networks.
-            model_kwargs: further arguments of the sampled networks.
-
-        Raises:
-            ValueError: for a combination without an answer.
-        """
-        if self.pred_type is PredType.GLM:
-            if model_kwargs:
-                raise TypeError(
-                    f"a prediction takes no argument {next(iter(model_kwargs))!r}; further "
-                    "arguments of the model are for pred_type='nn' only."
-                )
-            if self.asks_for_moments:
-                return predictive.host_moments(
-                    inputs, joint=self.joint, diagonal_output=self.diagonal_output
-                )
-            return predictive.probabilities(
-                inputs,
-                self.link,
-                self.n_samples,
-                diagonal_output=self.diagonal_output,
-                generator=self.generator,
-            )
-        n_samples = NETWORKS if self.n_samples is None else self.n_samples
-        n_samples = checked_integer("n_samples", n_samples)
-        if self.asks_for_moments and n_samples == 1:
-            raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
-        samples = sampled(inputs, n_samples, self.generator, **model_kwargs)
-        if self.asks_for_moments:
-            return samples.mean(0), samples.var(0)
-        return predictive.inverse_link(samples).mean(0)
-
-
-def require_finite_outputs(outputs: Tensor) -> None:
-    """Check the outputs of sampled networks [S, m, ...].
-
-    Raises:
-        NumericalError: naming the first sample of the batch with NaN or infinity.
-    """
-    finite = torch.isfinite(outputs.detach()).movedim(1, 0).flatten(1).all(-1)
-    if not bool(finite.all()):
-        bad = int((~finite).nonzero()[0])
-        raise NumericalError(
-            f"outputs of sampled networks are NaN or infinite (first at sample {bad} of the "
-            "batch). Check the inputs for NaN; a larger prior_precision keeps sampled weights "
-            "closer to the trained ones."
-        )
-
-
-def require_finite(prediction: Tensor) -> None:
-    """Check a prediction [m, ...].
-
-    Raises:
-        NumericalError: naming the first row with NaN or infinity.
-    """
-    finite = (
-        torch.isfinite(prediction.detach()).flatten(1).all(-1)
-        if prediction.ndim > 1
-        else (torch.isfinite(prediction.detach()))
-    )
-    if not bool(finite.all()):
-        bad = int((~finite).nonzero()[0])
-        raise NumericalError(
-            f"the prediction is NaN or infinite (first at sample {bad} of the batch): variances "
-            "overflow. Raise prior_precision, scale the inputs, or use a model in torch.float64."
-        )
-
-
-def checked_pred_type(pred_type: PredType | str) -> PredType:
-    """The kind of prediction.
-
-    Raises:
-        ValueError: if it is neither "glm" nor "nn".
-    """
-    pred = parse_choice(PredType, pred_type, "pred_type")
-    if pred not in (PredType.GLM, PredType.NN):
-        raise ValueError("pred_type must be 'glm' or 'nn'.")
-    return pred
-
-
-def checked_link(link_approx: LinkApprox | str, likelihood: str) -> LinkApprox:
-    """The link approximation.
-
-    Raises:
-        ValueError: if it is unknown, or does not fit the likelihood.
-    """
-    link = parse_choice(LinkApprox, link_approx, "link_approx")
-    bridges = (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
-    if link in bridges and likelihood == LikelihoodName.BERNOULLI:
-        raise ValueError(
-            f"link_approx={link.value!r} is for classes that exclude each other; with "
-            "likelihood='bernoulli' use 'probit' or 'mc'."
-        )
-    return link
-
-
-def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    """Check that a generator can draw for the model.
-
-    Raises:
-        ValueError: if it is something else, or on another device.
-    """
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator) or generator.device.type != device.type:
-        raise ValueError(f"generator must be a torch.Generator on the model's device {device}.")
-
 
 @public_call
 def predict(
-    self: Fitted,
+    self: Shell,
     x: Inputs,
     pred_type: PredType | str = PredType.GLM,
     joint: bool = False,
@@ -308,7 +126,7 @@ def predict(
 
 @public_call
 def informed_probabilities(
-    self: Fitted,
+    self: Shell,
     x: Inputs,
     link_approx: LinkApprox | str | None = None,
     *,
@@ -325,7 +143,7 @@ def informed_probabilities(
     return linearised(self, at).informed_probabilities(x, link)
 
 
-def linearised(self: Fitted, positions: Positions = Positions.ALL) -> Predictive:
+def linearised(self: Shell, positions: Positions = Positions.ALL) -> Predictive:
     """The linearised network under the present hyper-parameters."""
     self._check_H_init()
     self._check_model()
@@ -351,24 +169,9 @@ def selection_of(
     return OutputSelection(chosen, positions is Positions.LAST)
 
 
-def checked_positions(positions: Positions | str, pred: PredType) -> Positions:
-    """At which positions a prediction is.
-
-    Raises:
-        ValueError: for an unknown choice, or "last" of sampled networks.
-    """
-    chosen = parse_choice(Positions, positions, "positions")
-    if chosen is Positions.LAST and pred is not PredType.GLM:
-        raise ValueError(
-            "positions='last' is for pred_type='glm'; of sampled networks take the position that "
-            "you need from the result."
-        )
-    return chosen
-
-
 @public_call
 def report_outputs(
-    self: Fitted,
+    self: Shell,
     x: Inputs,
     link_approx: LinkApprox | str | None = None,
     *,
@@ -399,14 +202,14 @@ def report_outputs(
 
 @public_call
 def host_moments(
-    self: Fitted, X: Inputs, joint: bool = False, diagonal_output: bool = False
+    self: Shell, X: Inputs, joint: bool = False, diagonal_output: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
     return linearised(self).host_moments(X, joint=joint, diagonal_output=diagonal_output)
 
 
 def sampled_outputs(
-    self: Fitted,
+    self: Shell,
     inputs: Inputs,
     n_samples: int,
     generator: torch.Generator | None,
@@ -427,12 +230,7 @@ def sampled_outputs(
     return outputs
 
 
-def inverse_link_of(likelihood: str) -> InverseLink:
-    """From outputs to probabilities."""
-    return torch.sigmoid if likelihood == LikelihoodName.BERNOULLI else softmax
-
-
-def _link(self: Fitted, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
+def _link(self: Shell, link_approx: LinkApprox | str | None, pred: PredType) -> LinkApprox:
     if link_approx is None:
         tuned = self.tuned_link_approx if pred is PredType.GLM else None
         return tuned or LinkApprox.MC
@@ -449,3 +247,85 @@ def _link(self: Fitted, link_approx: LinkApprox | str | None, pred: PredType) ->
             stacklevel=5,
         )
     return link
+
+
+@public_call
+def functional_samples(
+    self: Shell,
+    x: Inputs,
+    pred_type: PredType | str = PredType.GLM,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+    *,
+    positions: Positions | str = Positions.ALL,
+) -> Tensor:
+    """Samples of the outputs [n_samples, m, C].
+
+    With "glm" each is one function of the inputs, f + J (w_s − w): the s-th of every call with a
+    generator of the same state belongs to the same weights, whatever the batch and its size. They
+    come in pairs f ± J (w_s − w), so that the mean of an even number is f itself. A pair costs
+    about three forward passes, whatever C is.
+
+    Args:
+        self: a fitted posterior.
+        x: model inputs, m samples.
+        pred_type: "glm", the linearised network, or "nn", sampled networks.
+        n_samples: how many.
+        diagonal_output: "glm": independent draws of every output from its variance.
+        generator: source of the draws; by default torch's global one.
+        positions: of a sequence "all", or "last" as in ``__call__``.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        ModelChangedError: if the model is no longer the one of the fit.
+        ValueError: for an unknown or impossible combination.
+    """
+    self._check_H_init()
+    check_generator(generator, self._device)
+    checked_flag("diagonal_output", diagonal_output)
+    pred = checked_pred_type(pred_type)
+    last = checked_positions(positions, pred) is Positions.LAST
+    n_samples = checked_integer("n_samples", n_samples)
+    if pred is PredType.NN:
+        return sampled_outputs(self, x, n_samples, generator)
+    if diagonal_output:
+        moments = linearised(self).host_moments(x, joint=False, diagonal_output=True)
+        for part in moments:
+            require_finite(part)
+        return gaussian_samples(*moments, n_samples, generator)
+    self._check_model()
+    products = self._target.products(self.coverage, self._arguments.options.byte_budget)
+    with exact_arithmetic(self._device), undrawn_on_failure(generator, self._device):
+        deviations = (_deviation(self, generator) for _ in range((n_samples + 1) // 2))
+        outputs, found = products.along(
+            x, deviations, last_position=last, differentiable=self.enable_backprop
+        )
+    return mirrored_draws(outputs, found, n_samples)
+
+
+def _deviation(self: Shell, generator: torch.Generator | None) -> Tensor:
+    """One draw of the weights, less their mean [P].
+
+    Always drawn alone, so that none depends on how many there are.
+    """
+    with outside_inference_mode(), torch.no_grad():
+        return self.sample(1, generator).reshape(-1) - self.mean
+
+
+@public_call
+def predictive_samples(
+    self: Shell,
+    x: Inputs,
+    pred_type: PredType | str = PredType.GLM,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+    *,
+    positions: Positions | str = Positions.ALL,
+) -> Tensor:
+    """Samples after the inverse link [n_samples, m, C]; all as in ``functional_samples``."""
+    samples = functional_samples(
+        self, x, pred_type, n_samples, diagonal_output, generator, positions=positions
+    )
+    return samples if self.likelihood in MOMENTS else inverse_link_of(self.likelihood)(samples)

@@ -1,37 +1,33 @@
-"""Priors: what fits a posterior, the precision prepared for them, and their choice."""
+"""Priors: what fits a posterior, their evidence, and their choice."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 import torchmetrics
+from laplace.baselaplace import ParametricLaplace
 from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMethod
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_debiased.checks import checked_flag, shortened
+from laplace_debiased.checks import checked_flag, one_number, shortened
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.errors import ArgumentTypeError
-from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target
+from laplace_debiased.errors import ArgumentTypeError, NotFittedError
 from laplace_debiased.estimation.plan import training_sample
 from laplace_debiased.likelihoods import LikelihoodName
-from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.interrupts import unbroken, uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.options import Positions
 from laplace_debiased.parallel import Ranks
-from laplace_debiased.posterior.predicting import (
-    checked_link,
-    checked_positions,
-    checked_pred_type,
-    selection_of,
-)
-from laplace_debiased.predictive import Predictor
-from laplace_debiased.tuning import PriorGrid, Subject, TuningResult, Validation
+from laplace_debiased.posterior.predicting import selection_of
+from laplace_debiased.posterior.shell import Shell
+from laplace_debiased.predictive.call import checked_link, checked_positions, checked_pred_type
+from laplace_debiased.tuning import PriorGrid, Subject, Validation
 from laplace_debiased.tuning.call import TuningCall, by_evidence, tuning_method
 from laplace_debiased.tuning.training import N_SAMPLES, warn_if_harmful
 
@@ -100,91 +96,57 @@ def check_prior_mean(value: object, n_params: int | None) -> None:
         )
 
 
-class PreparedPrecision:
-    """The posterior precision under the present hyper-parameters, built once for all predictions.
+@public_call
+def log_marginal_likelihood(
+    self: Shell,
+    prior_precision: Tensor | None = None,
+    sigma_noise: Tensor | None = None,
+) -> Tensor:
+    """Laplace approximation of the log marginal likelihood, differentiable in both arguments.
 
-    It is built anew when one of them is another object or was written to in place, and not kept at
-    all where one requires gradients: a kept one would carry a graph that the first backward pass
-    frees.
+    As in laplace-torch, values that are passed stay set; not so if they are refused.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        ValueError: for values that are not positive, or a sigma in classification.
     """
-
-    def __init__(self) -> None:
-        self._kept: tuple[tuple[Any, ...], Any] | None = None
-
-    def get(self, build: Callable[[], Any], *dependencies: Any, differentiable: bool) -> Any:
-        """The precision, from ``build`` unless it is kept from a call with the same dependencies.
-
-        Args:
-            build: makes it.
-            dependencies: the hyper-parameters, and the curvature itself.
-            differentiable: whether the graph of hyper-parameters that require gradients counts.
-        """
-        tensors = [value for value in dependencies if isinstance(value, Tensor)]
-        if differentiable and any(tensor.requires_grad for tensor in tensors):
-            return build()
-        key = (*dependencies, *(_version(tensor) for tensor in tensors))
-        if self._kept is None or not all(map(_same, self._kept[0], key)):
-            # Kept beyond a caller's inference mode, whose tensors autograd could not use later.
-            with outside_inference_mode(), torch.no_grad():
-                self._kept = key, build()
-        return self._kept[1]
+    self._check_H_init()
+    before = self._checked_prior(), self._sigma_noise
+    if sigma_noise is not None:
+        one_number("sigma_noise", sigma_noise)
+        if self.likelihood != LikelihoodName.REGRESSION:
+            raise ValueError("sigma_noise is for likelihood='regression' only.")
+    try:
+        return ParametricLaplace.log_marginal_likelihood(self, prior_precision, sigma_noise)
+    except BaseException:
+        self._prior_precision, self._sigma_noise = before
+        raise
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def log_prob(self: Shell, value: Tensor, normalized: bool = True) -> Tensor:
+    """Log density of a weight vector [P]; before a fit under the prior, as in laplace-torch.
 
+    Args:
+        self: a posterior.
+        value: covered weights, flat.
+        normalized: with the normalising constant.
 
-def _same(one: Any, two: Any) -> bool:
-    numbers = isinstance(one, int | float) and isinstance(two, int | float)
-    return one == two if numbers else one is two
-
-
-class Tunable(Protocol):
-    """What the choice of a prior reads and writes of a posterior."""
-
-    likelihood: str
-    dict_key_y: str
-    params: list[Tensor]
-    mean: Tensor
-    prior_precision: Tensor
-    sigma_noise: Tensor
-    tuning_result: TuningResult | None
-    tuned_link_approx: LinkApprox | None
-    _arguments: Arguments
-    _fitted_on: FitRequest | None
-    _structure: Structure
-    _target: Target
-    _prior_precision: Tensor
-    _warned_about_link: bool
-    _takes_diagonal_prior: ClassVar[bool]
-
-    @property
-    def fitted(self) -> Fit:
-        """The fitted curvature."""
-
-    @property
-    def predictor(self) -> Predictor:
-        """What predicts with the fitted curvature."""
-
-    @property
-    def _H_factor(self) -> Tensor: ...  # noqa: N802
-    @property
-    def _device(self) -> torch.device: ...
-    @property
-    def _dtype(self) -> torch.dtype: ...
-    def _check_H_init(self) -> None: ...  # noqa: N802
-    def _check_model(self) -> None: ...
-    def _precision(self, *, differentiable: bool) -> Any: ...
-    def log_marginal_likelihood(self) -> Tensor:
-        """The evidence of the present hyper-parameters."""
-
-    def __call__(self, x: Any, **kwargs: Any) -> Any:
-        """The posterior predictive."""
+    Raises:
+        NotFittedError: before ``fit``, while the last layer is not known.
+    """
+    if self._fit is not None:
+        return ParametricLaplace.log_prob(self, value, normalized)
+    if self._coverage is None:
+        raise NotFittedError("the last layer is not known yet: call fit(train_loader) first.")
+    precision = self.prior_precision_diag
+    square = (precision * (value - self.prior_mean).square()).sum()
+    constant = precision.log().sum() - self.n_params * math.log(2 * math.pi)
+    return 0.5 * (constant - square) if normalized else -0.5 * square
 
 
 @public_call
 def optimize_prior_precision(
-    self: Tunable,
+    self: Shell,
     pred_type: PredType | str = PredType.GLM,
     method: TuningMethod | str | None = None,
     n_steps: int = 100,
@@ -308,7 +270,7 @@ _LINKS = LinkApprox.MC, LinkApprox.PROBIT
 
 
 def _links(
-    self: Tunable, link_approx: LinkApprox | str | None, pred: PredType
+    self: Shell, link_approx: LinkApprox | str | None, pred: PredType
 ) -> tuple[LinkApprox, ...]:
     """The links that a tuning may choose from."""
     given = None if link_approx is None else checked_link(link_approx, self.likelihood)
@@ -317,7 +279,7 @@ def _links(
     return _LINKS if given is None else (given,)
 
 
-def subject_of(self: Tunable, positions: Positions = Positions.ALL) -> Subject:
+def subject_of(self: Shell, positions: Positions = Positions.ALL) -> Subject:
     """What a tuning sees of the posterior, at some positions of sequences."""
     sigma = float(torch.as_tensor(self.sigma_noise).detach())
     return Subject(
@@ -335,13 +297,13 @@ def subject_of(self: Tunable, positions: Positions = Positions.ALL) -> Subject:
     )
 
 
-def _evidence(self: Tunable, prior: Tensor) -> Tensor:
+def _evidence(self: Shell, prior: Tensor) -> Tensor:
     """Log marginal likelihood of a prior precision; the posterior keeps its own."""
     with _prior_set_to(self, prior):
         return self.log_marginal_likelihood()
 
 
-def _warn_if_harmful(self: Tunable, prior: Tensor) -> None:
+def _warn_if_harmful(self: Shell, prior: Tensor) -> None:
     """Look at what a prior of the marginal likelihood does to training samples, if they are known.
 
     A posterior from a file knows none, and sampled rewards have no likelihood to compare.
@@ -356,7 +318,7 @@ def _warn_if_harmful(self: Tunable, prior: Tensor) -> None:
 
 
 def _sampled_at(
-    self: Tunable, prior: float, inputs: Any, n_samples: int, generator: torch.Generator
+    self: Shell, prior: float, inputs: Any, n_samples: int, generator: torch.Generator
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Prediction of sampled networks under another prior."""
     with _prior_set_to(self, torch.tensor(prior, dtype=torch.float64)):
@@ -370,7 +332,7 @@ def _sampled_at(
 
 
 @unbroken
-def _prior_set_to(self: Tunable, prior: Tensor) -> Iterator[None]:
+def _prior_set_to(self: Shell, prior: Tensor) -> Iterator[None]:
     before = self._prior_precision
     try:
         self.prior_precision = prior

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from laplace_debiased.errors import StoredFileError
-from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target
+from laplace_debiased.estimation.keywords import RESIDUAL
 from laplace_debiased.files import PathLike, read_record, write_record
-from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.substitution import substituted
 from laplace_debiased.parallel import Ranks
 from laplace_debiased.posterior import state
-from laplace_debiased.posterior.arguments import RESIDUAL
+from laplace_debiased.posterior.shell import Shell
 
 KIND = "laplace_debiased posterior"
 FORMAT_VERSION = 1
@@ -33,36 +32,8 @@ RETIRED = {"ratio_step": False, "weight_sharing": "expand"}
 """Options that files of earlier versions hold, with the one value that means what is done now."""
 
 
-class Stored(Protocol):
-    """What files and copies read and write of a posterior."""
-
-    likelihood: str
-    _arguments: Arguments
-    _structure: Structure
-    _target: Target
-    _fit: Fit | None
-    _fitted_on: FitRequest | None
-
-    @property
-    def fitted(self) -> Fit:
-        """The fitted curvature."""
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the likelihood."""
-
-    @property
-    def enable_backprop(self) -> bool:
-        """Whether predictions stay differentiable."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a posterior needs beside its model."""
-
-    def _adopt(self, fit: Fit, model: ModelFingerprint | None = None) -> None: ...
-
-
 @public_call
-def state_dict(self: Stored) -> dict[str, Any]:
+def state_dict(self: Shell) -> dict[str, Any]:
     """Everything that a posterior needs beside its model: tensors and plain values only.
 
     Raises:
@@ -77,9 +48,7 @@ def state_dict(self: Stored) -> dict[str, Any]:
 
 
 @public_call
-def load_state_dict(
-    self: Stored, state_dict: dict[str, Any], *, check_weights: bool = True
-) -> None:
+def load_state_dict(self: Shell, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
     """Restore :meth:`state_dict`.
 
     Args:
@@ -113,7 +82,7 @@ def load_state_dict(
 
 
 @public_call
-def save(self: Stored, path: PathLike) -> None:
+def save(self: Shell, path: PathLike) -> None:
     """Write the posterior with all its options to a file; the model is saved by its owner.
 
     The file holds tensors and plain values only. It is written beside ``path`` first and then
@@ -136,7 +105,7 @@ def save(self: Stored, path: PathLike) -> None:
             write_record(path, KIND, FORMAT_VERSION, payload)
 
 
-def reduced(self: Stored) -> tuple[Any, ...]:
+def reduced(self: Shell) -> tuple[Any, ...]:
     """How a posterior is copied and pickled."""
     kind, model, arguments = type(self), self._target.model, constructor_arguments(self)
     if self._fit is not None:
@@ -145,7 +114,7 @@ def reduced(self: Stored) -> tuple[Any, ...]:
     return unfitted, (kind, model, start | arguments)
 
 
-def constructor_arguments(self: Stored) -> dict[str, Any]:
+def constructor_arguments(self: Shell) -> dict[str, Any]:
     """Arguments that construct this posterior's like; what a state holds is not among them."""
     arguments, target = self._arguments, self._target
     backend, options = arguments.backend, arguments.options

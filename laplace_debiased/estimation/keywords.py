@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, SupportsIndex, cast
 
 from laplace.curvature.curvature import CurvatureInterface
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.estimation.arguments import Arguments, Backend
@@ -37,7 +37,6 @@ _ENUMS: dict[str, type[Enum]] = {
 
 
 def arguments_from(
-    model: nn.Module,
     likelihood: object,
     given: Mapping[str, Any],
     *,
@@ -50,7 +49,6 @@ def arguments_from(
     """Check and complete a posterior's arguments.
 
     Args:
-        model: the network.
         likelihood: one of :class:`LikelihoodName`.
         given: further options by name.
         sigma_noise: σ, or "residual".
@@ -60,11 +58,9 @@ def arguments_from(
         low_rank: whether the structure is low rank.
 
     Raises:
-        TypeError: for a model that is no module, or an unknown option.
+        TypeError: for an unknown option.
         ValueError: for values out of range or options that contradict each other.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     if checked_flag("damping", damping):
         raise ValueError(
             "damping=True is not supported: the eigenvalue tables are no products of factors that "
