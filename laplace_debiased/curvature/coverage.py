@@ -214,14 +214,14 @@ def parametrisations(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def host_coverage(model: nn.Module) -> tuple[Coverage, tuple[HostLayer, ...]]:
+def host_coverage(model: nn.Module) -> tuple[Coverage, tuple[Layer, ...]]:
     """Which parameters laplace-torch's own backends get right, and the layers that own them.
 
     Linear layers, and 2-d convolutions without groups, whose weights belong to no other layer.
     """
     owners = _owners(model)
     excluded: dict[str, str] = {}
-    layers: dict[str, HostLayer] = {}
+    layers: dict[str, Layer] = {}
     for name, parameter in model.named_parameters():
         places = owners[id(parameter)]
         module_name, module, attribute = places[0]
@@ -233,9 +233,9 @@ def host_coverage(model: nn.Module) -> tuple[Coverage, tuple[HostLayer, ...]]:
         if reason is not None:
             excluded[name] = reason
         else:
-            before = layers.get(module_name, HostLayer(module_name, module))
+            before = layers.get(module_name, Layer(module_name, module))
             values = {"weight": before.weight, "bias": before.bias, attribute: name}
-            layers[module_name] = HostLayer(module_name, module, **values)
+            layers[module_name] = Layer(module_name, module, **values)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     covered = tuple(name for name in sizes if name not in excluded)
     coverage = Coverage(covered, MappingProxyType(excluded), MappingProxyType(sizes))
@@ -243,8 +243,8 @@ def host_coverage(model: nn.Module) -> tuple[Coverage, tuple[HostLayer, ...]]:
 
 
 @dataclass(frozen=True, eq=False)
-class HostLayer:
-    """A layer that a laplace-torch backend covers.
+class Layer:
+    """A layer by name, with those of its parameters that are covered.
 
     Attributes:
         name: its qualified name.

@@ -10,6 +10,7 @@ import torch
 from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
 
+from laplace_debiased.curvature.coverage import Layer
 from laplace_debiased.curvature.linear_head import check_linear_head
 from laplace_debiased.curvature.operations import (
     LinearRule,
@@ -37,20 +38,10 @@ from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
-    """A network's last layer.
+class Head(Layer):
+    """A network's last layer."""
 
-    Attributes:
-        name: its qualified name.
-        module: the layer.
-        weight: name of its weight, if that is covered.
-        bias: name of its bias, if that is covered.
-    """
-
-    name: str
     module: nn.Linear
-    weight: str | None
-    bias: str | None
 
     def call(self, features: Tensor, rule: OperationRule) -> OperationCall:
         """The layer's call on features [m, D]."""

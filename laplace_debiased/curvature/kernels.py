@@ -29,17 +29,6 @@ def input_covariance(a: Tensor, weights: Tensor | None = None) -> Tensor:
     return scaled.T @ flat
 
 
-def output_covariance(g: Tensor) -> Tensor:
-    """Sum over samples, columns and positions, Σ_{n,r,t} g gᵀ [D_out, D_out].
-
-    Args:
-        g: back-propagated columns [m, R, T, D_out], scaled by the square root of their sample's
-            weight where samples have weights.
-    """
-    flat = g.reshape(-1, g.shape[-1])
-    return flat.T @ flat
-
-
 def weight_gradients(a: Tensor, g: Tensor) -> Tensor:
     """G_{n,r} = Σ_t g_{n,r,t} a_{n,t}ᵀ [m, R, D_out, D_in]."""
     m, columns, positions, outs = g.shape
@@ -97,15 +86,3 @@ def weight_curvature(
         return (outputs * coefficients.unsqueeze(-1)).T @ inputs
     squares = rotated_gradients(a, g, output_basis, input_basis).square().sum(1)
     return torch.tensordot(coefficients, squares, dims=1)
-
-
-def bias_curvature(g: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor:
-    """Σ_n c_n Σ_r (u_iᵀ Σ_t g_{n,r,t})² [D_out].
-
-    Args:
-        g: back-propagated columns [m, R, T, D_out].
-        basis: U_b [D_out, D_out].
-        coefficients: c [m].
-    """
-    rotated = (g.sum(2) @ basis).square().sum(1)
-    return coefficients.to(g.dtype) @ rotated

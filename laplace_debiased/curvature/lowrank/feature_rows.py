@@ -47,7 +47,3 @@ class FeatureRowPass(RowPass):
             outputs, features = outputs.detach(), features.detach()
         dtype = self.network.dtype
         return outputs.to(dtype), features.to(dtype)
-
-    def _measure(self, sample: Any) -> tuple[int, int]:
-        features = self._features(sample, False)[1]
-        return features.numel(), 0
