@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.curvature.inspection import MISMATCH
 from laplace_debiased.data import CurvaturePlan, PoolScores, Supply
 from laplace_debiased.data.loaders import is_indexable
 from laplace_debiased.estimation.arguments import Arguments
@@ -19,6 +20,7 @@ from laplace_debiased.estimation.checkpoint import FitCheckpoint
 from laplace_debiased.estimation.plan import (
     Scorer,
     first_inputs_of_loader,
+    first_inputs_of_plan,
     make_plan,
     supply_for,
 )
@@ -33,6 +35,7 @@ from laplace_debiased.network.inputs import tensors_of
 from laplace_debiased.network.last_layer import found_last_layer
 from laplace_debiased.network.outputs import check_weights
 from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.network.probe import Probe
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.network.watch import Writes
 from laplace_debiased.network.wrappers import check_whole
@@ -109,6 +112,7 @@ def run_fit(
         _check_size(request.n_data, plan)
         try:
             coverage = _inspected(structure, engine, target, plan, coverage, ranks)
+            probe = _probed(target, plan, coverage)
         finally:  # what writes to itself looks stochastic, or like other things
             writes.check()
         coverage.require(strict=arguments.strict)
@@ -138,7 +142,7 @@ def run_fit(
         if kept is not None:
             ranks.meet("the end of the checkpoint")
             kept.remove()
-    return replace(fit, report=clock.report())
+    return replace(fit, report=clock.report(), probe=probe)
 
 
 def _scored_anew(indices: Tensor, score: Callable[[], PoolScores]) -> PoolScores:
@@ -171,6 +175,14 @@ def _inspected(
     for excluded, theirs in ranks.gathered("coverage", (dict(own.excluded), own.general)):
         coverage, general = coverage.without(excluded), general | theirs
     return replace(coverage, general=general - coverage.excluded.keys())
+
+
+def _probed(target: Target, plan: CurvaturePlan, coverage: Coverage) -> Probe | None:
+    """A sample of the first batch and its outputs; None where this rank has none."""
+    inputs = first_inputs_of_plan(plan)
+    if inputs is None:
+        return None
+    return Probe.of(target.model, inputs, may_mix=MISMATCH in coverage.excluded.values())
 
 
 def _same_plan(

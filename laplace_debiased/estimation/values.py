@@ -14,6 +14,7 @@ from laplace_debiased.debiasing import Comparison
 from laplace_debiased.errors import ModelChangedError
 from laplace_debiased.estimation.report import FitReport
 from laplace_debiased.network.identity import ModelFingerprint
+from laplace_debiased.network.probe import Probe
 from laplace_debiased.options import Scheme
 
 
@@ -56,6 +57,7 @@ class Fit:
             where it was not computed.
         last_layer: name of the layer, where the fit is of a last layer.
         report: where its time went; None for a fit that was read from a state.
+        probe: a sample and its outputs; None for a fit that was read from a state.
     """
 
     curvature: Any
@@ -71,6 +73,7 @@ class Fit:
     effective_samples: float | None = None
     last_layer: str | None = None
     report: FitReport | None = None
+    probe: Probe | None = None
 
 
 def check_same_model(fit: Fit, present: ModelFingerprint) -> None:

@@ -59,15 +59,21 @@ def check_repeatable(outputs: Tensor, again: Tensor) -> None:
     Raises:
         ValueError: if they do not.
     """
-    outputs, again = outputs.detach(), again.detach()
-    tolerance = max(_REPEATABLE, torch.finfo(outputs.dtype).eps ** 0.5)
-    difference = (outputs - again).abs().max()
-    if bool(difference > tolerance * (1 + outputs.abs().max())):
+    difference = largest_difference(outputs, again)
+    if difference is not None:
         raise ValueError(
-            f"the outputs of the same samples differ by {float(difference):.2g} between two "
+            f"the outputs of the same samples differ by {difference:.2g} between two "
             "forward passes in evaluation mode: the model is stochastic, and has no curvature at "
             "its weights. Apply noise and dropout only where self.training is true."
         )
+
+
+def largest_difference(outputs: Tensor, again: Tensor) -> float | None:
+    """The largest difference between outputs of one shape; None if it may be round-off."""
+    outputs, again = outputs.detach(), again.detach()
+    tolerance = max(_REPEATABLE, torch.finfo(outputs.dtype).eps ** 0.5)
+    difference = (outputs - again).abs().max()
+    return float(difference) if difference > tolerance * (1 + outputs.abs().max()) else None
 
 
 def checked_model(model: object) -> nn.Module:

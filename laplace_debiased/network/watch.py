@@ -19,6 +19,7 @@ from laplace_debiased.network.identity import (
     module_kinds,
     named_tensors,
 )
+from laplace_debiased.network.probe import Probe
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VERSION = attrgetter("_version")
@@ -100,16 +101,18 @@ class ModelWatch:
 
     Args:
         reference: fingerprint of the weights at the fit.
+        probe: a sample and its outputs at the fit. It is run again after any doubt: a hook, a
+            function or an attribute that is another, weights that were loaded again.
     """
 
-    def __init__(self, reference: ModelFingerprint) -> None:
-        self.reference = reference
+    def __init__(self, reference: ModelFingerprint, probe: Probe | None = None) -> None:
+        self.reference, self.probe = reference, probe
         self._glance: _Glance | None = None
         self._attributes: list[int] | None = None
 
-    def __reduce__(self) -> tuple[type[ModelWatch], tuple[ModelFingerprint]]:
+    def __reduce__(self) -> tuple[type[ModelWatch], tuple[Any, ...]]:
         # A copy belongs to copied tensors, at other addresses.
-        return type(self), (self.reference,)
+        return type(self), (self.reference, self.probe)
 
     def check(self, model: nn.Module) -> bool:
         """Check that the model's weights are those of the fit.
@@ -129,12 +132,23 @@ class ModelWatch:
                 return False
             now = replace(self.reference, kinds=module_kinds(model))
             self._refuse(self.reference.differences(now))
-            self._attributes = attributes
+            self._compare_outputs(model)
+            self._attributes = _plain_attributes(model)
             return False
         changes = self.reference.differences(fingerprint(model))
         self._refuse(changes)
+        self._compare_outputs(model)
         self._glance, self._attributes = _glance_at(model), _plain_attributes(model)
         return True
+
+    def _compare_outputs(self, model: nn.Module) -> None:
+        difference = None if self.probe is None else self.probe.difference(model)
+        if difference is not None:
+            change = (
+                f"at equal weights its outputs for a sample of the fit differ by {difference:.2g} "
+                "(a hook, a function or an attribute is another)"
+            )
+            self._refuse((change,))
 
     def _refuse(self, changes: tuple[str, ...]) -> None:
         if not changes:
@@ -152,13 +166,32 @@ _OWN = frozenset({"training", *vars(nn.Module()).keys()})
 
 
 def _plain_attributes(model: nn.Module) -> list[int]:
-    """Which objects the modules' own attributes are; an equal one that is another only costs."""
-    return [
-        id(value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if name not in _OWN
-    ]
+    """Which objects the modules' attributes, hooks and functions are.
+
+    Of containers what is in them, of tensors also their versions. An equal one that is another
+    only costs.
+    """
+    found: list[int] = []
+    for module in model.modules():
+        kind = type(module)
+        found += (id(kind), id(kind.forward), *map(id, module._forward_hooks.values()))
+        found += map(id, module._forward_pre_hooks.values())
+        for name, value in vars(module).items():
+            if name not in _OWN:
+                found += _parts(value)
+    return found
+
+
+_MOST_PARTS = 64
+"""Entries of a container beyond which it is looked at as one."""
+
+
+def _parts(value: Any) -> list[int]:
+    if isinstance(value, Tensor):
+        return [id(value), _version(value)]
+    if isinstance(value, list | tuple | dict) and len(value) <= _MOST_PARTS:
+        return [id(value), *map(id, value.values() if isinstance(value, dict) else value)]
+    return [id(value)]
 
 
 def _registered(registers: tuple[dict[str, Any], ...]) -> Iterator[Any]:

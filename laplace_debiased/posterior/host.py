@@ -269,7 +269,7 @@ class DebiasedPosterior(_Host):
         mean, curvature = target.mean(fit.coverage), self._host_curvature(fit, predictor)
         self._set_target(target, fit.coverage)
         self._fit, self._predictor = fit, predictor
-        self._watch = ModelWatch(fit.model if model is None else model)
+        self._watch = ModelWatch(fit.model if model is None else model, fit.probe)
         for name, value in curvature.items():
             setattr(self, name, value)
         self.mean = mean

@@ -101,9 +101,10 @@ ELSEWHERE = (
         "tests/posterior/test_changed_model.py",
     ),
     TestedElsewhere(
-        "another function at equal weights: an activation, a module's settings, a patched forward",
+        "another function at equal weights: an activation, a module's settings, a patched forward; "
+        "a hook or an attribute that changes the outputs of a sample of the fit",
         "ModelChangedError",
-        ("the module",),
+        ("the module, or how far the outputs differ",),
         "tests/posterior/test_changed_function.py",
     ),
     TestedElsewhere(
@@ -111,6 +112,24 @@ ELSEWHERE = (
         "KeyboardInterrupt",
         (),
         "tests/interrupts/test_interrupts.py",
+    ),
+    TestedElsewhere(
+        "an integer or boolean parameter before all others",
+        "none: the posterior is of the first real one's dtype",
+        (),
+        "tests/network/test_integers.py",
+    ),
+    TestedElsewhere(
+        "a model that mixes the samples of a batch, or only of larger ones",
+        "ValueError",
+        ("how far a sample's outputs differ",),
+        "tests/network/test_mixing.py",
+    ),
+    TestedElsewhere(
+        "spectral norm in training mode",
+        "none: its buffers are as they were",
+        (),
+        "tests/posterior/test_untouched.py",
     ),
     TestedElsewhere(
         "memory that runs out, on a GPU or on the CPU, at any operation of any call",

@@ -170,6 +170,13 @@ ROWS = [
         "torch.float32",
     ),
     data("labels of shape (m, 1)", lambda x, y: (x, y[:, None]), "ValueError", "(5, 1)"),
+    batches(
+        "labels that equal `input_ids`, as for a causal language model",
+        lambda w: dict.fromkeys(("input_ids", "labels"), torch.arange(15).reshape(5, 3)),
+        "ValueError",
+        "shifts such labels",
+        "ignore_index=-100",
+    ),
     data(
         "one label for a sequence",
         lambda x, y: (x, y[:, 0]),

@@ -47,8 +47,12 @@ TAIL = """
 
 * After the fit, an entry of a weight that is written through `.data` or a numpy view without
   touching the largest one of its tensor (`with torch.no_grad(): weight[...] = value` is noticed);
-  forward hooks that change outputs; attributes that a module of yours does not print
-  (`extra_repr`). Call `fit` again after such a change.
+  a hook, a function or an attribute that changes no output of one sample of the fit by more than
+  1e-3 of the largest; what lies deeper in an attribute than the entries of a list or dictionary.
+  Call `fit` again after such a change.
+* Where a file is loaded: hooks, attributes and settings. A posterior from a file knows the
+  names and classes of the modules and all weights, but no sample.
+* Samples that a model mixes only in batches of more than 16.
 * An overlap of `batch` and `other_batch` of a profile: the two are taken for independent.
 * Labels of a causal language model that come as pairs `(batch, labels)` are taken as they are.
 * A parameter that a scripted function or another library's C++ code reads keeps its trained value

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace, directional_profile
 from laplace_debiased.checks import checked_integer, generator_seed
@@ -118,3 +120,25 @@ def test_any_seed_starts_a_low_rank_fit_by_lanczos(seed: int) -> None:
     la = DebiasedLaplace(p.model, hessian_structure="lowrank", **options)
     la.fit(p.loader(), n_samples=None, seed=seed)
     assert la.rank == 2
+
+
+class Indexed(nn.Sequential):
+    """A network whose first parameter is no real one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(nn.Linear(4, 3))
+        self._parameters = {
+            "index": nn.Parameter(torch.ones(2).to(dtype), requires_grad=False),
+            **self._parameters,
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_parameter_that_is_no_real_one_gives_no_dtype(dtype: torch.dtype) -> None:
+    model = Indexed(dtype).double()
+    assert next(model.parameters()).dtype == dtype
+    la = DebiasedLaplace(model, prior_precision=0.7)
+    x = torch.randn(12, 4, dtype=torch.float64)
+    la.fit(DataLoader(TensorDataset(x, torch.arange(12) % 3)))
+    assert la.prior_precision.tolist() == [0.7]
+    assert la.mean.dtype == la(x).dtype == torch.float64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,37 @@ def test_samples_that_mix_are_found_at_any_batch_size(kind: type[Centred], size:
     low_rank = DebiasedLaplace(model, hessian_structure="lowrank")
     with untouched(model), pytest.raises(ValueError, match="when another joins its batch"):
         low_rank.fit(loader, n_samples=None)
+
+
+class Crowded(Centred):
+    """Mixes samples where there are more than two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if len(x) > 2 else self.head(torch.tanh(self.first(x)))
+
+
+class Scaled(Centred):
+    """Scales by the largest entry of a batch, which may well be another sample's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.head(hidden / hidden.detach().abs().max())
+
+
+@pytest.mark.parametrize("options", [{}, {"hessian_structure": "lowrank"}])
+@pytest.mark.parametrize("kind", [Crowded, Scaled])
+def test_samples_that_mix_in_larger_batches_only(kind: type[Centred], options: Any) -> None:
+    model = kind()
+    la = DebiasedLaplace(model, **options)
+    mixes = "mixes the samples of a batch|when another joins its batch"
+    with untouched(model), pytest.raises(ValueError, match=mixes):
+        la.fit(DataLoader(TensorDataset(X, Y), batch_size=8))
+
+
+def test_a_backbone_that_mixes_samples_is_found_for_a_last_layer() -> None:
+    la = DebiasedLaplace(Centred(), subset_of_weights="last_layer")
+    with pytest.raises(ValueError, match="mixes the samples of a batch"):
+        la.fit(DataLoader(TensorDataset(X, Y), batch_size=8))
 
 
 @pytest.mark.parametrize("structure", ["kron", "lowrank"])

@@ -23,10 +23,11 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.calls, self.latest = 0, None
+        self.scale, self.shifts, self.constant = 1.0, [0.0], torch.zeros(3)
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls, self.latest = self.calls + 1, x
-        return x
+        return self.scale * x + self.shifts[0] + self.constant
 
 
 def network() -> nn.Sequential:
@@ -57,7 +58,33 @@ def patched(model: nn.Sequential) -> None:
     model[2].forward = lambda x: 3 * x
 
 
+def hooked(model: nn.Sequential) -> None:
+    model[2].register_forward_hook(lambda module, inputs, output: 3 * output)
+
+
+def hooked_before(model: nn.Sequential) -> None:
+    model[2].register_forward_pre_hook(lambda module, inputs: (3 * inputs[0],))
+
+
+def other_attribute(model: nn.Sequential) -> None:
+    model[5].scale = 3.0  # type: ignore[assignment]
+
+
+def other_entry(model: nn.Sequential) -> None:
+    model[5].shifts[0] = 1.0  # type: ignore[index,operator]
+
+
+def written_attribute(model: nn.Sequential) -> None:
+    model[5].constant.add_(1.0)  # type: ignore[operator,union-attr]
+
+
+OUTPUTS = "at equal weights its outputs for a sample of the fit differ"
 CHANGES = {
+    hooked: OUTPUTS,
+    hooked_before: OUTPUTS,
+    other_attribute: OUTPUTS,
+    other_entry: OUTPUTS,
+    written_attribute: OUTPUTS,
     other_activation: r"module '2' is Tanh \(\) and not LeakyReLU",
     other_slope: r"negative_slope=0.5",
     other_eps: r"eps=0.1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -162,3 +163,17 @@ def test_guard_notices_each_kind_of_change(model, untouched) -> None:
     for change in changes:
         with pytest.raises(AssertionError, match="changed"), untouched(model):
             change()
+
+
+def test_spectral_norm_in_training_mode_keeps_its_buffers() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5))
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3)).train()
+    before = copy.deepcopy(model.state_dict())
+    la = DebiasedKronLaplace(model, "classification")
+    x = torch.randn(12, 4)
+    for _ in range(2):  # constructed, and then fitted and used
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert model.training
+        assert layer.training
+        la.fit(DataLoader(TensorDataset(x, torch.arange(12) % 3)))
+        la(x)
