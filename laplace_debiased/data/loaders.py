@@ -119,7 +119,7 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
         shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else f"of {length} samples"
         raise ValueError(
             f"A batch has inputs {shape} but targets {tuple(targets.shape)}: "
-            "their first dimensions must agree."
+            f"their first dimensions must agree.{_without_offsets(inputs, len(targets))}"
         )
     return inputs, targets
 
@@ -152,6 +152,19 @@ def _likely_key(batch: Mapping[str, Any]) -> str:
         if key in batch:
             return f": dict_key_y={key!r}"
     return " with dict_key_y"
+
+
+def _without_offsets(inputs: Any, length: int) -> str:
+    """What to give in place of the flat tokens and offsets of an ``EmbeddingBag``."""
+    if not isinstance(inputs, tuple | list) or len(inputs) != 2:
+        return ""
+    tensors = all(isinstance(one, Tensor) and one.ndim == 1 for one in inputs)
+    if not tensors or len(inputs[1]) not in (length, length + 1):
+        return ""
+    return (
+        " For an EmbeddingBag give tokens (batch, longest bag) without offsets, padded with the "
+        "layer's padding_idx."
+    )
 
 
 def _with_several_inputs(batch: Any) -> str:

@@ -270,6 +270,10 @@ def _versions(inputs: Any) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors_of(inputs)]
 
 
+_BY_NAME = (
+    " A mapping goes in whole where forward names none of its keys: name forward's argument after "
+    "its key, or yield pairs (inputs, targets)."
+)
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
@@ -288,6 +292,7 @@ def explained_failure(inputs: Any) -> Iterator[None]:
         raise ModelCallError(
             f"the model failed on inputs {described(inputs)}: {type(error).__name__}: {error}. "
             "Check that the inputs have the shapes, dtypes and keys that the model was trained on."
+            f"{_BY_NAME if is_mapping(inputs) else ''}"
         ) from error
 
 

@@ -171,6 +171,20 @@ ROWS = [
     ),
     data("labels of shape (m, 1)", lambda x, y: (x, y[:, None]), "ValueError", "(5, 1)"),
     batches(
+        "the tokens and offsets of an `EmbeddingBag`",
+        lambda w: ((torch.arange(20), torch.arange(0, 20, 4)), w.y[:5]),
+        "ValueError",
+        "EmbeddingBag",
+        "padding_idx",
+    ),
+    batches(
+        "a mapping of which `forward` names no key",
+        lambda w: {"image": w.x[:5], "labels": w.y[:5]},
+        "ModelCallError",
+        "'image'",
+        "name forward's argument after its key",
+    ),
+    batches(
         "labels that equal `input_ids`, as for a causal language model",
         lambda w: dict.fromkeys(("input_ids", "labels"), torch.arange(15).reshape(5, 3)),
         "ValueError",

@@ -57,6 +57,8 @@ TAIL = """
 * Labels of a causal language model that come as pairs `(batch, labels)` are taken as they are.
 * A parameter that a scripted function or another library's C++ code reads keeps its trained value
   in sampled networks: torch functions do not see it. Scripted modules are refused.
+* Outputs of very different scale under `sigma_noise="residual"`: the one σ is that of the largest.
+  Standardise the targets first.
 * `n_data=1` is no mistake: curvature and losses are then per-sample means.
 """
 
