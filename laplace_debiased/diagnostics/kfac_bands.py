@@ -24,6 +24,7 @@ from laplace_debiased.data import split_batch
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
 from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.network.inputs import check_dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,7 @@ class BandWalk:
 
     def _inputs_and_columns(self, batch: object) -> tuple[Any, Columns]:
         inputs, targets = split_batch(batch, self.dict_key_y)
+        check_dense(inputs)
 
         def columns(outputs: Tensor, rows: slice) -> Tensor:
             part = targets[rows].to(outputs.device)

@@ -65,7 +65,7 @@ class FitRequest:
     @property
     def is_automatic(self) -> bool:
         """Whether the budget is left to the structure."""
-        return self.n_samples == AUTO
+        return isinstance(self.n_samples, str) and self.n_samples == AUTO
 
     @property
     def is_budget(self) -> bool:

@@ -91,7 +91,8 @@ def _stretch(scaling: Tensor) -> Tensor:
     wide = scaling.double()
     if wide.ndim == 2:
         return wide.pow(4).sum(-1).sqrt()
-    return wide.var(1, correction=0).mul(wide.shape[1]).square().sum(-1).sqrt()
+    centred_columns = wide - wide.mean(1, keepdim=True)
+    return centred_columns.square().sum(1).square().sum(-1).sqrt()
 
 
 def softmax_information(

@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from laplace_debiased.checks import checked_number
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import ArgumentTypeError
-from laplace_debiased.network.inputs import batch_length, call_arguments, logits_of, to_device
+from laplace_debiased.network.inputs import (
+    batch_length,
+    call_arguments,
+    described,
+    explained_failure,
+    invoke,
+    logits_of,
+    to_device,
+)
 from laplace_debiased.network.interrupts import unbroken
+from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.rng import preserved_rng
@@ -124,8 +133,9 @@ class ModelLoss:
         with _fixed_function(self.model), torch.no_grad():
             moved = {names[id(p)]: p + shift for p, shift in shifts}
             args, kwargs = call_arguments(self.model, X)
-            outputs = logits_of(call_with(self.model, moved, args, kwargs))
-            return float(self.loss_func(outputs, y))
+            with explained_failure(X):
+                outputs = logits_of(call_with(self.model, moved, args, kwargs))
+            return float(self._loss(outputs, y))
 
     def quadratic(
         self, batches: Sequence[Batch], curvature: Curvature, damping: float
@@ -156,20 +166,31 @@ class ModelLoss:
     def _record(self, batch: Batch) -> tuple[Tensor, Tensor]:
         X, y = self._on_device(batch)
         with _fixed_function(self.model):
-            args, kwargs = call_arguments(self.model, X)
-            outputs = logits_of(self.model(*args, **kwargs))
+            outputs = invoke(self.model, X)
             if not isinstance(outputs, Tensor):
                 raise TypeError(
                     f"model must return a tensor, got {type(outputs).__name__}: wrap it in a "
                     "module that returns the outputs which loss_func takes."
                 )
-            loss = self.loss_func(outputs, y)
+            loss = self._loss(outputs, y)
         if not loss.requires_grad:
             raise RuntimeError(
                 "The loss does not depend on params: the model runs without recording gradients, "
                 "or does not use these parameters."
             )
         return outputs, loss
+
+    def _loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """The mean loss, or an error that says what ``loss_func`` was given."""
+        try:
+            return self.loss_func(outputs, y)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"loss_func failed on outputs {described(outputs)} and targets {described(y)}: "
+                f"{type(error).__name__}: {error}. Give targets that fit it."
+            ) from error
 
     def _product(self, outputs: Tensor, loss: Tensor, curvature: Curvature) -> Matvec:
         match curvature:

@@ -106,6 +106,8 @@ def predict(
         ("fitting", fitting),
     ):
         checked_flag(name, flag)
+    if n_samples is not None:
+        n_samples = checked_integer("n_samples", n_samples)
     call = PredictionCall(
         pred,
         _link(self, link_approx, pred),

@@ -10,7 +10,6 @@ import torch
 from laplace.utils.enums import LinkApprox, PredType
 from torch import Tensor
 
-from laplace_debiased.checks import checked_integer
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, softmax
 from laplace_debiased.options import Positions, parse_choice
@@ -92,7 +91,6 @@ class PredictionCall:
                 generator=self.generator,
             )
         n_samples = NETWORKS if self.n_samples is None else self.n_samples
-        n_samples = checked_integer("n_samples", n_samples)
         if self.asks_for_moments and n_samples == 1:
             raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
         samples = sampled(inputs, n_samples, self.generator, **model_kwargs)

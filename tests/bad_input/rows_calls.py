@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torchmetrics
 
@@ -92,6 +93,13 @@ ROWS = [
     ),
     use('`fitting="yes"`', lambda w: w.la(w.x, fitting="yes"), "ArgumentTypeError", "fitting"),
     use('`n_samples="a"`', lambda w: w.la(w.x, n_samples="a"), "ArgumentTypeError", "n_samples"),
+    use(
+        "`fit(n_samples=np.ones(3))`",
+        lambda w: w.la.fit(w.loader(), n_samples=np.ones(3)),
+        "ArgumentTypeError",
+        "n_samples",
+        "ndarray",
+    ),
     use(
         "`n_samples=10**12` points",
         lambda w: w.la(w.x, n_samples=10**12),

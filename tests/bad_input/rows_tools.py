@@ -117,6 +117,27 @@ ROWS = [
         "model",
     ),
     tool(
+        "`kfac_profile` of sparse reference inputs",
+        lambda w: kfac_profile(
+            w.model, "classification", (w.x, w.y), (w.x, w.y), [(w.x.to_sparse(), w.y)]
+        ),
+        "ValueError",
+        "to_dense",
+    ),
+    tool(
+        "`model_quadratic` of inputs that the model does not take",
+        lambda w: model_quadratic(w.model, nn.CrossEntropyLoss(), [(w.x[:, :1], w.y)]),
+        "ModelCallError",
+        "the model failed on inputs",
+    ),
+    tool(
+        "`model_quadratic` of targets that `loss_func` does not take",
+        lambda w: model_quadratic(w.model, nn.CrossEntropyLoss(), [(w.x, w.y[:-1])]),
+        "ValueError",
+        "loss_func",
+        "targets",
+    ),
+    tool(
         "`top_eigenpairs(model=3)`",
         lambda w: top_eigenpairs(3, "classification", (w.x, w.y)),  # type: ignore[arg-type]
         "ArgumentTypeError",

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from laplace_debiased.errors import ModelCallError
 from laplace_debiased.optim import Quadratic, debiased_cg, model_quadratic
 from tests.optim.models import LOSSES, batch, dense_curvature, flat_loss, tiny_cnn
 from tests.optim.problems import RTOL, vector
@@ -211,7 +212,7 @@ def test_the_model_and_the_random_state_are_left_alone(fails):
     model.fails = fails
     before = snapshot(model)
     if fails:
-        with pytest.raises(KeyError):
+        with pytest.raises(ModelCallError, match="a failure inside the model"):
             model_quadratic(model, nn.CrossEntropyLoss(), [batch(4, 1)])
     else:
         q = model_quadratic(model, nn.CrossEntropyLoss(), [batch(4, 1)])

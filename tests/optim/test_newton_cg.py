@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from laplace_debiased.errors import ModelCallError
 from laplace_debiased.optim import (
     Backtracking,
     LevenbergMarquardt,
@@ -309,8 +310,9 @@ def test_a_model_that_fails_anywhere_in_the_step_is_left_alone(call_that_fails):
     optimizer = NewtonCG(model.parameters(), model, LOSS)
     handle = model.register_forward_pre_hook(fail)
     before = snapshot(model)
-    with pytest.raises(KeyError):
+    with pytest.raises(ModelCallError, match="a failure inside the model") as raised:
         optimizer.step(lambda: PAIR)
+    assert isinstance(raised.value.__cause__, KeyError)
     assert_same(before, snapshot(model))
     assert len(calls) == call_that_fails
     handle.remove()
