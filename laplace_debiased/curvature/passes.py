@@ -21,6 +21,7 @@ from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes, to_device
+from laplace_debiased.network.memory import memory_of_one
 from laplace_debiased.network.modes import math_attention
 from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import full_precision
@@ -307,20 +308,23 @@ class BackwardPass:
                 stacks = _stacked(pulled, len(calls))
             return blocks_of(calls, stacks)
 
-        step = n_columns
+        step, budget = n_columns, self.byte_budget
         if len(outputs) == 1 and n_columns > 1 and not differentiable:
-            step = min(n_columns, self._columns_at_a_time(inputs, n_columns, bases))
-        return Chunk(rows, outputs, n_columns, max(step, 1), self.byte_budget, pull)
+            budget = memory_of_one(budget, self.device)
+            step = min(n_columns, self._columns_at_a_time(inputs, n_columns, budget, bases))
+        return Chunk(rows, outputs, n_columns, max(step, 1), budget, pull)
 
-    def _columns_at_a_time(self, inputs: Any, n_columns: int, bases: Bases | None) -> int:
+    def _columns_at_a_time(
+        self, inputs: Any, n_columns: int, byte_budget: int, bases: Bases | None
+    ) -> int:
         """How many columns of one sample are held at a time.
 
         Where that is not all of them, the other half of the memory is for what is kept of them.
         """
         footprint = self._footprint(inputs)
-        if footprint.bytes(n_columns, bases) <= self.byte_budget:
+        if footprint.bytes(n_columns, bases) <= byte_budget:
             return n_columns
-        return footprint.columns_in(self.byte_budget // 2, bases)
+        return footprint.columns_in(byte_budget // 2, bases)
 
     def _footprint(self, inputs: Any) -> Footprint:
         """What one sample takes; measured once for inputs of a shape."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from laplace_debiased.errors import MemoryExhaustedError
@@ -40,6 +42,7 @@ def memory_exhausted(error: BaseException) -> MemoryExhaustedError:
 
 _SHARE_OF_FREE = 8
 _MOST = 2**32
+_MOST_ALONE = 2**31
 
 
 def working_memory(byte_budget: int, device: torch.device) -> int:
@@ -56,3 +59,23 @@ def working_memory(byte_budget: int, device: torch.device) -> int:
         return byte_budget
     free, _ = torch.cuda.mem_get_info(device)
     return max(byte_budget, min(free // _SHARE_OF_FREE, _MOST))
+
+
+def memory_of_one(byte_budget: int, device: torch.device) -> int:
+    """Bytes that a sample may take which does not fit ``byte_budget`` with all its columns.
+
+    Chunks of the default size suit a processor's caches. A sample of a wide network that is larger
+    gains nothing from being cut further: what does not fit is pulled back again and again. So by
+    default it may take an eighth of the machine's memory on the CPU, up to 2 GiB.
+
+    Args:
+        byte_budget: of the pass.
+        device: where it runs.
+    """
+    if byte_budget != DEFAULT_BYTE_BUDGET or device.type != "cpu":
+        return byte_budget
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not told on every system
+        return byte_budget
+    return max(byte_budget, min(physical // _SHARE_OF_FREE, _MOST_ALONE))

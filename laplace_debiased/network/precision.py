@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_debiased.network.interrupts import unbroken
 
@@ -22,6 +22,12 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """
     with torch.autocast(device.type, enabled=False, cache_enabled=False):
         yield
+
+
+def in_precision_of(model: nn.Module, tensor: Tensor) -> Tensor:
+    """The tensor in the model's dtype where that is of half precision, else as it is."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), tensor.dtype)
+    return tensor.to(dtype) if dtype in HALF_DTYPES else tensor
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from laplace_debiased.likelihoods import LikelihoodName, gaussian_samples
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import check_model_arguments
 from laplace_debiased.network.modes import public_call
-from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.network.precision import exact_arithmetic, in_precision_of
 from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.options import Positions
 from laplace_debiased.posterior.shell import Shell
@@ -90,7 +90,8 @@ def predict(
         last). Bernoulli:
         the probability of every label [m, C]. Regression and rewards: the mean [m, C] and the
         *epistemic* covariance [m, C, C], [m, C] with ``diagonal_output`` or "nn"; with
-        ``joint`` the mean [m·C] and covariance [m·C, m·C].
+        ``joint`` the mean [m·C] and covariance [m·C, m·C]. All are computed in float32 or better,
+        and come in float16 or bfloat16 where the model is in that.
 
     Raises:
         NotFittedError: before ``fit``.
@@ -121,9 +122,17 @@ def predict(
     check_generator(generator, self._device)
     at = checked_positions(positions, pred)
     answer = call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
-    for part in answer if isinstance(answer, tuple) else (answer,):
-        require_finite(part)
-    return answer
+    if isinstance(answer, tuple):
+        mean, covariance = answer
+        return _checked(self, mean), _checked(self, covariance)
+    return _checked(self, answer)
+
+
+def _checked(self: Shell, prediction: Tensor) -> Tensor:
+    """As a prediction of the model itself would come, and finite."""
+    prediction = in_precision_of(self.model, prediction)
+    require_finite(prediction)
+    return prediction
 
 
 @public_call

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from laplace.utils.enums import LinkApprox
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target
@@ -19,6 +19,7 @@ from laplace_debiased.tuning import TuningResult
 class Shell(Protocol):
     """A posterior for the functions that are its methods; ``DebiasedPosterior`` says the rest."""
 
+    model: nn.Module
     likelihood: str
     dict_key_y: str
     params: list[Tensor]

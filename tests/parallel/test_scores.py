@@ -35,13 +35,14 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def tolerance(path: str) -> float:
     """How well a number is determined.
 
-    Where the loss is lowest, the prior is known to the root of a rounding error, or to 1e-3 if a
-    search stops for that; and in a comparison what is predicted under such a prior. The mc link
+    Where the loss is lowest, the prior is known to a rounding error over the loss' curvature; and
+    in a comparison what is predicted under such a prior. The mc link
     takes a root of covariances that are next to singular under a small prior: known to the root of
-    a rounding error, too. A metric may compute in float32.
+    a rounding error, too (and where such a prior is the best one, its place). A metric may compute
+    in float32.
     """
     if any(part in path for part in (".tuned", "prior_prec", "prior_only_p", "comparison")):
-        return 1e-3
+        return 1e-5 if "low rank" in path else 1e-7
     if "a metric" in path:
         return 1e-5
     if ", report." in path:
