@@ -124,7 +124,7 @@ def lowest(loss: Loss, centre: float, ends: tuple[float, float]) -> tuple[float,
     at_centre = loss(math.log(centre))
     options = {"xatol": 1e-2, "maxiter": 25}
     found = minimize_scalar(loss, bounds=ends, method="bounded", options=options)
-    log_prior = _vertex(loss, _vertex(loss, float(found.x), 0.0, ends), 0.5, ends)
+    log_prior = _vertex(loss, float(found.x), ends)
     for place, value in ((log_prior, loss(log_prior)), (float(found.x), float(found.fun))):
         if value < at_centre:
             return math.exp(place), value
@@ -135,16 +135,14 @@ _STEP = 0.05
 """Between the points of a parabola, in the logarithm of the prior precision."""
 
 
-def _vertex(loss: Loss, near: float, shift: float, ends: tuple[float, float]) -> float:
+def _vertex(loss: Loss, near: float, ends: tuple[float, float]) -> float:
     """Lowest point of the parabola through three points of a fixed lattice; ``near`` at an end.
 
     A search that compares losses ends somewhere within the root of their rounding errors, which
     depend on the order of sums, and so on how many processes form them. Differences of losses at
-    fixed points do not: the vertex is known to about a rounding error over the curvature. Once
-    more on a lattice that is shifted by half a step, it does not depend on which of two lattice
-    points was the nearer one, either.
+    fixed points do not: the vertex is known to about a rounding error over the curvature.
     """
-    middle = (round(near / _STEP - shift) + shift) * _STEP
+    middle = round(near / _STEP) * _STEP
     if not (ends[0] <= middle - _STEP and middle + _STEP <= ends[1]):
         return near
     left, at, right = (loss(middle + step) for step in (-_STEP, 0.0, _STEP))
