@@ -16,6 +16,7 @@ from laplace_debiased.curvature.factors import (
 )
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
 from laplace_debiased.curvature.rows.sides import energies, is_thin, mean_energies
+from laplace_debiased.debiasing.symmetric import eigenpairs
 from laplace_debiased.debiasing.thin import leading, thin_eigenpairs
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.parallel import Job, Result, Runner, in_turn
@@ -93,42 +94,20 @@ def _side(
 
 
 def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues (clamped at zero) and eigenvectors; once more in float64 if that fails.
+    """Eigenvalues (clamped at zero) and eigenvectors.
 
     A diagonal factor [D] is its own eigenvalues, in its own order; its eigenbasis is None.
     """
     if factor.ndim == 1:
         return factor, None
-    symmetric = 0.5 * (factor + factor.mT)
-    for dtype in (factor.dtype, torch.float64):
-        try:
-            values, vectors = _eigh_of_support(symmetric.to(dtype))
-        except torch.linalg.LinAlgError:
-            continue
-        return values.clamp_min(0.0).to(factor.dtype), vectors.to(factor.dtype)
-    raise NumericalError(
-        f"the eigendecomposition of the {what} of parameter {name!r} does not converge. Check the "
-        "data for extreme values."
-    )
-
-
-def _eigh_of_support(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh`` of a positive semi-definite matrix, zero rows and columns set apart.
-
-    Dead units, and kernel positions that only ever read padding, give rows of exact zeros. LAPACK's
-    divide-and-conquer can fail to converge on many of them; their eigenvectors are unit vectors.
-    """
-    support = (matrix != 0).any(-1)
-    if matrix.ndim > 2 or bool(support.all()) or not bool(support.any()):
-        return torch.linalg.eigh(matrix)
-    inside, outside = support.nonzero().squeeze(-1), (~support).nonzero().squeeze(-1)
-    found, vectors = torch.linalg.eigh(matrix[inside[:, None], inside])
-    n_zero = len(outside)
-    values = torch.cat([found.new_zeros(n_zero), found])
-    basis = torch.zeros_like(matrix)
-    basis[outside, torch.arange(n_zero, device=matrix.device)] = 1.0
-    basis[inside[:, None], torch.arange(n_zero, len(matrix), device=matrix.device)] = vectors
-    return values, basis
+    try:
+        values, vectors = eigenpairs(0.5 * (factor + factor.mT))
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(
+            f"the eigendecomposition of the {what} of parameter {name!r} does not converge. Check "
+            "the data for extreme values."
+        ) from error
+    return values.clamp_min(0.0), vectors
 
 
 def kfac_magnitudes(basis: Sequence[BlockBasis], factors: KroneckerFactors) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.lowrank.span import relative_cutoff
 from laplace_debiased.curvature.rows.gram import RowsFactor
+from laplace_debiased.debiasing.symmetric import eigenpairs
 
 _FEW_ROWS = 0.6
 """Rows up to this share of the side go through their Gram matrix, in float64; beyond, a
@@ -49,7 +50,7 @@ def thin_eigenpairs(
 def _through_gram(rows: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., k] and vectors [..., D, k] of Rᵀ R, descending, zero below the cutoff."""
     gram = rows @ rows.mT
-    values, small = torch.linalg.eigh((gram + gram.mT) / 2)
+    values, small = eigenpairs((gram + gram.mT) / 2)
     values, small = values.flip(-1).clamp_min(0.0), small.flip(-1)
     kept = values > cutoff * values[..., :1]
     rank = int(kept.sum(-1).max())
