@@ -1,6 +1,6 @@
 """Coverage of real networks, seconds and memory of a fit on a few samples and of a prediction.
 
-    python -m benchmarks.coverage --before PATH --output benchmarks/results/coverage.md
+    python -m benchmarks.coverage --before PATH --output docs/coverage.md
 
 ``--before`` names a checkout of an earlier commit, which is asked for its coverage in a process of
 its own; without it that column is empty. Weights are random.
@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--time-limit", type=float, default=180.0, help="seconds of a call")
     found.add_argument("--memory-limit", type=float, default=12.0, help="of a process, 10⁹ bytes")
-    found.add_argument("--output", type=Path, default=Path("benchmarks/results/coverage.md"))
+    found.add_argument("--output", type=Path, default=Path("docs/coverage.md"))
     return found
 
 
