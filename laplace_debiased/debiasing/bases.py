@@ -16,7 +16,7 @@ from laplace_debiased.curvature.factors import (
 )
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
 from laplace_debiased.curvature.rows.sides import energies, is_thin, mean_energies
-from laplace_debiased.debiasing.symmetric import eigenpairs
+from laplace_debiased.curvature.symmetric import eigenpairs
 from laplace_debiased.debiasing.thin import leading, thin_eigenpairs
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.parallel import Job, Result, Runner, in_turn

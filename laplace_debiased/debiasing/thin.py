@@ -9,7 +9,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.lowrank.span import relative_cutoff
 from laplace_debiased.curvature.rows.gram import RowsFactor
-from laplace_debiased.debiasing.symmetric import eigenpairs
+from laplace_debiased.curvature.symmetric import eigenpairs
 
 _FEW_ROWS = 0.6
 """Rows up to this share of the side go through their Gram matrix, in float64; beyond, a

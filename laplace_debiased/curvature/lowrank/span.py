@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.symmetric import eigenpairs
 from laplace_debiased.errors import NumericalError
 
 _BLOCK_ENTRIES = 2**22
@@ -120,7 +121,7 @@ def span_eigenpairs(
         raise NumericalError(
             "the curvature is NaN or infinite. Check the data and the weights for extreme values."
         )
-    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    values, vectors = eigenpairs((small + small.T) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     if not len(values) or not bool(values[0] > 0):
         raise NumericalError(
@@ -167,7 +168,7 @@ def orthonormalised(basis: Tensor, eigenvalues: Tensor) -> Eigenpairs:
         return Eigenpairs(basis, eigenvalues)
     root, inverse = _root_and_inverse(overlap)
     core = root.T @ (eigenvalues[:, None] * root)
-    values, rotation = torch.linalg.eigh((core + core.T) / 2)
+    values, rotation = eigenpairs((core + core.T) / 2)
     rotation = inverse.T @ rotation.flip(1)
     return Eigenpairs(combined_rows(basis.T, rotation), values.flip(0).clamp_min(0.0))
 
@@ -178,7 +179,7 @@ def _root_and_inverse(overlap: Tensor) -> tuple[Tensor, Tensor]:
     if not int(failed):
         identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
         return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
-    values, vectors = torch.linalg.eigh(overlap)
+    values, vectors = eigenpairs(overlap)
     kept = values > _DEPENDENT * values[-1]
     scale = values[kept].sqrt()
     return vectors[:, kept] * scale, (vectors[:, kept] / scale).T
@@ -207,7 +208,7 @@ def core_root(core: Tensor, share: float) -> Tensor:
     core = core.double() * share
     if core.ndim == 1:
         return core.clamp_min(0.0).sqrt().diag()
-    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    values, vectors = eigenpairs((core + core.T) / 2)
     return vectors * values.clamp_min(0.0).sqrt()
 
 

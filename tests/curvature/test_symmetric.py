@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.lowrank.span import span_eigenpairs
 from laplace_debiased.curvature.rows.gram import RowsFactor
-from laplace_debiased.debiasing.symmetric import eigenpairs
+from laplace_debiased.curvature.symmetric import eigenpairs
 from laplace_debiased.debiasing.thin import thin_eigenpairs
 
 
@@ -56,3 +57,21 @@ def test_rows_of_which_most_are_zero_have_a_thin_basis() -> None:
     assert basis.shape == (800, 27)
     expected = torch.linalg.svdvals(rows[::17].double()).square().flip(-1)
     assert torch.allclose(values[:-1].double(), expected, rtol=1e-4)
+
+
+def test_rows_without_curvature_leave_the_span_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Low rank, too, decomposes Gram matrices that may not converge."""
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randn(8, 20, generator=g, dtype=torch.float64)
+    rows[::2] = 0.0
+    expected = span_eigenpairs(rows @ rows.mT, torch.ones(8, dtype=rows.dtype))
+
+    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.linalg, "eigh", failing)
+        found = span_eigenpairs(rows @ rows.mT, torch.ones(8, dtype=rows.dtype))
+    assert torch.allclose(found.eigenvalues, expected.eigenvalues, atol=1e-12)
