@@ -12,8 +12,6 @@ from laplace_debiased.data.loaders import index_batches, inner_loader, whole_loa
 from laplace_debiased.data.sources import content_checksum
 from laplace_debiased.parallel import ALONE, Ranks
 
-__all__ = ["Block"]
-
 T = TypeVar("T")
 
 

@@ -23,14 +23,6 @@ from laplace_debiased.data.supply import Supply
 from laplace_debiased.network.rng import derived_seed
 from laplace_debiased.parallel import ALONE, Ranks
 
-__all__ = [
-    "batch_sizes",
-    "plan_from_supply",
-    "plan_from_two_loaders",
-    "seeded_generator",
-    "uniform_source",
-]
-
 _DEFAULT_BATCH_SIZE = 128
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws
 
-__all__ = ["draw_coefficients", "magnitude_coefficients"]
-
 _NEGLIGIBLE = 1 / 24
 
 

@@ -23,23 +23,6 @@ from laplace_debiased.errors import MissingKeyError
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.network.rng import preserved_rng
 
-__all__ = [
-    "base_indices",
-    "can_draw",
-    "check_loader",
-    "index_batches",
-    "inner_loader",
-    "is_indexable",
-    "loader_generators",
-    "loader_length",
-    "refuse_unshifted",
-    "restartable",
-    "sampler_indices",
-    "split_batch",
-    "whole_loader",
-]
-
-
 _LARGEST = 10**15
 """Curvature times a larger N loses the prior in float64, and overflows in float32."""
 

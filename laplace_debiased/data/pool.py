@@ -23,8 +23,6 @@ from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabi
 from laplace_debiased.network.rng import derived_seed
 from laplace_debiased.parallel import ALONE, Ranks, assembled
 
-__all__ = ["Kept", "Score", "plan_by_curvature", "score_pool", "useful_pool_size"]
-
 Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 """(inputs, targets [m, ...]) -> (score s [m], loss [m]), one value per sample."""
 

@@ -22,15 +22,6 @@ from laplace_debiased.network.inputs import tensors_of
 from laplace_debiased.network.rng import derived_seed, guarded_iter
 from laplace_debiased.parallel import Ranks
 
-__all__ = [
-    "IndexedSource",
-    "StreamPart",
-    "StreamRecord",
-    "StreamSource",
-    "content_checksum",
-    "record_stream",
-]
-
 
 def _batch(inputs: Any, targets: Tensor, draws: Draws, start: int) -> Batch:
     rows = slice(start, start + len(targets))
