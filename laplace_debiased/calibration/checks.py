@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from laplace_debiased.calibration.batches import FloatArray, IntArray, to_numpy
-from laplace_debiased.checks import checked_integer
+from laplace_debiased.checks import as_integer
 
 SUM_TOLERANCE = 1e-3
 
@@ -160,9 +160,11 @@ def count(value: Any, name: str) -> int:
         ArgumentTypeError: If it is not an integer.
         ValueError: If it is out of range.
     """
-    number = checked_integer(name, value)
-    if number > LARGEST_COUNT:
-        raise ValueError(f"{name} must be at most {LARGEST_COUNT}; got {number}.")
+    number = as_integer(name, value)
+    if not 1 <= number <= LARGEST_COUNT:
+        raise ValueError(
+            f"{name} must be at least 1 and at most {LARGEST_COUNT}, got {str(number)[:20]}."
+        )
     return number
 
 
