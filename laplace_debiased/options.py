@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TypeVar
 
 from laplace_debiased.checks import checked_integer
@@ -34,6 +34,16 @@ class Magnitudes(str, Enum):
 
     GGN = "ggn"
     """The quadratic form of the generalized Gauss-Newton matrix itself (George et al. 2018)."""
+
+
+class Curvature(StrEnum):
+    """The matrix of a local quadratic of the loss."""
+
+    GGN = "ggn"
+    """Generalized Gauss-Newton, Jᵀ ∇²_f ℓ J: positive semi-definite for a convex loss."""
+
+    HESSIAN = "hessian"
+    """All second derivatives of the loss: may be indefinite."""
 
 
 class Sampling(str, Enum):

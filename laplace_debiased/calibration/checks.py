@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from laplace_debiased.calibration.batches import FloatArray, IntArray, to_numpy
+from laplace_debiased.checks import as_integer
 
 SUM_TOLERANCE = 1e-3
 
@@ -153,19 +154,18 @@ def regression_targets(values: torch.Tensor | np.ndarray, shape: tuple[int, ...]
 
 
 def count(value: Any, name: str) -> int:
-    """A positive integer.
+    """A positive integer of at most a million.
 
     Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is below one.
+        ArgumentTypeError: If it is not an integer.
+        ValueError: If it is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if not 1 <= value <= LARGEST_COUNT:
+    number = as_integer(name, value)
+    if not 1 <= number <= LARGEST_COUNT:
         raise ValueError(
-            f"{name} must be at least 1 and at most {LARGEST_COUNT}, got {str(value)[:20]}."
+            f"{name} must be at least 1 and at most {LARGEST_COUNT}, got {str(number)[:20]}."
         )
-    return int(value)
+    return number
 
 
 def smallest_probability(values: torch.Tensor | np.ndarray) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.operations import OperationCall, Place, PlainRule, Use
+from laplace_debiased.curvature.operations import OperationCall
+from laplace_debiased.curvature.operations.plain import plain_call
 from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR
 from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.errors import ModelCallError
@@ -51,7 +52,7 @@ class GeneralRows:
                     f"parameter {name!r} carries a posterior, but on these inputs it goes through "
                     f"{why}. Fit again on data on which the model does what it does here."
                 )
-        calls = tuple(_plain_call(name, tape.parameters[name]) for name in names)
+        calls = tuple(plain_call(name, tape.parameters[name]) for name in names)
         return cls(FunctionalNetwork(model, tuple(names)), calls, inputs)
 
     def pull_back(self, column: Tensor) -> list[Cotangents]:
@@ -77,9 +78,3 @@ class GeneralRows:
 
             found = vmap(gradients, in_dims=(axes, 0))(inputs, column.to(network.dtype))
         return [(found[name],) for name in self.network.names]
-
-
-def _plain_call(name: str, parameter: Tensor) -> OperationCall:
-    size = parameter.numel()
-    use = Use(name, Place((size,), (0,), (size,)))
-    return OperationCall("the parameter itself", PlainRule(), {"weight": use}, ())

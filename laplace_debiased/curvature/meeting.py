@@ -71,5 +71,6 @@ def met_spread(tape: Tape, value: Untouched) -> Tensor:
 def _note(tape: Tape, copies: Tensor, base: Tensor, value: Untouched) -> None:
     if not copies.requires_grad:  # under no_grad
         return
-    calls = tuple(sorted(value.calls))
+    itself = [tape.parameter_itself(name) for name in sorted(value.made_of)]
+    calls = tuple(sorted((*value.calls, *itself)))
     tape.meetings.append(Meeting(get_gradient_edge(copies), base, calls))

@@ -40,8 +40,7 @@ from laplace_debiased.curvature.operations.call import (
     registered_operations,
     shared_by_samples,
 )
-from laplace_debiased.curvature.operations.plain import PlainRule
-from laplace_debiased.curvature.operations.views import Place, matrix_place, vector_place
+from laplace_debiased.curvature.operations.views import matrix_place, vector_place
 from laplace_debiased.curvature.tape import SharedCall, Tape
 from laplace_debiased.curvature.untouched import (
     LIKE,
@@ -92,11 +91,8 @@ class Recorder(BlockMode):
             return
         leaf.requires_grad_(True)
         self._tape.parameters[name] = leaf
-        place = Place((leaf.numel(),), (0,), (leaf.numel(),))
-        call = OperationCall("the parameter itself", PlainRule(), {"weight": Use(name, place)}, ())
-        self._tape.shared.append(SharedCall.of(call, leaf))
-        index = len(self._tape.shared) - 1
-        self._hold(Untouched(leaf, frozenset([index]), frozenset([name]), stored=leaf))
+        itself = frozenset([name])
+        self._hold(Untouched(leaf, made_of=itself, names=itself, stored=leaf))
 
     def _hold(self, value: Untouched) -> None:
         self._untouched[id(value.tensor)] = value
@@ -154,24 +150,19 @@ class Recorder(BlockMode):
 
     def _hold_outputs(self, name: str, outputs: Any, found: list[Untouched]) -> None:
         """Follow what was made of tensors that no sample has touched."""
-        calls = frozenset().union(*(value.calls for value in found))
-        names = frozenset().union(*(value.names for value in found))
+        calls, made_of, names = _unions(found)
         sources = [value for value in found if value.names]
         through = next((value.through for value in found if value.through), None)
         for output in tensors_of(outputs):
             stored = None
             if len(sources) == 1:
                 stored = stored_view(name, sources[0], output)
-            self._hold(
-                Untouched(
-                    output,
-                    calls if output.requires_grad else frozenset(),
-                    names if output.requires_grad else frozenset(),
-                    stored,
-                    is_spread(name, output, found, self._tape.length),
-                    through or (None if stored is not None or not sources else name),
-                )
-            )
+            spread = is_spread(name, output, found, self._tape.length)
+            through_now = through or (None if stored is not None or not sources else name)
+            value = Untouched(output, stored=stored, spread=spread, through=through_now)
+            if output.requires_grad:
+                value = replace(value, calls=calls, made_of=made_of, names=names)
+            self._hold(value)
 
     # -- calls of a rule's operation -----------------------------------------------------------
 
@@ -269,12 +260,13 @@ class Recorder(BlockMode):
         shared = tuple(shared_by_samples(tensor, m) for tensor in reading.inputs)
         call = OperationCall(name, rule, uses, shared, reading.settings, folded=True)
         self._tape.shared.append(SharedCall.of(call, outputs))
-        before = [v for v in inputs if v is not None]
+        calls, made_of, names = _unions([v for v in inputs if v is not None])
         self._hold(
             Untouched(
                 outputs,
-                frozenset([len(self._tape.shared) - 1]).union(*(v.calls for v in before)),
-                frozenset(use.name for use in uses.values()).union(*(v.names for v in before)),
+                calls | {len(self._tape.shared) - 1},
+                made_of,
+                names | {use.name for use in uses.values()},
                 through=name,
             )
         )
@@ -354,6 +346,18 @@ class Recorder(BlockMode):
             self.refuse(name, why, [tensor])
             return tensor
         return copies
+
+
+def _unions(
+    values: Iterable[Untouched],
+) -> tuple[frozenset[int], frozenset[str], frozenset[str]]:
+    """Calls and parameters that any of some tensors is made of or depends on."""
+    calls, made_of, names = set[int](), set[str](), set[str]()
+    for value in values:
+        calls |= value.calls
+        made_of |= value.made_of
+        names |= value.names
+    return frozenset(calls), frozenset(made_of), frozenset(names)
 
 
 @unbroken

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from laplace_debiased.curvature.operations.call import OperationCall
+from laplace_debiased.curvature.operations.plain import plain_call
 from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR
 
 Cotangents = tuple[Tensor, ...] | None
@@ -105,6 +106,19 @@ class Tape:
     meetings: list[Meeting] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     depends_on_batch: set[str] = field(default_factory=set)
+    _itself: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def parameter_itself(self, name: str) -> int:
+        """Place among the shared calls of a parameter as it is; noted when it first meets samples.
+
+        Args:
+            name: the covered parameter.
+        """
+        if name not in self._itself:
+            leaf = self.parameters[name]
+            self._itself[name] = len(self.shared)
+            self.shared.append(SharedCall.of(plain_call(name, leaf), leaf))
+        return self._itself[name]
 
     def keep(self, call: OperationCall, read: tuple[Tensor, ...], *outputs: Tensor) -> None:
         """Record a call that read samples.

@@ -24,6 +24,7 @@ class Untouched:
     Attributes:
         tensor: the tensor; held, so that its ``id`` stays its own.
         calls: shared calls that it depends on, by their place on the tape.
+        made_of: covered parameters that it is, or is made of by functions other than such calls.
         names: covered parameters that it depends on.
         stored: the same tensor as a view of its one parameter's memory; None if it is none.
         spread: whether it was repeated over the batch, so that its first dimension is the batch.
@@ -32,6 +33,7 @@ class Untouched:
 
     tensor: Tensor
     calls: frozenset[int] = frozenset()
+    made_of: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
     stored: Tensor | None = None
     spread: bool = False

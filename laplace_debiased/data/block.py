@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, TypeVar
 
-import torch
-
 from laplace_debiased.data.loaders import index_batches, inner_loader, whole_loader
 from laplace_debiased.data.sources import content_checksum
+from laplace_debiased.network.inputs import map_tensors
 from laplace_debiased.parallel import ALONE, Ranks
-
-__all__ = ["Block"]
 
 T = TypeVar("T")
 
@@ -81,15 +78,5 @@ class Block:
         """
         if self._ranks.world == 1:
             return list(lists)
-        everyones = self.everyones(what, [_on_cpu(own) for own in lists])
+        everyones = self.everyones(what, map_tensors(lambda t: t.detach().cpu(), list(lists)))
         return [list(chain.from_iterable(theirs)) for theirs in zip(*everyones, strict=True)]
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, list | tuple):
-        return type(value)(_on_cpu(entry) for entry in value)
-    if isinstance(value, dict):
-        return {key: _on_cpu(entry) for key, entry in value.items()}
-    return value

@@ -23,14 +23,6 @@ from laplace_debiased.data.supply import Supply
 from laplace_debiased.network.rng import derived_seed
 from laplace_debiased.parallel import ALONE, Ranks
 
-__all__ = [
-    "batch_sizes",
-    "plan_from_supply",
-    "plan_from_two_loaders",
-    "seeded_generator",
-    "uniform_source",
-]
-
 _DEFAULT_BATCH_SIZE = 128
 
 
@@ -40,7 +32,6 @@ def plan_from_supply(
     folds: int,
     fractions: tuple[float, ...] | None = None,
     seed: int = 0,
-    batch_size: int | None = None,
     dict_key_y: str = "labels",
     ranks: Ranks = ALONE,
 ) -> CurvaturePlan:
@@ -59,7 +50,6 @@ def plan_from_supply(
             cross-fit.
         fractions: Share of each fold; None for equal parts, which differ by at most one.
         seed: Decides draws, splits, the shuffle and augmentations.
-        batch_size: Samples per batch; None for the loader's own.
         dict_key_y: Key of the targets in mapping batches.
         ranks: All ranks.
 
@@ -77,17 +67,15 @@ def plan_from_supply(
     """
     n_folds, seed = checked_integer("folds", folds), as_integer("seed", seed)
     shares = checked_fractions(n_folds, fractions)
-    size = None if batch_size is None else checked_integer("batch_size", batch_size)
     if supply.budget is None:
         split = _split_into(n_folds, shares)
-        return _whole_plan(supply, split, n_folds, seed, size, dict_key_y, ranks)
+        return _whole_plan(supply, split, n_folds, seed, dict_key_y, ranks)
     assert supply.pool is not None
     source = uniform_source(
         supply.loader,
         supply.pool,
         fold_sizes(supply.budget, n_folds, shares),
         seed=seed,
-        batch_size=size,
         dict_key_y=dict_key_y,
     )
     return plan_of(
@@ -104,13 +92,12 @@ def _whole_plan(
     split: _Split,
     n_folds: int,
     seed: int,
-    batch_size: int | None,
     dict_key_y: str,
     ranks: Ranks,
 ) -> CurvaturePlan:
     """Everything that one walk yields."""
     n = supply.n_data
-    source = _whole_source(supply.loader, split, seed, batch_size, dict_key_y, ranks)
+    source = _whole_source(supply.loader, split, seed, dict_key_y, ranks)
     walked = len(source.draws)
     if isinstance(source, StreamSource) and walked > n:
         warnings.warn(
@@ -170,7 +157,7 @@ def plan_from_two_loaders(
     n = loader_length(loader, n_data)
     both = ((loader, "loader"), (magnitude_loader, "magnitude_loader"))
     sources = tuple(
-        _whole_source(one, _one_fold(k), derived_seed(seed, name), None, dict_key_y, ranks, name)
+        _whole_source(one, _one_fold(k), derived_seed(seed, name), dict_key_y, ranks, name)
         for k, (one, name) in enumerate(both)
     )
     overlap = batches_overlap(loader, sources[0].draws, magnitude_loader, sources[1].draws)
@@ -209,7 +196,6 @@ def uniform_source(
     sizes: Sequence[int],
     *,
     seed: int,
-    batch_size: int | None,
     dict_key_y: str,
 ) -> IndexedSource:
     """Draw folds of ``sizes`` from the ``pool`` [M] of dataset indices without replacement."""
@@ -218,20 +204,16 @@ def uniform_source(
     return IndexedSource(
         loader,
         Draws.uniform(folds, pool[order[: sum(sizes)]]),
-        batch_sizes(sum(sizes), batch_size, loader),
+        batch_sizes(sum(sizes), loader),
         derived_seed(seed, "walk"),
         dict_key_y,
     )
 
 
-def batch_sizes(n: int, batch_size: int | None, loader: Any) -> tuple[int, ...]:
-    """Cut n samples into batches of ``batch_size``, else of the loader's own size."""
-    size = (
-        batch_size
-        or loader.batch_size
-        or getattr(loader.batch_sampler, "batch_size", None)
-        or _DEFAULT_BATCH_SIZE
-    )
+def batch_sizes(n: int, loader: Any) -> tuple[int, ...]:
+    """Cut n samples into batches of the loader's own size."""
+    sampled = getattr(loader.batch_sampler, "batch_size", None)
+    size = loader.batch_size or sampled or _DEFAULT_BATCH_SIZE
     return tuple(min(size, n - start) for start in range(0, n, size))
 
 
@@ -262,7 +244,6 @@ def _whole_source(
     loader: Any,
     split: _Split,
     seed: int,
-    batch_size: int | None,
     dict_key_y: str,
     ranks: Ranks,
     name: str = "loader",
@@ -270,19 +251,13 @@ def _whole_source(
     walk_seed = derived_seed(seed, "walk")
     batches = index_batches(loader, derived_seed(seed, "list"))
     if batches is None:
-        if batch_size is not None:
-            raise ValueError(
-                f"batch_size={batch_size} needs a DataLoader over a map-style dataset; leave it "
-                f"out to take the batches of this {type(loader).__name__} as they come."
-            )
         return _stream_source(loader, split, seed, dict_key_y, ranks, name)
     indices = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
     if not len(indices):
         raise ValueError(
             f"{name} is empty: it yields no samples (drop_last on a small dataset drops them all)."
         )
-    own = tuple(len(batch) for batch in batches if batch)
-    sizes = own if batch_size is None else batch_sizes(len(indices), batch_size, loader)
+    sizes = tuple(len(batch) for batch in batches if batch)
     draws = Draws.uniform(split(indices, len(indices), seed), indices)
     return IndexedSource(loader, draws, sizes, walk_seed, dict_key_y)
 

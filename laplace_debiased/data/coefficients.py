@@ -9,14 +9,10 @@ from torch import Tensor
 
 from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws
 
-__all__ = ["draw_coefficients", "magnitude_coefficients"]
-
 _NEGLIGIBLE = 1 / 24
 
 
-def draw_coefficients(
-    plan: CurvaturePlan, batch: Batch | Draws, folds: Collection[int], *, weighted: bool = True
-) -> Tensor:
+def draw_coefficients(plan: CurvaturePlan, batch: Batch | Draws, folds: Collection[int]) -> Tensor:
     """Coefficients of the mean over the draws of some folds.
 
     c_n = count_n w_n / m for samples in ``folds`` (m their draws in all), 0 for others. These give
@@ -26,7 +22,6 @@ def draw_coefficients(
         plan: The plan that the batch belongs to.
         batch: A batch of it, or all draws of a source.
         folds: The folds whose mean is meant.
-        weighted: Whether gradient terms get w_n = 1/(M q_n); False for layer inputs.
 
     Returns:
         Coefficients; over a walk they sum to 1 for uniform draws. [m] float64
@@ -36,7 +31,7 @@ def draw_coefficients(
     """
     chosen = _checked_folds(plan, folds, "folds")
     total = sum(plan.fold_sizes[k] for k in chosen)
-    value = batch.counts.double() * (batch.weights if weighted else 1.0) / total
+    value = batch.counts.double() * batch.weights / total
     return torch.where(_in(batch, chosen), value, 0.0)
 
 

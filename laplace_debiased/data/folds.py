@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["fold_sizes", "interleaved_folds", "random_folds"]
-
 
 def fold_sizes(n: int, folds: int, fractions: Sequence[float] | None = None) -> tuple[int, ...]:
     """Sizes of the folds of ``n`` samples: at least 1 each, n in all.

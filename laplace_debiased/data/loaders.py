@@ -23,23 +23,6 @@ from laplace_debiased.errors import MissingKeyError
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.network.rng import preserved_rng
 
-__all__ = [
-    "base_indices",
-    "can_draw",
-    "check_loader",
-    "index_batches",
-    "inner_loader",
-    "is_indexable",
-    "loader_generators",
-    "loader_length",
-    "refuse_unshifted",
-    "restartable",
-    "sampler_indices",
-    "split_batch",
-    "whole_loader",
-]
-
-
 _LARGEST = 10**15
 """Curvature times a larger N loses the prior in float64, and overflows in float32."""
 
@@ -304,7 +287,7 @@ def sampler_indices(loader: Any) -> Tensor:
     return torch.arange(len(sampler.data_source))
 
 
-def inner_loader(loader: DataLoader, batches: list[list[int]] | None = None) -> DataLoader:
+def inner_loader(loader: DataLoader, batches: Iterable[list[int]] | None = None) -> DataLoader:
     """Loader over the same data with the same ``collate_fn`` and workers, not the user's object.
 
     Args:
@@ -360,16 +343,7 @@ def whole_loader(loader: Any, name: str) -> Any:
     sampler = batches.sampler
     if _is_shared(batches) or isinstance(sampler, RandomSampler):
         sampler = SequentialSampler(loader.dataset)
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=BatchSampler(sampler, batches.batch_size, batches.drop_last),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )
+    return inner_loader(loader, BatchSampler(sampler, batches.batch_size, batches.drop_last))
 
 
 def _is_shared(batch_sampler: Any) -> bool:

@@ -12,8 +12,6 @@ from torch import Tensor
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.parallel import Ranks
 
-__all__ = ["Batch", "CurvaturePlan", "Draws", "Part", "PoolScores", "Share", "Source"]
-
 
 @dataclass(frozen=True, eq=False)
 class Draws:

@@ -23,8 +23,6 @@ from laplace_debiased.data.weighted import draw_weighted_folds, sampling_probabi
 from laplace_debiased.network.rng import derived_seed
 from laplace_debiased.parallel import ALONE, Ranks, assembled
 
-__all__ = ["Kept", "Score", "plan_by_curvature", "score_pool", "useful_pool_size"]
-
 Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 """(inputs, targets [m, ...]) -> (score s [m], loss [m]), one value per sample."""
 
@@ -54,7 +52,6 @@ def score_pool(
     score: Score,
     *,
     seed: int = 0,
-    batch_size: int | None = None,
     dict_key_y: str = "labels",
     ranks: Ranks = ALONE,
 ) -> PoolScores:
@@ -65,7 +62,6 @@ def score_pool(
         pool_indices: Dataset indices of the pool. [M] int64
         score: Gives s_n and ℓ_n of each sample of a batch.
         seed: Seed of augmentations in the dataset.
-        batch_size: Samples per batch; None for the loader's own.
         dict_key_y: Key of the targets in mapping batches.
         ranks: All ranks.
 
@@ -76,7 +72,7 @@ def score_pool(
     source = IndexedSource(
         loader,
         Draws.uniform(torch.zeros(n, dtype=torch.int64), pool_indices),
-        batch_sizes(n, batch_size, loader),
+        batch_sizes(n, loader),
         derived_seed(seed, "score"),
         dict_key_y,
     )
@@ -111,7 +107,6 @@ def plan_by_curvature(
     symmetric: bool,
     epsilon: float = EPSILON,
     pool_size: int | None = None,
-    batch_size: int | None = None,
     dict_key_y: str = "labels",
     ranks: Ranks = ALONE,
     kept: Kept = _scored_anew,
@@ -135,7 +130,6 @@ def plan_by_curvature(
             as many as the draws can use, see :func:`useful_pool_size`. Everything is then unbiased
             for that pool's mean, and what of the pool the directions have not seen stands for all
             that they have not seen.
-        batch_size: Samples per batch; None for the loader's own.
         dict_key_y: Key of the targets in mapping batches.
         ranks: All ranks.
         kept: Gives the scores of indices, from a fit that was interrupted or by what it is handed.
@@ -153,26 +147,18 @@ def plan_by_curvature(
         return kept(
             indices,
             lambda: score_pool(
-                loader,
-                indices,
-                score,
-                seed=seed,
-                batch_size=batch_size,
-                dict_key_y=dict_key_y,
-                ranks=ranks,
+                loader, indices, score, seed=seed, dict_key_y=dict_key_y, ranks=ranks
             ),
         )
 
     scores = scored(_pool(supply, pool_size, seed, scored))
     sizes = fold_sizes(supply.budget, n_folds, shares)
     if _is_constant(sampling_probabilities(scores.scores, epsilon)):
-        source = uniform_source(
-            loader, scores.indices, sizes, seed=seed, batch_size=batch_size, dict_key_y=dict_key_y
-        )
+        source = uniform_source(loader, scores.indices, sizes, seed=seed, dict_key_y=dict_key_y)
         held_out = None
     else:
         draws = _weighted_draws(scores, sizes, epsilon, seed, symmetric)
-        lengths = batch_sizes(len(draws), batch_size, loader)
+        lengths = batch_sizes(len(draws), loader)
         source = IndexedSource(loader, draws, lengths, derived_seed(seed, "walk"), dict_key_y)
         held_out = None if symmetric else frozenset({n_folds - 1})
     return plan_of(

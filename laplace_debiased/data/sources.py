@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +18,9 @@ from laplace_debiased.data.loaders import (
     split_batch,
 )
 from laplace_debiased.data.plan import Batch, Draws
-from laplace_debiased.network.inputs import tensors_of
+from laplace_debiased.network.identity import tensor_bytes
 from laplace_debiased.network.rng import derived_seed, guarded_iter
 from laplace_debiased.parallel import Ranks
-
-__all__ = [
-    "IndexedSource",
-    "StreamPart",
-    "StreamRecord",
-    "StreamSource",
-    "content_checksum",
-    "record_stream",
-]
 
 
 def _batch(inputs: Any, targets: Tensor, draws: Draws, start: int) -> Batch:
@@ -124,15 +115,16 @@ class StreamRecord:
         return sum(self.sizes)
 
 
-def _checksum(tensor: Tensor, start: int = 0) -> int:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", start)
-
-
-def content_checksum(batch: Any, start: int) -> int:
-    """Checksum of all tensors of a batch, going on from that of the batches before."""
-    for tensor in tensors_of(batch):
-        start = _checksum(tensor, start)
+def content_checksum(value: Any, start: int = 0) -> int:
+    """Checksum of all tensors and keys of a batch, going on from that of the batches before."""
+    if isinstance(value, Tensor):
+        return zlib.crc32(tensor_bytes(value), start)
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            start = content_checksum(entry, zlib.crc32(str(key).encode(), start))
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            start = content_checksum(entry, start)
     return start
 
 
@@ -157,7 +149,7 @@ def record_stream(loader: Any, seed: int, dict_key_y: str, *, content: bool) -> 
     for item in _stream(loader, seed):
         targets = split_batch(item, dict_key_y)[1]
         sizes.append(len(targets))
-        checksums.append(_checksum(targets))
+        checksums.append(content_checksum(targets))
         if content:
             whole = content_checksum(item, whole)
     return StreamRecord(tuple(sizes), tuple(checksums), whole)
@@ -217,7 +209,7 @@ class StreamSource:
         start, length = 0, self.record.n_samples
         for number, item in enumerate(_stream(self.loader, self.seed)):
             inputs, targets = split_batch(item, self.dict_key_y)
-            seen = (len(targets), _checksum(targets)) if ordered else None
+            seen = (len(targets), content_checksum(targets)) if ordered else None
             if start + len(targets) > length or (ordered and seen != self._at(number)):
                 raise self._changed(number)
             yield _batch(inputs, targets, self.draws, self.first + start)

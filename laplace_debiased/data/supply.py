@@ -11,8 +11,6 @@ from torch import Tensor
 from laplace_debiased.checks import checked_integer
 from laplace_debiased.data.loaders import check_loader, loader_length, sampler_indices
 
-__all__ = ["Supply"]
-
 
 @dataclass(frozen=True, eq=False)
 class Supply:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GIBBS_SWEEPS", "FoldDraw", "draw_weighted_folds", "sampling_probabilities"]
-
 GIBBS_SWEEPS = 32
 """Sweeps over the folds. In the worst case, where the draws exhaust the pool, each fold given the
 others is then within 1e-4 in total variation of its exact law; in large pools a few sweeps do."""

@@ -37,14 +37,14 @@ from laplace_debiased.curvature.lowrank import (
     significant_pairs,
     span_eigenpairs,
 )
-from laplace_debiased.diagnostics.measure import Matrix, pieces
+from laplace_debiased.diagnostics.measure import pieces
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.transforms import Parameters, vmap
-from laplace_debiased.options import parse_choice
+from laplace_debiased.options import Curvature, parse_choice
 
 _GRAM_MAX_BYTES = 2 * 2**30
 _GRAM_MAX_ROWS = 1024
@@ -110,7 +110,7 @@ def top_eigenpairs(
         NumericalError: for outputs that are not finite, a curvature that vanishes, or if Lanczos
             does not converge.
     """
-    chosen = parse_choice(Matrix, matrix, "matrix")
+    chosen = parse_choice(Curvature, matrix, "matrix")
     checked_model(model)
     how = parse_choice(Solver, solver, "solver")
     with undisturbed(model), differentiable_kernels(model):
@@ -125,7 +125,7 @@ def network_eigenpairs(
     batch: object,
     k: int,
     *,
-    matrix: Matrix,
+    matrix: Curvature,
     solver: Solver,
     seed: int,
     role: str = "batch",
@@ -142,14 +142,14 @@ def network_eigenpairs(
     if chosen is Solver.GRAM:
         pairs = _gram_eigenpairs(network, inputs, root, k, progress_bar)
     else:
-        make = _ggn_product if matrix is Matrix.GGN else _hessian_product
+        make = _ggn_product if matrix is Curvature.GGN else _hessian_product
         product = make(network, inputs, targets, root)
         if chosen is Solver.LANCZOS:
             pairs = arpack_eigenpairs(product, functional, k, seed=seed, progress_bar=progress_bar)
         else:
             pairs = _dense(product, functional, k)
         # The Hessian's eigenvalues are all wanted: it may be indefinite.
-        cutoff = product_cutoff(functional.dtype) if matrix is Matrix.GGN else -math.inf
+        cutoff = product_cutoff(functional.dtype) if matrix is Curvature.GGN else -math.inf
         pairs = significant_pairs(pairs, cutoff)
     return Eigenpairs(pairs.eigenvalues.cpu(), pairs.basis, len(outputs))
 
@@ -184,8 +184,10 @@ def eigenspace_overlap(u: Tensor, v: Tensor) -> float:
     return float((u.T @ v).square().sum() / u.shape[1])
 
 
-def _resolve(solver: Solver, matrix: Matrix, network: LossNetwork, root: Tensor, k: int) -> Solver:
-    if solver is Solver.GRAM and matrix is Matrix.HESSIAN:
+def _resolve(
+    solver: Solver, matrix: Curvature, network: LossNetwork, root: Tensor, k: int
+) -> Solver:
+    if solver is Solver.GRAM and matrix is Curvature.HESSIAN:
         raise ValueError(
             "solver='gram' needs matrix='ggn': the Hessian is no Gram matrix. Use 'lanczos'."
         )
@@ -200,7 +202,7 @@ def _resolve(solver: Solver, matrix: Matrix, network: LossNetwork, root: Tensor,
         return Solver.DENSE
     n_rows = root.shape[0] * root.shape[2]
     fits = n_rows <= _GRAM_MAX_ROWS and network.rows_bytes(n_rows) <= _GRAM_MAX_BYTES
-    return Solver.GRAM if matrix is Matrix.GGN and fits else Solver.LANCZOS
+    return Solver.GRAM if matrix is Curvature.GGN and fits else Solver.LANCZOS
 
 
 def _gram_eigenpairs(

@@ -89,6 +89,33 @@ class MomentSums:
         return MeanEstimate(self.mean, self.scatter / (self.count - 1) / self.count, self.count)
 
 
+class QuadraticSums:
+    """Slopes and curvatures along k directions, added up batch by batch."""
+
+    def __init__(self) -> None:
+        self._sums: tuple[MomentSums, MomentSums] | None = None
+
+    def add(self, slopes: Tensor, curvatures: Tensor) -> None:
+        """Add those of some samples, [n, k] each."""
+        new = MomentSums.of(slopes), MomentSums.of(curvatures)
+        if self._sums is not None:
+            new = self._sums[0].merge(new[0]), self._sums[1].merge(new[1])
+        self._sums = new
+
+    def estimate(self, role: str) -> DirectionalQuadratic:
+        """Means over all samples.
+
+        Args:
+            role: what the samples are, for the message.
+
+        Raises:
+            ValueError: if there were none.
+        """
+        if self._sums is None:
+            raise ValueError(f"{role} gave no batches; it needs at least one sample.")
+        return DirectionalQuadratic(*(total.estimate() for total in self._sums))
+
+
 @dataclass(frozen=True, eq=False)
 class DirectionalQuadratic:
     r"""A quadratic ½ xᵀ C x + gᵀ x seen along k unit directions u: slopes uᵀg, curvatures uᵀCu.

@@ -22,7 +22,7 @@ from laplace_debiased.curvature.reading import parameter_rows, uses_of
 from laplace_debiased.curvature.rows import BlockRows, RankOneRows
 from laplace_debiased.data import split_batch
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
-from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
+from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.inputs import check_dense
 
@@ -105,31 +105,15 @@ class BandWalk:
         self, batches: Iterable[object], bands: Mapping[str, Bands]
     ) -> dict[str, DirectionalQuadratic]:
         """Slopes and curvatures per band, over all samples of the batches."""
-        sums: dict[str, tuple[MomentSums, MomentSums]] = {}
+        sums = {name: QuadraticSums() for name in bands}
         for batch in batches:
             for chunk in self.chunks(batch):
                 for name, rows in chunk.blocks:
-                    found = _moments(bands[name], rows)
-                    sums[name] = _merged(sums[name], found) if name in sums else found
-        if not sums:
-            raise ValueError("reference_loader gave no batches; it needs at least one sample.")
-        return {
-            name: DirectionalQuadratic(slope.estimate(), curvature.estimate())
-            for name, (slope, curvature) in sums.items()
-        }
-
-
-def _moments(bands: Bands, rows: BlockRows) -> tuple[MomentSums, MomentSums]:
-    rotated = bands.rotated(rows)
-    slope = bands.means(rotated[:, 0] * bands.signs)
-    curvature = bands.means(rotated[:, 1:].square().sum(1))
-    return MomentSums.of(slope), MomentSums.of(curvature)
-
-
-def _merged(
-    one: tuple[MomentSums, MomentSums], other: tuple[MomentSums, MomentSums]
-) -> tuple[MomentSums, MomentSums]:
-    return one[0].merge(other[0]), one[1].merge(other[1])
+                    rotated = bands[name].rotated(rows)
+                    slopes = bands[name].means(rotated[:, 0] * bands[name].signs)
+                    curvatures = bands[name].means(rotated[:, 1:].square().sum(1))
+                    sums[name].add(slopes, curvatures)
+        return {name: total.estimate("reference_loader") for name, total in sums.items()}
 
 
 def bands_of(walk: BandWalk, batch: object, names: Sequence[str], n_bands: int) -> dict[str, Bands]:

@@ -28,13 +28,13 @@ from laplace_debiased.data import split_batch
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
 from laplace_debiased.diagnostics.kfac_bands import Bands, BandWalk, bands_of, in_basis
+from laplace_debiased.diagnostics.network import check_reference
 from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
     plot_profiles,
     profile_from_directions,
 )
 from laplace_debiased.diagnostics.summary import BiasSummary
-from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.likelihoods import loss_model
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
@@ -214,11 +214,7 @@ def kfac_profile(
     checked_integer("byte_budget", byte_budget)
     checked_model(model)
     checked_flag("progress_bar", progress_bar)
-    tensor = isinstance(reference_loader, Tensor)
-    if reference_loader is not None and (tensor or not isinstance(reference_loader, Iterable)):
-        raise ArgumentTypeError(
-            f"reference_loader must give batches; got {type(reference_loader).__name__}."
-        )
+    check_reference(reference_loader)
     loss = loss_model(likelihood)
     with (
         undisturbed(model, generators=loader_generators(reference_loader)),

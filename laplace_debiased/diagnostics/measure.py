@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 from tqdm import tqdm
 
-from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MomentSums
+from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.network.memory import is_out_of_memory
@@ -34,19 +34,10 @@ from laplace_debiased.network.transforms import (
     vmap,
     with_batch_axis,
 )
+from laplace_debiased.options import Curvature
 
 _FORWARD_CHUNK_SAMPLES = 2048
 _HESSIAN_CHUNK_SAMPLES = 16
-
-
-class Matrix(StrEnum):
-    """Which curvature matrix of the loss."""
-
-    GGN = "ggn"
-    """Generalized Gauss-Newton matrix, Jᵀ ∇²_f ℓ J: positive semi-definite."""
-
-    HESSIAN = "hessian"
-    """All second derivatives of the loss: may be indefinite."""
 
 
 class Derivatives(StrEnum):
@@ -67,7 +58,7 @@ def measure_directions(
     batches: Iterable[object],
     directions: Tensor,
     *,
-    matrix: Matrix = Matrix.GGN,
+    matrix: Curvature = Curvature.GGN,
     derivatives: Derivatives = Derivatives.AUTO,
     chunk_size: int | None = None,
     role: str = "batch",
@@ -94,29 +85,19 @@ def measure_directions(
             a choice of derivatives with the Hessian.
     """
     _check_directions(directions, network.functional.n_params)
-    sums: tuple[MomentSums, MomentSums] | None = None
+    sums = QuadraticSums()
     for batch in tqdm(batches, desc=f"directions on {role}", disable=not progress_bar):
         inputs, targets = network.pair(batch, role)
         outputs = network.checked_outputs(inputs, targets)
         match matrix, _resolve(derivatives, matrix, network, directions.shape[1], outputs):
-            case Matrix.HESSIAN, _:
+            case Curvature.HESSIAN, _:
                 values = _hessian(network, inputs, targets, directions, chunk_size)
             case _, Derivatives.REVERSE:
                 values = _reverse(network, inputs, targets, outputs, directions, chunk_size)
             case _:
                 values = _forward(network, inputs, targets, outputs, directions, chunk_size)
-        slope, curvature = (MomentSums.of(value) for value in values)
-        sums = (
-            (slope, curvature)
-            if sums is None
-            else (
-                sums[0].merge(slope),
-                sums[1].merge(curvature),
-            )
-        )
-    if sums is None:
-        raise ValueError(f"{role} gave no batches; it needs at least one sample.")
-    return DirectionalQuadratic(sums[0].estimate(), sums[1].estimate())
+        sums.add(*values)
+    return sums.estimate(role)
 
 
 @contextmanager
@@ -245,12 +226,12 @@ def _dot(a: Parameters, b: Parameters) -> Tensor:
 
 def _resolve(
     derivatives: Derivatives,
-    matrix: Matrix,
+    matrix: Curvature,
     network: LossNetwork,
     n_directions: int,
     outputs: Tensor,
 ) -> Derivatives:
-    if matrix is Matrix.HESSIAN and derivatives is not Derivatives.AUTO:
+    if matrix is Curvature.HESSIAN and derivatives is not Derivatives.AUTO:
         raise ValueError(
             "the Hessian is measured by forward over reverse mode only; leave derivatives='auto'."
         )

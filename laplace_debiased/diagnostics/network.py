@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature.lowrank import RowPass
 from laplace_debiased.data import split_batch
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.likelihoods import LossModel, loss_model
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import batch_length, check_dense
@@ -94,3 +96,13 @@ class LossNetwork:
         functional = self.functional
         targets = plain_inputs(targets.to(functional.device), functional.dtype)
         return functional.prepare(inputs), targets
+
+
+def check_reference(loader: object) -> None:
+    """Check that a reference, if there is one, gives batches.
+
+    Raises:
+        ArgumentTypeError: if it does not.
+    """
+    if loader is not None and (isinstance(loader, Tensor) or not isinstance(loader, Iterable)):
+        raise ArgumentTypeError(f"reference_loader must give batches; got {type(loader).__name__}.")

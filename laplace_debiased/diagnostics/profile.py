@@ -13,14 +13,14 @@ from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.eigen import Solver, network_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
-from laplace_debiased.diagnostics.measure import Derivatives, Matrix, measure_directions
-from laplace_debiased.diagnostics.network import LossNetwork
+from laplace_debiased.diagnostics.measure import Derivatives, measure_directions
+from laplace_debiased.diagnostics.network import LossNetwork, check_reference
 from laplace_debiased.diagnostics.plots import plot_columns, plot_quadratics
 from laplace_debiased.diagnostics.summary import BiasSummary, summarise
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
-from laplace_debiased.options import parse_choice
+from laplace_debiased.options import Curvature, parse_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -223,7 +223,7 @@ def directional_profile(
         TypeError: for a batch of an unknown type.
         RuntimeError: if the model cannot be vectorised.
     """
-    which = parse_choice(Matrix, matrix, "matrix")
+    which = parse_choice(Curvature, matrix, "matrix")
     how = parse_choice(Solver, solver, "solver")
     mode = parse_choice(Derivatives, derivatives, "derivatives")
     if chunk_size is not None:
@@ -234,11 +234,7 @@ def directional_profile(
         )
     checked_model(model)
     checked_flag("progress_bar", progress_bar)
-    tensor = isinstance(reference_loader, Tensor)
-    if reference_loader is not None and (tensor or not isinstance(reference_loader, Iterable)):
-        raise ArgumentTypeError(
-            f"reference_loader must give batches; got {type(reference_loader).__name__}."
-        )
+    check_reference(reference_loader)
     with (
         undisturbed(model, generators=loader_generators(reference_loader)),
         differentiable_kernels(model),
@@ -321,7 +317,7 @@ def directional_quadratic(
             LossNetwork.of(model, likelihood, dict_key_y),
             batches,
             directions,
-            matrix=parse_choice(Matrix, matrix, "matrix"),
+            matrix=parse_choice(Curvature, matrix, "matrix"),
             derivatives=parse_choice(Derivatives, derivatives, "derivatives"),
             chunk_size=chunk_size,
             role="batches",

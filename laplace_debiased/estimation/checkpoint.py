@@ -32,6 +32,7 @@ from laplace_debiased.estimation.progress import (
     chosen_sums,
 )
 from laplace_debiased.files import PathLike, read_record, remove_file, resolved_path, write_record
+from laplace_debiased.network.inputs import to_device
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.parallel import ALONE, Ranks
 
@@ -161,7 +162,7 @@ class FitCheckpoint:
 
     def _restore(self, sums: Sequence[Resumable], walk: Mapping[str, Any]) -> None:
         for one, state in zip(sums, walk["sums"], strict=True):
-            one.restore(_moved(state, self._ranks.home))
+            one.restore(to_device(state, self._ranks.home))
 
     def _write(self, name: str, state: State, *, now: bool = False) -> None:
         """Write a walk's state if the last write is long enough ago, or ``now``."""
@@ -259,13 +260,3 @@ def plan_digest(plan: CurvaturePlan) -> str:
             if values is not None:
                 digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(entry, device) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(entry, device) for entry in value)
-    return value

@@ -23,13 +23,14 @@ from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.over_ranks import factors_over_ranks, magnitudes_over_ranks
 from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.curvature.rows import largest_basis
-from laplace_debiased.data import (
-    Batch,
+from laplace_debiased.data import Batch
+from laplace_debiased.debiasing import Measurement
+from laplace_debiased.estimation.columns import (
+    SharedNoise,
+    columns_per_sample,
+    drawing,
+    fit_columns,
 )
-from laplace_debiased.debiasing import (
-    Measurement,
-)
-from laplace_debiased.estimation.label_noise import SharedNoise, drawing
 from laplace_debiased.estimation.progress import Progress, Resumable
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.walking import (
@@ -41,10 +42,9 @@ from laplace_debiased.estimation.walking import (
     rows_of,
     scaled_columns,
 )
-from laplace_debiased.likelihoods import curvature_columns, sketched_columns
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.identity import digest_of
-from laplace_debiased.options import SKETCHED_COLUMNS, Fisher, Magnitudes
+from laplace_debiased.options import SKETCHED_COLUMNS, Magnitudes
 
 AnyChunk = TypeVar("AnyChunk", Chunk, ColumnChunk)
 
@@ -227,13 +227,7 @@ class KronEstimator:
 
     @property
     def _n_columns(self) -> int | None:
-        match self.task.options.fisher:
-            case Fisher.TYPE2:
-                return self.sketch
-            case Fisher.MC:
-                return self.task.options.mc_samples
-            case Fisher.EMPIRICAL:
-                return 1
+        return columns_per_sample(self.task.options, self.sketch)
 
     def _columns_of(self, batch: Batch, generator: torch.Generator, shared: SharedNoise) -> Columns:
         loss, options = self.task.loss, self.task.options
@@ -245,12 +239,8 @@ class KronEstimator:
             loss.check_targets(outputs, targets)
             draw = drawing(loss, options, outputs, self.sketch)
             if draw is not None and noise is None:
-                places = batch.positions
-                noise = draw(len(batch), generator) if places is None else shared.rows(places, draw)
-            if self.sketch is not None:
-                assert noise is not None
-                return sketched_columns(loss, outputs, targets, noise[rows], self.sketch)
+                noise = shared.of(batch, draw, generator)
             drawn = None if noise is None else noise[rows]
-            return curvature_columns(loss, outputs, targets, options.fisher, noise=drawn)
+            return fit_columns(loss, options.fisher, outputs, targets, drawn, self.sketch)
 
         return columns

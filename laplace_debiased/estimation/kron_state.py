@@ -16,6 +16,7 @@ from laplace_debiased.curvature.lowrank import relative_cutoff
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor
 from laplace_debiased.curvature.rows.sides import is_thin
 from laplace_debiased.estimation.values import KronCurvature
+from laplace_debiased.network.inputs import to_device
 from laplace_debiased.parallel import from_triangle, triangle_of
 
 Block = TypeVar("Block", BlockBasis, BlockFactors)
@@ -95,7 +96,7 @@ def curvature_from_state(
         ValueError: if a table does not fit its eigenbasis.
     """
     basis = tuple(
-        BlockBasis(name, **_moved(_fields_of(BlockBasis, entry), device))
+        BlockBasis(name, **to_device(_fields_of(BlockBasis, entry), device))
         for name, entry in zip(names, state["H"], strict=True)
     )
     tables = tuple(table.to(device) for table in state["tables"])
@@ -131,10 +132,6 @@ def _fields_of(kind: type[Block], entry: Mapping[str, Any] | Sequence[Tensor]) -
     if isinstance(entry, Mapping):
         return dict(entry)
     return dict(zip([field.name for field in fields(kind)][1:], entry, strict=False))
-
-
-def _moved(entry: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: None if value is None else value.to(device) for name, value in entry.items()}
 
 
 def _factor_from_state(value: Any, basis: Tensor | None, device: torch.device) -> Factor | None:

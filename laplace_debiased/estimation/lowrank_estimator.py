@@ -30,11 +30,11 @@ from laplace_debiased.data import (
     draw_coefficients,
 )
 from laplace_debiased.debiasing import Measurement, scheme_plan
-from laplace_debiased.estimation.label_noise import SharedNoise, drawing
+from laplace_debiased.estimation.columns import SharedNoise, drawing, fit_columns
 from laplace_debiased.estimation.row_budget import fits_gram, max_gram_samples
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.walking import Tally, coefficients_of, rows_of
-from laplace_debiased.likelihoods import LossModel, curvature_columns, sketched_columns
+from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.options import Fisher
 from laplace_debiased.parallel import Ranks, summed
@@ -69,14 +69,8 @@ class Survey:
     def columns(self, index: Tensor | slice) -> Tensor:
         """Columns S [n, C, R] of some of this rank's samples."""
         noise = None if self.noise is None else self.noise[index]
-        if self.sketch is not None:
-            assert noise is not None
-            return sketched_columns(
-                self.loss, self.outputs[index], self.targets[index], noise, self.sketch
-            )
-        return curvature_columns(
-            self.loss, self.outputs[index], self.targets[index], self.fisher, noise=noise
-        )
+        outputs, targets = self.outputs[index], self.targets[index]
+        return fit_columns(self.loss, self.fisher, outputs, targets, noise, self.sketch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +132,7 @@ class LowRankEstimator:
             sketch = self.task.options.sketched(outputs[-1][0].numel())
             draw = drawing(self.task.loss, self.task.options, outputs[-1], sketch)
             if draw is not None:
-                places = batch.positions
-                noises.append(
-                    draw(len(batch), generator) if places is None else shared.rows(places, draw)
-                )
+                noises.append(shared.of(batch, draw, generator))
         tally = tally.over_ranks(ranks)
         tally.require_usable(self.task.loss)
         none = torch.empty((0, tally.n_outputs), dtype=network.dtype, device=network.device)

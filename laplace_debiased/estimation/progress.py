@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.data import Batch, Share
-from laplace_debiased.network.identity import tensor_bytes
+from laplace_debiased.data.sources import content_checksum
 
 State = Callable[[], Mapping[str, Any]]
 
@@ -127,7 +126,7 @@ class WalkProgress:
 
     def _count(self, batch: Batch) -> None:
         self._position += 1
-        self._checksum = _checksum(batch.targets, _checksum(batch.inputs, self._checksum))
+        self._checksum = content_checksum((batch.inputs, batch.targets), self._checksum)
 
     def _state(self, generator: torch.Generator, *, complete: bool = False) -> dict[str, Any]:
         return {
@@ -210,15 +209,3 @@ def chosen_sums(
             covered[places] = True
             taken.append((rank, index))
     return taken, False
-
-
-def _checksum(value: Any, start: int) -> int:
-    if isinstance(value, Tensor):
-        return zlib.crc32(tensor_bytes(value), start)
-    if hasattr(value, "items"):
-        for key, entry in value.items():
-            start = _checksum(entry, zlib.crc32(str(key).encode(), start))
-    elif isinstance(value, tuple | list):
-        for entry in value:
-            start = _checksum(entry, start)
-    return start

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.lowrank import RowPass
+from laplace_debiased.estimation.columns import columns_per_sample
 from laplace_debiased.likelihoods import LossModel
-from laplace_debiased.options import CurvatureOptions, Fisher
+from laplace_debiased.options import CurvatureOptions
 
 ROW_BUDGETS = 4
 """The rows of the Gram route may take so many times the byte budget of a pass. They are as large as
@@ -42,14 +43,8 @@ def automatic_budget(
     Raises:
         ValueError: if not even one sample per fold fits.
     """
-    match options.fisher:
-        case Fisher.MC:
-            n_columns = options.mc_samples
-        case Fisher.EMPIRICAL:
-            n_columns = 1
-        case Fisher.TYPE2:
-            sketch = options.sketched(outputs[0].numel())
-            n_columns = loss.hessian_root(outputs).shape[-1] if sketch is None else sketch
+    known = columns_per_sample(options, options.sketched(outputs[0].numel()))
+    n_columns = loss.hessian_root(outputs).shape[-1] if known is None else known
     fitting = max_gram_samples(n_columns, row_pass, options.byte_budget)
     if n_data <= fitting:
         return None

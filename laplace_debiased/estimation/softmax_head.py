@@ -11,8 +11,8 @@ from laplace_debiased.curvature import FeaturePass
 from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.curvature.softmax_head import SoftmaxHeadRule
 from laplace_debiased.data import Batch
+from laplace_debiased.estimation.columns import SharedNoise
 from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator
-from laplace_debiased.estimation.label_noise import SharedNoise
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
 from laplace_debiased.options import SKETCHED_COLUMNS, Fisher
 

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from laplace_debiased.curvature import Coverage, FeaturePass, Head
 from laplace_debiased.curvature.coverage import FROZEN, NOT_LAST
 from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.grad_modes import outside_inference_mode
+from laplace_debiased.network.inputs import call_arguments, explained_failure, logits_of, to_device
 from laplace_debiased.network.last_layer import LastLayerNetwork
+from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.network.precision import HALF_DTYPES
-from laplace_debiased.network.samples import network_samples
+from laplace_debiased.network.substitution import call_with
 from laplace_debiased.network.wrappers import check_whole, plain_network
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 from laplace_debiased.predictive.draws import HeadProducts, JacobianProducts, NetworkProducts
@@ -130,16 +133,21 @@ class Target:
             if model_kwargs:
                 raise ValueError("last-layer sampling takes no further model arguments.")
             return self._sampled_heads(coverage, weights, inputs, differentiable)
-        named = zip(coverage.covered, self.parameters(coverage), strict=True)
-        outputs = network_samples(
-            self.model,
-            [(name, parameter.detach()) for name, parameter in named],
-            weights,
-            inputs,
-            differentiable=differentiable,
-            **model_kwargs,
-        )
-        return torch.stack(list(outputs))
+        parameters, inputs = self.parameters(coverage), to_device(inputs, self.device)
+        sizes, outputs = [parameter.numel() for parameter in parameters], []
+        for sample in weights:
+            parts = zip(coverage.covered, parameters, sample.split(sizes), strict=True)
+            values = {name: part.reshape(p.shape).to(p.dtype) for name, p, part in parts}
+            with (
+                outside_inference_mode(),
+                torch.set_grad_enabled(differentiable),
+                evaluation_mode(self.model),
+                explained_failure(inputs),
+            ):
+                args, named = call_arguments(self.model, inputs)
+                found = call_with(self.model, values, args, {**named, **model_kwargs})
+            outputs.append(logits_of(found))
+        return torch.stack(outputs)
 
     def products(self, coverage: Coverage, byte_budget: int) -> JacobianProducts:
         """The linearised network along directions of the covered weights."""

@@ -13,7 +13,6 @@ The network as a function of its parameters:
 * ``substitution``: a model run with other weights, without a write to its own.
 * ``functional``: its outputs as a function of the covered parameters.
 * ``transforms``: derivatives of such a function, per sample and along directions.
-* ``samples``: its outputs at sampled weights.
 
 What the user has stays as it is:
 

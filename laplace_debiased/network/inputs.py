@@ -13,24 +13,6 @@ from torch import Tensor, nn
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.network.memory import is_out_of_memory
 
-__all__ = [
-    "AttributeDict",
-    "batch_length",
-    "call_arguments",
-    "check_dense",
-    "check_model_arguments",
-    "described",
-    "explained_failure",
-    "invoke",
-    "logits_of",
-    "map_tensors",
-    "plain_tensors",
-    "select_rows",
-    "tensor_shapes",
-    "tensors_of",
-    "to_device",
-]
-
 LABELS = "labels"
 """Entry that a keyword call leaves out where the model has a default for it: given their labels,
 Hugging Face's models compute a loss, and remember what kind it was."""

@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 
-__all__ = ["let_through", "unbroken", "uninterrupted"]
-
 T = TypeVar("T")
 P = ParamSpec("P")
 

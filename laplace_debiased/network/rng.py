@@ -18,8 +18,6 @@ import torch
 from laplace_debiased.checks import generator_seed
 from laplace_debiased.network.interrupts import unbroken
 
-__all__ = ["RngState", "derived_seed", "guarded_iter", "preserved_rng", "undrawn_on_failure"]
-
 T = TypeVar("T")
 
 

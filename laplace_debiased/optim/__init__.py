@@ -3,12 +3,13 @@
 from laplace_debiased.optim.cg import debiased_cg
 from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt
 from laplace_debiased.optim.line import NonPositiveCurvature
-from laplace_debiased.optim.model_quadratic import Curvature, model_quadratic
+from laplace_debiased.optim.model_quadratic import model_quadratic
 from laplace_debiased.optim.newton_cg import NewtonCG
 from laplace_debiased.optim.newton_step import MiniBatches, StepReport
 from laplace_debiased.optim.quadratic import Quadratic
 from laplace_debiased.optim.result import CGResult
 from laplace_debiased.optim.termination import StopReason, Termination
+from laplace_debiased.options import Curvature
 
 __all__ = [
     "Backtracking",

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, assert_never
 
 import torch
@@ -36,20 +35,9 @@ from laplace_debiased.optim.operators import (
     unflatten,
 )
 from laplace_debiased.optim.quadratic import Quadratic
-from laplace_debiased.options import parse_choice
+from laplace_debiased.options import Curvature, parse_choice
 
 Batch = tuple[Any, Tensor]
-
-
-class Curvature(StrEnum):
-    """The matrix H of a local quadratic.
-
-    * ``GGN``: generalised Gauss-Newton, positive semi-definite for a convex loss.
-    * ``HESSIAN``: second derivatives; indefinite in general.
-    """
-
-    GGN = "ggn"
-    HESSIAN = "hessian"
 
 
 @public_call
@@ -101,7 +89,7 @@ def model_quadratic(
         batches = [check_batch(batch, "data") for batch in data]
     if not batches:
         raise ValueError("data must hold at least one mini-batch (X, y), got none.")
-    return loss.quadratic(batches, Curvature(curvature), damping)[1]
+    return loss.quadratic(batches, curvature, damping)[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt
 from laplace_debiased.optim.line import NonPositiveCurvature
-from laplace_debiased.optim.model_quadratic import Curvature, ModelLoss
+from laplace_debiased.optim.model_quadratic import ModelLoss
 from laplace_debiased.optim.newton_step import (
     MiniBatches,
     NewtonSettings,
@@ -24,7 +24,7 @@ from laplace_debiased.optim.newton_step import (
 from laplace_debiased.optim.operators import unflatten
 from laplace_debiased.optim.quadratic import Quadratic
 from laplace_debiased.optim.termination import Termination
-from laplace_debiased.options import parse_choice
+from laplace_debiased.options import Curvature, parse_choice
 
 DEFAULT_CG = Termination(max_iterations=40, relative_progress=5e-4)
 DEFAULT_DAMPING_RULE = LevenbergMarquardt()

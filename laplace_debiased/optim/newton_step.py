@@ -14,7 +14,6 @@ from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquard
 from laplace_debiased.optim.line import NonPositiveCurvature
 from laplace_debiased.optim.model_quadratic import (
     Batch,
-    Curvature,
     ModelLoss,
     batch_size,
     check_batch,
@@ -22,6 +21,7 @@ from laplace_debiased.optim.model_quadratic import (
 from laplace_debiased.optim.quadratic import Quadratic
 from laplace_debiased.optim.result import CGResult
 from laplace_debiased.optim.termination import StopReason, Termination
+from laplace_debiased.options import Curvature
 
 
 class MiniBatches(NamedTuple):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from laplace.baselaplace import ParametricLaplace
+from laplace.curvature.curvature import CurvatureInterface
 from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 
@@ -14,8 +15,7 @@ from laplace_debiased.checks import check_representable, checked_flag, one_numbe
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NotFittedError
 from laplace_debiased.estimation import Arguments, Fit, FitReport, FitRequest, Structure, Target
-from laplace_debiased.estimation.arguments import Backend
-from laplace_debiased.estimation.keywords import arguments_from
+from laplace_debiased.estimation.keywords import arguments_from, backend_from
 from laplace_debiased.files import PathLike
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.identity import ModelFingerprint
@@ -37,7 +37,8 @@ class DebiasedPosterior(_Host):
 
     It holds what a posterior consists of (arguments, target, structure, fit, predictor, and a
     watch over the model), and it alone writes laplace-torch's attributes. A concrete posterior
-    names its structure, what a prior must look like, and what laplace-torch calls ``H``.
+    names its structure, what a prior must look like, and what laplace-torch calls ``H``; one over
+    the last layer also its target. Their arguments are those of ``DebiasedKronLaplace``.
     """
 
     model: Any
@@ -55,6 +56,11 @@ class DebiasedPosterior(_Host):
     _sigma_noise: Tensor
 
     @staticmethod
+    def _target_for(model: nn.Module, options: dict[str, Any]) -> Target:
+        """Which of a model's weights are meant; takes the options that say so from the others."""
+        return Target(model)
+
+    @staticmethod
     @abstractmethod
     def _structure_for(arguments: Arguments) -> Structure:
         """The structure of this posterior."""
@@ -70,28 +76,31 @@ class DebiasedPosterior(_Host):
 
     # -- construction ----------------------------------------------------------------------
 
-    def _construct(
+    def __init__(
         self,
-        target: Target,
-        likelihood: str,
-        options: dict[str, Any],
-        *,
-        backend: Backend | None,
-        dict_keys: tuple[str, str],
-        sigma_noise: float | Tensor | str,
-        prior_precision: float | Tensor,
-        prior_mean: float | Tensor,
-        temperature: float,
-        enable_backprop: bool,
+        model: nn.Module,
+        likelihood: str = "classification",
+        sigma_noise: float | Tensor | str = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
         damping: bool = False,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
-        """Check and set everything; to be called once, by a constructor."""
+        target = self._target_for(model, options)
+        given = backend_from(backend, backend_kwargs, asdl_fisher_kwargs)
         arguments = arguments_from(
             likelihood,
             options,
             sigma_noise=sigma_noise,
-            dict_keys=dict_keys,
-            backend=backend,
+            dict_keys=(dict_key_x, dict_key_y),
+            backend=given,
             damping=damping,
             low_rank=self._takes_diagonal_prior,
         )
@@ -112,9 +121,9 @@ class DebiasedPosterior(_Host):
             enable_backprop=enable_backprop,
             dict_key_x=arguments.dict_key_x,
             dict_key_y=arguments.dict_key_y,
-            backend=None if backend is None else backend.kind,
-            backend_kwargs=None if backend is None else dict(backend.kwargs),
-            asdl_fisher_kwargs=None if backend is None else dict(backend.kron_kwargs),
+            backend=None if given is None else given.kind,
+            backend_kwargs=None if given is None else dict(given.kwargs),
+            asdl_fisher_kwargs=None if given is None else dict(given.kron_kwargs),
         )
         self.likelihood = arguments.likelihood
         self._set_target(target, self._chosen)

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from laplace.baselaplace import KronLaplace
-from laplace.curvature.curvature import CurvatureInterface
 from laplace.utils.matrix import Kron
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace_debiased.checks import checked_integer
-from laplace_debiased.estimation import Fit, KronStructure, Target, posterior_factors
-from laplace_debiased.estimation.keywords import backend_from
+from laplace_debiased.estimation import Fit, KronStructure, posterior_factors
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.operators import EigenKron
@@ -86,37 +84,6 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
     _key = ("all", "debiased_kron")
     _structure_for = staticmethod(KronStructure)
     _check_prior = staticmethod(check_kron_prior)
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "classification",
-        sigma_noise: float | Tensor | str = 1.0,
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
-        temperature: float = 1.0,
-        enable_backprop: bool = False,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
-        damping: bool = False,
-        backend_kwargs: dict[str, Any] | None = None,
-        asdl_fisher_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        self._construct(
-            Target(model),
-            likelihood,
-            options,
-            backend=backend_from(backend, backend_kwargs, asdl_fisher_kwargs),
-            dict_keys=(dict_key_x, dict_key_y),
-            sigma_noise=sigma_noise,
-            prior_precision=prior_precision,
-            prior_mean=prior_mean,
-            temperature=temperature,
-            enable_backprop=enable_backprop,
-            damping=damping,
-        )
 
     def _host_curvature(self, fit: Fit, predictor: KronPredictor) -> dict[str, Any]:
         return {"H": predictor.curvature, "H_facs": FactorsOnDemand(fit)}

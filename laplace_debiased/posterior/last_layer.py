@@ -4,35 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from laplace.curvature.curvature import CurvatureInterface
 from laplace.lllaplace import KronLLLaplace, LLLaplace
 from laplace.utils.feature_extractor import FeatureReduction
-from torch import Tensor, nn
+from torch import nn
 
 from laplace_debiased.estimation import LastLayer, Target
-from laplace_debiased.estimation.keywords import backend_from
 from laplace_debiased.network.last_layer import check_last_layer_name
+from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.options import parse_choice
 from laplace_debiased.posterior.kron import DebiasedKronLaplace
 from laplace_debiased.posterior.lowrank import DebiasedLowRankLaplace
 
 
-def last_layer_target(
-    model: nn.Module, name: str | None, reduction: FeatureReduction | str | None
-) -> Target:
+def last_layer_target(model: nn.Module, options: dict[str, Any]) -> Target:
     """The last layer of a model as a target.
+
+    Args:
+        model: the network.
+        options: of the posterior; ``last_layer_name`` and ``feature_reduction`` are taken out.
 
     Raises:
         TypeError: for a model that is no module.
         ValueError: for a name of no linear layer, or an unknown reduction.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-    check_last_layer_name(model, name)
-    chosen = None
+    name, reduction = options.pop("last_layer_name", None), options.pop("feature_reduction", None)
     if reduction is not None:
-        chosen = parse_choice(FeatureReduction, reduction, "feature_reduction")
-    return Target(model, LastLayer(name, chosen, is_given=name is not None))
+        reduction = parse_choice(FeatureReduction, reduction, "feature_reduction")
+    check_last_layer_name(checked_model(model), name)
+    return Target(model, LastLayer(name, reduction, is_given=name is not None))
 
 
 class DebiasedKronLLLaplace(DebiasedKronLaplace, KronLLLaplace):
@@ -49,45 +48,14 @@ class DebiasedKronLLLaplace(DebiasedKronLaplace, KronLLLaplace):
         feature_reduction: how features of more than two dimensions are reduced, as the model does:
             "pick_first", "pick_last" or "average".
         last_layer_name: qualified name of the last layer; found at every fit by default.
-        **kwargs: as in :class:`DebiasedKronLaplace`.
+        **options: as in :class:`DebiasedKronLaplace`.
 
     Raises:
         ValueError: for options that are unknown, out of range or contradictory.
     """
 
     _key = ("last_layer", "debiased_kron")
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "classification",
-        sigma_noise: float | Tensor | str = 1.0,
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
-        temperature: float = 1.0,
-        enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
-        last_layer_name: str | None = None,
-        damping: bool = False,
-        backend_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        self._construct(
-            last_layer_target(model, last_layer_name, feature_reduction),
-            likelihood,
-            options,
-            backend=backend_from(backend, backend_kwargs, None),
-            dict_keys=(dict_key_x, dict_key_y),
-            sigma_noise=sigma_noise,
-            prior_precision=prior_precision,
-            prior_mean=prior_mean,
-            temperature=temperature,
-            enable_backprop=enable_backprop,
-            damping=damping,
-        )
+    _target_for = staticmethod(last_layer_target)
 
 
 class DebiasedLowRankLLLaplace(DebiasedLowRankLaplace, LLLaplace):
@@ -101,40 +69,11 @@ class DebiasedLowRankLLLaplace(DebiasedLowRankLaplace, LLLaplace):
         feature_reduction: how features of more than two dimensions are reduced, as the model does:
             "pick_first", "pick_last" or "average".
         last_layer_name: qualified name of the last layer; found at every fit by default.
-        **kwargs: as in :class:`DebiasedLowRankLaplace`.
+        **options: as in :class:`DebiasedLowRankLaplace`.
 
     Raises:
         ValueError: for options that are unknown, out of range or contradictory.
     """
 
     _key = ("last_layer", "debiased_lowrank")
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "classification",
-        sigma_noise: float | Tensor | str = 1.0,
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
-        temperature: float = 1.0,
-        enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
-        last_layer_name: str | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        self._construct(
-            last_layer_target(model, last_layer_name, feature_reduction),
-            likelihood,
-            options,
-            backend=backend_from(backend, backend_kwargs, None),
-            dict_keys=(dict_key_x, dict_key_y),
-            sigma_noise=sigma_noise,
-            prior_precision=prior_precision,
-            prior_mean=prior_mean,
-            temperature=temperature,
-            enable_backprop=enable_backprop,
-        )
+    _target_for = staticmethod(last_layer_target)

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from laplace.baselaplace import LowRankLaplace
-from laplace.curvature.curvature import CurvatureInterface
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace_debiased.checks import checked_integer
-from laplace_debiased.estimation import Fit, LowRankStructure, Target
-from laplace_debiased.estimation.keywords import backend_from
+from laplace_debiased.estimation import Fit, LowRankStructure
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.operators import LowRank
@@ -62,34 +60,6 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     _check_prior = staticmethod(check_low_rank_prior)
     _takes_diagonal_prior = True
     _operator: LowRank
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "classification",
-        sigma_noise: float | Tensor | str = 1.0,
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
-        temperature: float = 1.0,
-        enable_backprop: bool = False,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        self._construct(
-            Target(model),
-            likelihood,
-            options,
-            backend=backend_from(backend, backend_kwargs, None),
-            dict_keys=(dict_key_x, dict_key_y),
-            sigma_noise=sigma_noise,
-            prior_precision=prior_precision,
-            prior_mean=prior_mean,
-            temperature=temperature,
-            enable_backprop=enable_backprop,
-        )
 
     def _host_curvature(self, fit: Fit, predictor: LowRankPredictor) -> dict[str, Any]:
         basis = predictor.pairs.basis

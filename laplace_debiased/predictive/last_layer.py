@@ -22,31 +22,16 @@ from laplace_debiased.curvature.rows import sides
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.operators import EigenKron
 from laplace_debiased.predictive.functional import NamedBlocks
+from laplace_debiased.predictive.kron import KronPredictor
 from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Sweep
 from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
 
 
 @dataclass(frozen=True, eq=False)
-class LastLayerKronPredictor:
-    """A Kronecker curvature of the last layer with the network that it belongs to.
-
-    Attributes:
-        engine: the pass that gives features.
-        names: covered parameters, in the order of the blocks.
-        curvature: N·λ in its eigenbasis (a sum over the training set).
-    """
+class LastLayerKronPredictor(KronPredictor):
+    """A Kronecker curvature of the last layer with the network that it belongs to."""
 
     engine: FeaturePass
-    names: tuple[str, ...]
-    curvature: EigenKron
-
-    def outputs(self, inputs: Any) -> Tensor:
-        """Network outputs f [m, C], without a graph."""
-        return self.engine.outputs(inputs)
-
-    def precision(self, h: Tensor, prior: Tensor) -> EigenKron:
-        """h·N·λ + δ, per block."""
-        return self.curvature * h + prior
 
     def moments(
         self,

@@ -148,7 +148,7 @@ def test_budget_from_a_stream_is_refused_with_a_remedy(loader):
     ("bad", "error"),
     [(True, TypeError), (2.0, TypeError), ("3", TypeError), (0, ValueError), (-4, ValueError)],
 )
-@pytest.mark.parametrize("name", ["n_samples", "n_data", "folds", "batch_size"])
+@pytest.mark.parametrize("name", ["n_samples", "n_data", "folds"])
 def test_bad_counts_are_named(name, bad, error):
     arguments = {"folds": 2, "n_samples": 4, name: bad}
     with pytest.raises(error, match=f"^{name} must be"):
@@ -236,10 +236,10 @@ def test_random_state_is_untouched_by_building_and_walking():
     assert peek() == before
 
 
-@pytest.mark.parametrize(("batch_size", "sizes"), [(None, [3, 3, 1]), (5, [5, 2]), (50, [7])])
+@pytest.mark.parametrize(("batch_size", "sizes"), [(3, [3, 3, 1]), (5, [5, 2]), (50, [7])])
 def test_batches_are_full_and_may_mix_folds(batch_size, sizes):
-    loader = DataLoader(Numbers(10), batch_size=3)
-    plan = plan_from_loader(loader, folds=2, n_samples=7, batch_size=batch_size)
+    loader = DataLoader(Numbers(10), batch_size=batch_size)
+    plan = plan_from_loader(loader, folds=2, n_samples=7)
     assert [len(b) for b in walk(plan)] == sizes
     assert len(plan) == len(sizes)
 

@@ -246,13 +246,10 @@ def test_unknown_population_leaves_the_own_part_out():
     assert magnitude_coefficients(plan, draws, {1}).tolist() == [0.5, 0.5, 0, 0, 0]
 
 
-def test_draw_coefficients_leave_layer_inputs_unweighted_on_request():
+def test_draw_coefficients_count_repeats_and_weigh():
     q = sampling_probabilities(torch.tensor([3.0, 1.0, 1.0]), 0.2)
     plan = planned([(2, 1, 0), (0, 0, 1)], q)
-    draws = plan.sources[0].draws
-    plain = draw_coefficients(plan, draws, {0}, weighted=False)
-    assert plain.tolist() == pytest.approx([2 / 3, 1 / 3, 0])
-    weighted = draw_coefficients(plan, draws, {0})
+    weighted = draw_coefficients(plan, plan.sources[0].draws, {0})
     assert weighted.tolist() == pytest.approx([2 / 9 / float(q[0]), 1 / 9 / float(q[1]), 0])
 
 

@@ -30,7 +30,7 @@ LOADER = DataLoader(Numbers(40), batch_size=6, shuffle=True)
 
 def test_scores_belong_to_their_samples():
     pool = torch.tensor([9, 3, 30])
-    scores = score_pool(LOADER, pool, score, batch_size=2)
+    scores = score_pool(DataLoader(Numbers(40), batch_size=2), pool, score)
     assert scores.scores.tolist() == [10, 4, 31]
     assert scores.losses.tolist() == [90, 30, 300]
     assert scores.scores.dtype == torch.float64

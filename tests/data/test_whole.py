@@ -118,13 +118,11 @@ def test_negative_indices_name_the_same_sample():
     assert not set(found[0]) & set(found[1])
 
 
-def test_batch_size_rebatches_without_changing_samples_or_folds():
-    loader = DataLoader(Numbers(13), batch_size=4, shuffle=True)
-    own, wide = (plan_from_loader(loader, folds=3, batch_size=b) for b in (None, 7))
+def test_batch_size_changes_neither_samples_nor_folds():
+    loaders = [DataLoader(Numbers(13), batch_size=b, shuffle=True) for b in (4, 7)]
+    narrow, wide = (plan_from_loader(loader, folds=3) for loader in loaders)
     assert [len(b) for b in walk(wide)] == [7, 6]
-    assert targets_by_fold(own) == targets_by_fold(wide)
-    with pytest.raises(ValueError, match="batch_size=7"):
-        plan_from_loader(list(loader), folds=1, batch_size=7, n_data=13)
+    assert targets_by_fold(narrow) == targets_by_fold(wide)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

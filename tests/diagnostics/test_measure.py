@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laplace_debiased.diagnostics.measure import Derivatives, Matrix, measure_directions
+from laplace_debiased.diagnostics.measure import Derivatives, measure_directions
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.modes import differentiable_kernels
+from laplace_debiased.options import Curvature
 from tests.diagnostics import oracles
 from tests.oracles import sample_ggns
 from tests.tolerances import assert_exact, assert_same
@@ -44,7 +45,7 @@ def test_ggn_curvatures_slopes_and_their_errors_equal_the_dense_oracle(
 def test_hessian_curvatures_equal_reverse_over_reverse(kind, likelihood):
     p = problem(kind, likelihood, n=5)
     directions = oracles.orthonormal(len(oracles.flat(p.model)), 4)
-    result = measured(p, directions, matrix=Matrix.HESSIAN)
+    result = measured(p, directions, matrix=Curvature.HESSIAN)
     expected = oracles.along(oracles.hessians(p.model, likelihood, p.x, p.y), directions)
     assert_exact(result.curvature.mean, expected.mean(0))
     assert_exact(result.curvature.covariance, torch.cov(expected.T) / len(expected))
@@ -54,7 +55,7 @@ def test_layer_norm_keeps_all_its_second_derivatives():
     model, tokens, labels = oracles.attention()
     directions = oracles.orthonormal(len(oracles.flat(model)), 3)
     p = Problem(model, tokens, labels, "classification")
-    result = measured(p, directions, matrix=Matrix.HESSIAN)
+    result = measured(p, directions, matrix=Curvature.HESSIAN)
     with differentiable_kernels(model):
         theta, step = oracles.flat(model), 1e-4
         at = [
@@ -70,7 +71,7 @@ def test_layer_norm_keeps_all_its_second_derivatives():
     torch.testing.assert_close(result.curvature.mean, second_differences, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("matrix", list(Matrix))
+@pytest.mark.parametrize("matrix", list(Curvature))
 def test_batching_order_and_chunks_change_nothing(matrix):
     p = problem("cnn", n=11)
     directions = oracles.orthonormal(len(oracles.flat(p.model)), 5)
@@ -138,7 +139,7 @@ def test_bad_calls_raise():
     with pytest.raises(ValueError, match="shape"):
         measured(p, torch.zeros(size + 1, 2))
     with pytest.raises(ValueError, match="forward over reverse"):
-        measured(p, torch.eye(size), matrix=Matrix.HESSIAN, derivatives=Derivatives.FORWARD)
+        measured(p, torch.eye(size), matrix=Curvature.HESSIAN, derivatives=Derivatives.FORWARD)
     with differentiable_kernels(p.model):
         network = LossNetwork.of(p.model, p.likelihood)
         with pytest.raises(ValueError, match="no batches"):

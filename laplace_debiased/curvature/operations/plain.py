@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_debiased.curvature.operations.call import OperationCall, Reading, RuleDefaults
+from laplace_debiased.curvature.operations.call import OperationCall, Reading, RuleDefaults, Use
+from laplace_debiased.curvature.operations.views import Place
 from laplace_debiased.curvature.rows import BlockRows, VectorRows
 
 
@@ -27,3 +28,14 @@ class PlainRule(RuleDefaults):
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
         """Columns [m, R, *shape of the parameter]."""
         return VectorRows(columns[0].reshape(*columns[0].shape[:2], -1))
+
+
+def plain_call(name: str, parameter: Tensor) -> OperationCall:
+    """The call that "reads" a parameter as it is, whatever becomes of it.
+
+    Args:
+        name: its qualified name.
+        parameter: its tensor.
+    """
+    whole = Place((parameter.numel(),), (0,), (parameter.numel(),))
+    return OperationCall("the parameter itself", PlainRule(), {"weight": Use(name, whole)}, ())

@@ -1,4 +1,4 @@
-"""Draws of labels and signs that do not depend on who has which samples."""
+"""Columns of a fit, with draws of labels and signs that do not depend on who has which samples."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from laplace_debiased.data import CurvaturePlan, Share
-from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.data import Batch, CurvaturePlan, Share
+from laplace_debiased.likelihoods import LossModel, curvature_columns, sketched_columns
 from laplace_debiased.options import CurvatureOptions, Fisher
 
 Draw = Callable[[int, torch.Generator], Tensor]
@@ -34,6 +34,41 @@ def drawing(
     return None
 
 
+def fit_columns(
+    loss: LossModel,
+    fisher: Fisher,
+    outputs: Tensor,
+    targets: Tensor,
+    noise: Tensor | None,
+    sketch: int | None,
+) -> Tensor:
+    """Columns S [m, C, R] ([m, T, C, R]) whose outer products a fit adds up.
+
+    Args:
+        loss: the loss model.
+        fisher: which second moment of output gradients.
+        outputs: network outputs [m, C] or [m, T, C].
+        targets: labels or regression targets.
+        noise: as :func:`drawing` has drawn it, of these samples; None where none is needed.
+        sketch: number of columns that stand for the loss Hessian's root; None for all of it.
+    """
+    if sketch is None:
+        return curvature_columns(loss, outputs, targets, fisher, noise=noise)
+    assert noise is not None
+    return sketched_columns(loss, outputs, targets, noise, sketch)
+
+
+def columns_per_sample(options: CurvatureOptions, sketch: int | None) -> int | None:
+    """R; None where it is the rank of the loss Hessian's root."""
+    match options.fisher:
+        case Fisher.TYPE2:
+            return sketch
+        case Fisher.MC:
+            return options.mc_samples
+        case Fisher.EMPIRICAL:
+            return 1
+
+
 class SharedNoise:
     """Noise of a share's samples, as one process that walks the whole plan would draw it.
 
@@ -56,6 +91,17 @@ class SharedNoise:
         self._by_fold, self._end = by_fold, 0
         self._places = torch.empty(0, dtype=torch.int64)
         self._noise: Tensor | None = None
+
+    def of(self, batch: Batch, draw: Draw, generator: torch.Generator) -> Tensor:
+        """Noise of a batch's samples [m, ...]; from the generator where the batch is of no share.
+
+        Args:
+            batch: the next one of the walk.
+            draw: draws noise.
+            generator: of a process that walks the whole plan.
+        """
+        places = batch.positions
+        return draw(len(batch), generator) if places is None else self.rows(places, draw)
 
     def rows(self, places: Tensor, draw: Draw) -> Tensor:
         """Noise of some samples [m, ...] by their places in the plan.
