@@ -44,8 +44,8 @@ class Target:
     """The user's own network, and which of its weights carry a posterior.
 
     Attributes:
-        model: the network; never copied, never changed. Of ``DistributedDataParallel`` what is
-            inside.
+        model: the network; never copied, never changed. Of ``torch.compile``, ``DataParallel``
+            and ``DistributedDataParallel`` what is inside.
         last_layer: its last layer, if that alone is meant; None for all weights.
 
     Raises:

@@ -78,8 +78,8 @@ class SoftmaxCrossEntropy:
             if low < 0 and self.ignore_index is None:
                 hint = f" If {low} marks labels that do not count, pass ignore_index={low}."
             raise ValueError(
-                f"class indices must lie in 0..{n_classes - 1}; got values from {low} to {high}."
-                f"{hint}"
+                f"targets must be class indices in 0..{n_classes - 1}; got values from {low} to "
+                f"{high}.{hint}"
             )
 
     def n_labels(self, targets: Tensor) -> Tensor:

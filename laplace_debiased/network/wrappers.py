@@ -5,12 +5,34 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+COMPILED = "OptimizedModule"
+"""What ``torch.compile`` wraps a module in; its class lies behind a second of imports."""
+INSIDE = "_orig_mod", "module"
+"""Where wrappers hold their network, and how its names begin in them."""
+
 
 def plain_network(model: nn.Module) -> nn.Module:
-    """The network inside of ``DistributedDataParallel``; anything else as it is."""
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
-    return model
+    """The network inside of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    Anything else is given back as it is, and so is a wrapper that has hooks: they are part of
+    the function.
+    """
+    parallel = isinstance(model, nn.DataParallel | DistributedDataParallel)
+    if not (parallel or type(model).__name__ == COMPILED):
+        return model
+    if model._forward_hooks or model._forward_pre_hooks:
+        return model
+    return plain_network(next(model.children()))
+
+
+def own_name(model: nn.Module, name: str | None) -> str | None:
+    """The name that a module of a network has by itself, given the one in its wrapper or this."""
+    known = dict(model.named_modules())
+    while (
+        name is not None and name not in known and name.startswith(tuple(f"{i}." for i in INSIDE))
+    ):
+        name = name.split(".", 1)[1]
+    return name
 
 
 def check_whole(model: nn.Module) -> None:

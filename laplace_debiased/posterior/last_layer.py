@@ -11,6 +11,7 @@ from torch import nn
 from laplace_debiased.estimation import LastLayer, Target
 from laplace_debiased.network.last_layer import check_last_layer_name
 from laplace_debiased.network.outputs import checked_model
+from laplace_debiased.network.wrappers import own_name, plain_network
 from laplace_debiased.options import parse_choice
 from laplace_debiased.posterior.kron import DebiasedKronLaplace
 from laplace_debiased.posterior.lowrank import DebiasedLowRankLaplace
@@ -30,7 +31,9 @@ def last_layer_target(model: nn.Module, options: dict[str, Any]) -> Target:
     name, reduction = options.pop("last_layer_name", None), options.pop("feature_reduction", None)
     if reduction is not None:
         reduction = parse_choice(FeatureReduction, reduction, "feature_reduction")
-    check_last_layer_name(checked_model(model), name)
+    model = plain_network(checked_model(model))
+    name = own_name(model, name)
+    check_last_layer_name(model, name)
     return Target(model, LastLayer(name, reduction, is_given=name is not None))
 
 

@@ -17,6 +17,7 @@ from laplace_debiased.files import PathLike, read_record, write_record
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.substitution import substituted
+from laplace_debiased.network.wrappers import plain_network
 from laplace_debiased.parallel import Ranks
 from laplace_debiased.posterior import state
 from laplace_debiased.posterior.shell import Shell
@@ -219,7 +220,7 @@ def rebuilt(
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     # What is covered is the state's to say: a network may be frozen by the time it is served.
     construct: Callable[..., Any] = kind
-    with substituted(_trainable(model, state.get("covered", ()))):
+    with substituted(_trainable(plain_network(model), state.get("covered", ()))):
         posterior = construct(model, **{**arguments, "strict": False})
         posterior.load_state_dict(state, check_weights=check_weights)
     posterior._arguments = replace(posterior._arguments, strict=arguments.get("strict", False))

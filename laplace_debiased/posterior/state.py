@@ -21,6 +21,7 @@ from laplace_debiased.estimation import Fit, Structure, Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.options import Scheme, parse_choice
+from laplace_debiased.posterior.wrapped import without_wrappers
 from laplace_debiased.tuning import TuningResult
 
 STATE_VERSION = 5
@@ -80,10 +81,6 @@ def _plain(value: Any) -> Any:
         case TuningResult():
             return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
     return value
-
-
-_WRAPPERS = "_orig_mod.", "module."
-"""How names begin in models that torch.compile or DataParallel wrap."""
 
 
 def _is_count(value: Any) -> bool:
@@ -176,6 +173,7 @@ def from_state(
     checked_flag("check_weights", check_weights)
     _check_entries(state, kind, likelihood)
     with _explained():
+        state = without_wrappers(state, target.model)
         return _restored(state, structure, target, check_weights=check_weights)
 
 
@@ -281,14 +279,7 @@ def _check_parameters(state: Mapping[str, Any], target: Target) -> None:
     known = dict(target.model.named_parameters())
     unknown = [name for name in state["covered"] if name not in known]
     if unknown:
-        wrapped = next((name for name in known if name.startswith(_WRAPPERS)), None)
-        hint = ""
-        if wrapped is not None:
-            inside = wrapped.split(".")[0]
-            hint = f" The model is wrapped: pass model.{inside}, what was fitted."
-        raise ValueError(
-            f"the model has no parameter {unknown[0]!r}, which the state covers.{hint}"
-        )
+        raise ValueError(f"the model has no parameter {unknown[0]!r}, which the state covers.")
     size = sum(known[name].numel() for name in state["covered"])
     if len(state["mean"]) != size:
         raise ValueError(

@@ -150,6 +150,12 @@ ELSEWHERE = (
         "tests/posterior/test_saving.py",
     ),
     TestedElsewhere(
+        "a file of a model in `torch.compile` or `DataParallel`, for the model, and the reverse",
+        "none: wrappers are looked through",
+        (),
+        "tests/posterior/test_wrapped.py",
+    ),
+    TestedElsewhere(
         "the process is killed while it saves",
         "none: the file is the old one or the new one",
         (),

@@ -153,7 +153,7 @@ ROWS = [
         "12 samples",
         ignore_index=-100,
     ),
-    data("a label out of range", changed(11, 3), "ValueError", "0..2", "3"),
+    data("a label out of range", changed(11, 3), "ValueError", "targets", "0..2", "3"),
     data("one-hot labels", lambda x, y: (x, torch.eye(3)[y]), "ValueError", "(5, 3)", "argmax"),
     data(
         "one-hot integer labels",

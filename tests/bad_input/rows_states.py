@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from laplace_debiased.factory import DebiasedLaplace
 from tests.bad_input.rows import Row
@@ -33,10 +32,6 @@ def loaded(w: World, change: Any) -> None:
         path = Path(folder) / "posterior.pt"
         w.la.save(path)
         DebiasedLaplace.load(path, change(copy.deepcopy(w.model)))
-
-
-def _wrapped(model: nn.Module) -> nn.Module:
-    return nn.DataParallel(model)
 
 
 EDITS = {
@@ -82,12 +77,5 @@ ROWS = [
         lambda w: loaded(w, lambda m: m.double()),
         "ValueError",
         ("torch.float64, not torch.float32", "check_weights=False"),
-    ),
-    Row(
-        AREA,
-        "a file for a model in `DataParallel` or `torch.compile`",
-        lambda w: loaded(w, _wrapped),
-        "ValueError",
-        ("0.weight", "model.module"),
     ),
 ]
