@@ -85,16 +85,6 @@ def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
     return values
 
 
-def iterate(loader: Iterable[Any], name: str, progress_bar: bool) -> Iterator[Any]:
-    """Batches of a loader, under a progress bar if one is wanted.
-
-    Raises:
-        TypeError: If `loader` cannot be iterated over.
-        ValueError: If it yields nothing.
-    """
-    return iterate_block(block_of(loader, name, ALONE), name, progress_bar)
-
-
 def block_of(loader: object, name: str, ranks: Ranks) -> Block:
     """What this rank walks of a loader.
 
@@ -153,11 +143,9 @@ def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
     if isinstance(source, torch.Tensor | np.ndarray):
         return to_numpy(source)
     check_unshuffled(source)
+    batches = iterate_block(block_of(source, "loader", ALONE), "loader", progress_bar=False)
     return concatenate(
-        [
-            to_numpy(torch.as_tensor(split_batch(batch, dict_key_y)[1]))
-            for batch in iterate(source, "loader", progress_bar=False)
-        ]
+        [to_numpy(torch.as_tensor(split_batch(batch, dict_key_y)[1])) for batch in batches]
     )
 
 

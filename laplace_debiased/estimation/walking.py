@@ -18,12 +18,7 @@ from laplace_debiased.data import (
     magnitude_coefficients,
 )
 from laplace_debiased.debiasing import Measurement
-from laplace_debiased.estimation.requirements import (
-    require_labels,
-    require_logits,
-    rows_sum_to_one,
-)
-from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.likelihoods import LossModel, SoftmaxCrossEntropy
 from laplace_debiased.parallel import Ranks
 
 
@@ -79,7 +74,7 @@ class Tally:
         self.n_draws += int(counts.sum())
         self.n_samples += len(outputs)
         self.n_labelled += int((loss.n_labels(part.targets) > 0).sum())
-        self.n_summing_to_one += int(rows_sum_to_one(outputs).sum())
+        self.n_summing_to_one += int(_rows_sum_to_one(outputs).sum())
         self.n_outputs = outputs.shape[-1]
 
     def require_usable(self, loss: LossModel) -> None:
@@ -88,8 +83,20 @@ class Tally:
         Raises:
             ValueError: if no label counts, or the outputs are probabilities already.
         """
-        require_labels(self.n_labelled, self.n_samples)
-        require_logits(loss, self.n_summing_to_one, self.n_samples)
+        if not self.n_labelled:
+            raise ValueError(
+                f"none of the {self.n_samples} samples has a label that counts: every target is "
+                "ignore_index. Check the labels, or ignore_index."
+            )
+        # Softmax of a softmax is a silent error: all that the loss sees are logits between 0 and 1.
+        # That every row of many sums to one by chance is out of the question.
+        logits = not isinstance(loss, SoftmaxCrossEntropy) or loss.allow_probabilities
+        if not logits and self.n_samples > 1 and self.n_summing_to_one == self.n_samples:
+            raise ValueError(
+                f"the model's outputs are probabilities: those of all {self.n_samples} samples sum "
+                "to one. likelihood='classification' takes logits; remove the softmax at the "
+                "model's end. If these are logits nevertheless, pass allow_probabilities=True."
+            )
 
     @property
     def mean_loss(self) -> float:
@@ -100,6 +107,14 @@ class Tally:
     def effective_samples(self) -> float:
         """(Σ w h)² / Σ (w h)² over draws, h the trace of each sample's loss Hessian."""
         return self.share**2 / self.squared_share if self.squared_share > 0 else self.n_draws
+
+
+def _rows_sum_to_one(outputs: Tensor) -> Tensor:
+    """Whether all outputs [m, C] ([m, T, C]) of a sample are non-negative and sum to one [m]."""
+    rows = outputs.detach()
+    resolution = max(1e-5, 4 * torch.finfo(rows.dtype).eps)
+    sums_to_one = (rows >= 0).all(-1) & ((rows.sum(-1) - 1).abs() <= resolution)
+    return sums_to_one.reshape(len(rows), -1).all(-1)
 
 
 def scaled_columns(columns: Columns, weights: Tensor) -> Columns:

@@ -18,16 +18,11 @@ LABELS = "labels"
 Hugging Face's models compute a loss, and remember what kind it was."""
 
 
-def is_mapping(inputs: Any) -> bool:
-    """Whether ``inputs`` go by name: a dict, or a tokenizer's batch."""
-    return isinstance(inputs, Mapping)
-
-
 def tensors_of(inputs: Any) -> Iterator[Tensor]:
     """All tensors of a model's input, in order."""
     if isinstance(inputs, Tensor):
         yield inputs
-    elif is_mapping(inputs):
+    elif isinstance(inputs, Mapping):
         for value in inputs.values():
             yield from tensors_of(value)
     elif isinstance(inputs, tuple | list):
@@ -39,7 +34,7 @@ def map_tensors(function: Callable[[Tensor], Any], inputs: Any) -> Any:
     """The same structure with ``function`` of every tensor; what is no tensor stays."""
     if isinstance(inputs, Tensor):
         return function(inputs)
-    if is_mapping(inputs):
+    if isinstance(inputs, Mapping):
         return _like(inputs, {key: map_tensors(function, value) for key, value in inputs.items()})
     if isinstance(inputs, tuple | list):
         values = [map_tensors(function, value) for value in inputs]
@@ -135,7 +130,7 @@ def tensor_shapes(inputs: Any) -> tuple:
     """Structure and per-sample shapes of a model's input, to be compared and hashed."""
     if isinstance(inputs, Tensor):
         return tuple(inputs.shape[1:])
-    if is_mapping(inputs):
+    if isinstance(inputs, Mapping):
         return tuple((str(key), tensor_shapes(value)) for key, value in inputs.items())
     if isinstance(inputs, tuple | list):
         return tuple(tensor_shapes(value) for value in inputs)
@@ -156,7 +151,7 @@ def call_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict
     Returns:
         Positional and keyword arguments.
     """
-    if isinstance(inputs, Tensor) or not (is_mapping(inputs) or isinstance(inputs, tuple | list)):
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Mapping | tuple | list):
         return (inputs,), {}
     try:
         parameters = signature_of(model).values()
@@ -167,7 +162,7 @@ def call_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict
         p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
     ]
     several = any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
-    if is_mapping(inputs):
+    if isinstance(inputs, Mapping):
         return _by_name(inputs, list(parameters), bool(positional) or several)
     n = len(inputs)
     if n >= 2 and (several or 2 <= n <= len(positional)):
@@ -274,7 +269,7 @@ def explained_failure(inputs: Any) -> Iterator[None]:
         raise ModelCallError(
             f"the model failed on inputs {described(inputs)}: {type(error).__name__}: {error}. "
             "Check that the inputs have the shapes, dtypes and keys that the model was trained on."
-            f"{_BY_NAME if is_mapping(inputs) else ''}"
+            f"{_BY_NAME if isinstance(inputs, Mapping) else ''}"
         ) from error
 
 
@@ -282,7 +277,7 @@ def described(inputs: Any) -> str:
     """Shapes and dtypes of a model's input, for messages."""
     if isinstance(inputs, Tensor):
         return f"{tuple(inputs.shape)} of {inputs.dtype}"
-    if is_mapping(inputs):
+    if isinstance(inputs, Mapping):
         entries = (f"{key!r}: {described(value)}" for key, value in inputs.items())
         return "{" + ", ".join(entries) + "}"
     if isinstance(inputs, tuple | list):
@@ -299,5 +294,7 @@ def logits_of(outputs: Any) -> Any:
     """The entry ``logits`` of a model's output, if it is a record that has one."""
     if isinstance(outputs, Tensor):
         return outputs
-    logits = outputs.get("logits") if is_mapping(outputs) else getattr(outputs, "logits", None)
+    logits = (
+        outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    )
     return logits if isinstance(logits, Tensor) else outputs

@@ -169,16 +169,10 @@ def _reduction_ratio(loss: float, trial: Trial, predicted: float, result: CGResu
 
 
 def _cost(batches: MiniBatches, result: CGResult, n_forwards: int) -> float:
-    n_own = batch_size(batches.directions[0])
-    if batches.magnitudes is None:
-        return sample_gradients(
-            n_own, n_gradients=1, n_products=result.direction_products, n_forwards=n_forwards
-        )
-    return sample_gradients(
-        n_own, n_gradients=1, n_products=result.direction_products
-    ) + sample_gradients(
-        batch_size(batches.magnitudes[0]),
-        n_gradients=1,
-        n_products=result.magnitude_products,
-        n_forwards=n_forwards,
-    )
+    """Gradients of single samples; the loss is tried on the magnitude batch."""
+    n = batch_size(batches.directions[0])
+    cost = sample_gradients(n, n_gradients=1, n_products=result.direction_products)
+    if batches.magnitudes is not None:
+        n = batch_size(batches.magnitudes[0])
+        cost += sample_gradients(n, n_gradients=1, n_products=result.magnitude_products)
+    return cost + sample_gradients(n, n_forwards=n_forwards)
