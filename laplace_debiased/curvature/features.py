@@ -109,7 +109,9 @@ class FeaturePass:
             raise ValueError(
                 f"the last layer {self.head.name!r} maps {width} features, but the network gives "
                 f"{features.shape[1]} per sample. Pass feature_reduction='pick_first', 'pick_last' "
-                "or 'average', as the model itself reduces them."
+                "or 'average', as the model itself reduces them. Where each gives an output of its "
+                "own (the rewards of a pair), freeze the other weights (requires_grad_(False)) and "
+                "take subset_of_weights='all'."
             )
         check_linear_head(self.head.name, head, outputs, features, dtypes)
         return outputs, features

@@ -311,4 +311,14 @@ ROWS = [
         "0..1",
         likelihood="reward_modeling",
     ),
+    data(
+        "pairs for the last layer of a reward model",
+        lambda x, y: (x, y),
+        "ValueError",
+        "last layer 'head'",
+        "requires_grad_(False)",
+        "subset_of_weights='all'",
+        likelihood="reward_modeling",
+        subset_of_weights="last_layer",
+    ),
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.factory import DebiasedLaplace
 from tests import oracles
-from tests.likelihoods.problems import IGNORED, NAMES, Case, case
+from tests.likelihoods.problems import IGNORED, NAMES, Case, Reward, case
 from tests.moments import moments
 from tests.tolerances import SIGMAS, assert_exact, assert_same, deviation
 
@@ -233,6 +233,32 @@ def test_rewards_are_predicted_with_the_covariance_of_the_dense_posterior() -> N
     la.optimize_prior_precision(val_loader=c.loader(), grid_size=5)
     la.optimize_prior_precision("nn", val_loader=c.loader(), grid_size=2, n_samples=3)
     assert torch.isfinite(la.log_marginal_likelihood())
+
+
+class FlatReward(Reward):
+    """Pairs as laplace-torch's example has them: one row per reward, then folded back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.reshape(-1, 4)).reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("frozen", [(), ("inner.weight", "inner.bias")])
+@pytest.mark.parametrize("structure", ["kron", "lowrank"])
+def test_rewards_of_flattened_pairs_are_those_of_pairs(
+    structure: str, frozen: tuple[str, ...]
+) -> None:
+    c, flat = case("rewards"), FlatReward().double()
+    flat.load_state_dict(c.model.state_dict())
+    x, found = c.x[:4], []
+    for model in (c.model, flat):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        la = DebiasedLaplace(model, "reward_modeling", hessian_structure=structure, strict=True)
+        la.fit(c.loader())
+        found.append((*la(x[:, 0]), la(x, fitting=True), la.log_marginal_likelihood()))
+    for own, other in zip(*found, strict=True):
+        assert_exact(own, other)
+    assert float(found[0][1].min()) > 0
 
 
 def test_rewards_are_fitted_on_pairs() -> None:
