@@ -54,8 +54,8 @@ TAIL = """
   names and classes of the modules and all weights, but no sample.
 * Samples that a model mixes only in batches of more than 16.
 * An overlap of `batch` and `other_batch` of a profile: the two are taken for independent.
-* Labels of a causal language model that come as pairs `(batch, labels)` are taken as they are. That
-  is the choice there is: shift them in `collate_fn`, as the error of a mapping says, or yield pairs.
+* Labels of a causal language model that come as pairs `(batch, labels)` are taken as they are. This
+  is the choice: shift them in `collate_fn`, as the error for mappings says, or yield pairs.
 * A parameter that a scripted function or another library's C++ code reads keeps its trained value
   in sampled networks: torch functions do not see it. Scripted modules are refused.
 * Outputs of very different scale under `sigma_noise="residual"`: the one σ is that of the largest.
