@@ -51,7 +51,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         (3, 64, 64),
         N_CLASSES,
     ),
-    "vit_b_16": (
+    "vit_b_16_64": (
+        lambda: torchvision.models.vit_b_16(image_size=64, num_classes=N_CLASSES),
+        (3, 64, 64),
+        N_CLASSES,
+    ),
+    "vit_b_16_224": (
         lambda: torchvision.models.vit_b_16(num_classes=N_CLASSES),
         (3, 224, 224),
         N_CLASSES,

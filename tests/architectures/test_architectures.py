@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -14,11 +13,8 @@ from tests.architectures import networks
 from tests.architectures.networks import CLASSES, loader, made
 
 IMAGE, SMALL = (3, 4, 4), (3, 16, 16)
-FULL_SIZE = pytest.mark.skipif(
-    "FULL_ARCHITECTURES" not in os.environ, reason="a minute of eigendecompositions of 4 608²"
-)
 CASES = [
-    pytest.param(networks.resnet18, IMAGE, {}, id="resnet18", marks=FULL_SIZE),
+    pytest.param(networks.resnet18, IMAGE, {}, id="resnet18"),
     pytest.param(networks.narrow_resnet18, SMALL, {}, id="narrow_resnet18"),
     pytest.param(networks.vit_tiny, SMALL, {}, id="vit"),
     pytest.param(networks.torchvision_vit, SMALL, {}, id="torchvision_vit"),
