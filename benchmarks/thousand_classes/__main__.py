@@ -129,12 +129,11 @@ def quality(options: argparse.Namespace, device: torch.device) -> str:
     data = images(options.images, options.n_images, options.size)
     index = list(range(len(data)))
     halves = index[::2], index[1::2]
-    model = efficientnet().to(device)
+    la = DebiasedLaplace(efficientnet().to(device), "classification")
+    la.fit(loader(data), n_samples=options.samples, n_data=IMAGENET)  # one fit serves both
     tables = []
     for chosen, scored in (halves, halves[::-1]):
         val, test = (_part(data, part, options.quality_images) for part in (chosen, scored))
-        la = DebiasedLaplace(model, "classification")
-        la.fit(loader(data), n_samples=options.samples, n_data=IMAGENET)
         la.optimize_prior_precision(val_loader=loader(val))
         found = compare(la, loader(val), loader(test), progress_bar=False)
         tables.append(found.table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,13 @@ from laplace_debiased.curvature.passes import (
 )
 from laplace_debiased.curvature.reading import blocks_of
 from laplace_debiased.network.grad_modes import outside_inference_mode
-from laplace_debiased.network.inputs import batch_length, invoke, plain_tensors, to_device
+from laplace_debiased.network.inputs import (
+    batch_length,
+    invoke,
+    pieces,
+    plain_tensors,
+    to_device,
+)
 from laplace_debiased.network.last_layer import reduced, watching
 from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.network.outputs import check_outputs
@@ -90,7 +96,16 @@ class FeaturePass:
         Raises:
             ValueError: if the outputs are not W φ + b.
         """
-        inputs, head = to_device(inputs, self.device), self.head.module
+        inputs = to_device(inputs, self.device)
+        parts: Iterable[Any] = [inputs] if differentiable else pieces(inputs)
+        outputs, features = zip(*(self._of(part, differentiable) for part in parts), strict=True)
+        if len(outputs) == 1:
+            return outputs[0], features[0]
+        return torch.cat(outputs), torch.cat(features)
+
+    def _of(self, inputs: Any, differentiable: bool) -> tuple[Tensor, Tensor]:
+        """Of one forward pass."""
+        head = self.head.module
         with outside_inference_mode(), torch.set_grad_enabled(differentiable):
             inputs = plain_tensors(inputs)
             with evaluation_mode(self.model), watching(head) as seen:

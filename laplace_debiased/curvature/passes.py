@@ -20,7 +20,13 @@ from laplace_debiased.curvature.rows import Basis, BlockRows
 from laplace_debiased.curvature.tape import Cotangents, Tape
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.grad_modes import outside_inference_mode
-from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes, to_device
+from laplace_debiased.network.inputs import (
+    batch_length,
+    pieces,
+    select_rows,
+    tensor_shapes,
+    to_device,
+)
 from laplace_debiased.network.memory import memory_of_one
 from laplace_debiased.network.modes import math_attention
 from laplace_debiased.network.outputs import check_outputs
@@ -210,8 +216,11 @@ class BackwardPass:
 
     def outputs(self, inputs: Any) -> Tensor:
         """Network outputs [m, C] without a graph."""
-        tape = record(self.model, (), to_device(inputs, self.device))
-        return full_precision(tape.outputs.detach())
+        parts = [
+            full_precision(record(self.model, (), part).outputs.detach())
+            for part in pieces(to_device(inputs, self.device))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def output_shape(self, inputs: Any) -> torch.Size:
         """Shape of one sample's outputs: [C], or [T, C]; a forward pass the first time."""

@@ -108,6 +108,31 @@ def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
     return map_tensors(chosen, inputs)
 
 
+_PIECE_BYTES = 2 * 2**20
+"""Of inputs that a forward pass on a CPU takes at a time: three images of 224 × 224 pixels."""
+
+
+def pieces(inputs: Any) -> Iterator[Any]:
+    """Some samples of a model's input after others, for a forward pass that keeps no graph.
+
+    On a CPU only, and only where samples are large: activations of a whole batch leave the caches,
+    and each is memory that the system hands out page by page and takes back at once. 50 images
+    through EfficientNet-Lite0 take 1.1 s in pieces, and 4 s together. A GPU wants all at a time.
+
+    Raises:
+        ValueError: for sparse inputs.
+    """
+    length = batch_length(inputs)
+    tensors = [tensor for tensor in tensors_of(inputs) if tensor.ndim > 0]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if size <= _PIECE_BYTES or any(tensor.device.type != "cpu" for tensor in tensors):
+        yield inputs
+        return
+    step = max(1, length * _PIECE_BYTES // size)
+    for start in range(0, length, step):
+        yield select_rows(inputs, slice(start, min(start + step, length)))
+
+
 def to_device(inputs: Any, device: torch.device, name: str = "the model's inputs") -> Any:
     """Move every tensor of a model's input, or of what ``name`` says, to ``device``.
 

@@ -20,6 +20,7 @@ from laplace_debiased.errors import ArgumentTypeError, NotFittedError
 from laplace_debiased.estimation.plan import training_sample
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.interrupts import unbroken, uninterrupted
+from laplace_debiased.network.memory import working_memory
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.options import Positions
@@ -294,6 +295,8 @@ def subject_of(self: Shell, positions: Positions = Positions.ALL) -> Subject:
         self._target.model,
         partial(_sampled_at, self),
         selection_of(self._arguments, self.fitted, positions),
+        self.fitted.n_outputs,
+        working_memory(self._arguments.options.byte_budget, self._device),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from laplace_debiased.checks import checked_integer, generator_seed
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods.points import POINTS
+from laplace_debiased.network.inputs import batch_length, select_rows
 from laplace_debiased.predictive.selection import last_labels
 from laplace_debiased.tuning.grid import PriorGrid
 from laplace_debiased.tuning.moments import (
@@ -153,7 +155,7 @@ class GridSearch:
         priors = log_nodes.exp().to(subject.device, subject.dtype)
         scorers, alone = self._scorers(len(on_grid)), self._scorers(len(on_grid))
         map_scorer, rounded = self.validation.fresh_scorer(), torch.zeros(2, len(on_grid)).double()
-        for inputs, targets in self.validation.batches(progress_bar):
+        for inputs, targets in self._parts(len(priors), progress_bar):
             batch = self._moments(inputs, targets, priors)
             self._score(scorers, batch, batch.covariances[on_grid])
             if not (batch.diagonal or self.validation.regression):
@@ -191,12 +193,28 @@ class GridSearch:
             link: [self.validation.fresh_scorer() for _ in range(n_points)] for link in self._tried
         }
 
+    @property
+    def _diagonal(self) -> bool:
+        """Whether no link reads more than variances."""
+        return not any(map(self.validation.reads_covariance, self._tried))
+
+    def _parts(self, n_nodes: int, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
+        """Validation batches, in parts whose moments at all nodes fit the byte budget."""
+        for inputs, targets in self.validation.batches(progress_bar):
+            subject, m = self.validation.subject, batch_length(inputs)
+            step = subject.samples_at_a_time(n_nodes, targets, diagonal=self._diagonal)
+            if step >= m or len(targets) != m:  # what does not fit together is told later
+                yield inputs, targets
+                continue
+            for start in range(0, m, step):
+                rows = slice(start, min(start + step, m))
+                yield select_rows(inputs, rows), targets[rows]
+
     def _moments(self, inputs: Any, targets: Tensor, priors: Tensor) -> Moments:
         """Moments of what has a label that counts; the positions of sequences as samples."""
         subject = self.validation.subject
-        diagonal = not any(map(self.validation.reads_covariance, self._tried))
         swept = subject.predictor.sweep(
-            inputs, subject.h, priors, subject.selection, diagonal=diagonal
+            inputs, subject.h, priors, subject.selection, diagonal=self._diagonal
         )
         if subject.selection.last_position:
             targets = last_labels(inputs, targets)

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, LossModel, softmax
 from laplace_debiased.predictive import Predictor
-from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
+from laplace_debiased.predictive.selection import OutputSelection
+
+_COPIES = 6
+"""How often moments at all priors are held: parts and whole, scaled by priors, as roots."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,8 @@ class Subject:
         sampled: (prior precision, inputs, n_samples, generator) to the prediction of sampled
             networks.
         selection: of which outputs predictions need moments.
+        n_outputs: C.
+        byte_budget: what moments of a whole grid may take at a time.
     """
 
     predictor: Predictor
@@ -42,9 +47,27 @@ class Subject:
     label_key: str
     network: nn.Module
     sampled: Callable[..., Tensor | tuple[Tensor, Tensor]]
-    selection: OutputSelection = ALL_OUTPUTS
+    selection: OutputSelection
+    n_outputs: int
+    byte_budget: int
 
     @property
     def inverse_link(self) -> InverseLink:
         """From outputs to probabilities."""
         return torch.sigmoid if self.likelihood == LikelihoodName.BERNOULLI else softmax
+
+    def samples_at_a_time(self, n_nodes: int, targets: Tensor, *, diagonal: bool) -> int:
+        """Of how many samples the moments under every prior precision fit the byte budget.
+
+        Args:
+            n_nodes: prior precisions.
+            targets: of a batch; class labels [m, T] say how many positions a sample has.
+            diagonal: variances only.
+        """
+        width = min(self.selection.n_outputs or self.n_outputs, self.n_outputs)
+        positions = 1
+        if self.likelihood == LikelihoodName.CLASSIFICATION and not self.selection.last_position:
+            positions = targets.shape[1] if targets.ndim == 2 else 1
+        each = (n_nodes + 1) * positions * width * (1 if diagonal else width)
+        size = torch.finfo(self.dtype).bits // 8
+        return max(1, self.byte_budget // max(1, _COPIES * each * size))
