@@ -57,7 +57,8 @@ class Fit:
             where it was not computed.
         last_layer: name of the layer, where the fit is of a last layer.
         report: where its time went; None for a fit that was read from a state.
-        probe: a sample and its outputs; None for a fit that was read from a state.
+        probe: a sample and its outputs; a made-up one for a fit that was read from a state, None
+            where there is none.
     """
 
     curvature: Any

@@ -1,7 +1,8 @@
-"""A sample and what a network gives for it: still, and alone as in a batch."""
+"""A sample and what a network gives for it: still, and alone as in a batch; and one for files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from laplace_debiased.network.inputs import (
     invoke,
     map_tensors,
     select_rows,
+    tensors_of,
     to_device,
 )
+from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.network.outputs import largest_difference
 from laplace_debiased.network.precision import exact_arithmetic
@@ -31,10 +34,14 @@ class Probe:
     Attributes:
         inputs: of the sample.
         outputs: [1, ...].
+        is_made_up: whether the sample was drawn, and belongs to nobody.
+        made_up: a sample that was, beside one of the data; None where the network takes none.
     """
 
     inputs: Any
     outputs: Tensor
+    is_made_up: bool = False
+    made_up: Probe | None = None
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, *, may_mix: bool) -> Probe | None:
@@ -68,18 +75,122 @@ class Probe:
                     "of each sample alone."
                 )
         # A view would keep the batch, and see what its owner writes to it.
-        return cls(map_tensors(lambda tensor: tensor.detach().clone(), sample), alone)
+        kept = map_tensors(lambda tensor: tensor.detach().clone(), sample)
+        return cls(kept, alone, made_up=cls.drawn(model, inputs))
 
-    def difference(self, model: nn.Module) -> float | None:
+    @classmethod
+    def drawn(cls, model: nn.Module, inputs: Any) -> Probe | None:
+        """Run a sample that is like those of a batch and none of them: a file may hold it.
+
+        Returns:
+            The sample; None where none can be drawn, or the network refuses it.
+        """
+        try:
+            sample = _made_up(inputs, _device(model))
+            outputs = None if sample is None else _outputs(model, sample)
+        except Exception as error:  # whatever a user's code raises on what it was not made for
+            if is_out_of_memory(error):
+                raise
+            return None
+        if outputs is None or not bool(torch.isfinite(outputs).all()):
+            return None
+        return cls(sample, outputs, is_made_up=True)
+
+    @property
+    def for_file(self) -> Probe | None:
+        """The one without data of the fit."""
+        return self if self.is_made_up else self.made_up
+
+    def change(self, model: nn.Module) -> str | None:
         """How far the network's outputs are from what they were; None within round-off."""
-        now = _outputs(model, self.inputs).to(self.outputs)
-        if now.shape != self.outputs.shape:
-            return float("inf")
-        return largest_difference(now, self.outputs)
+        name = "a made-up sample" if self.is_made_up else "a sample of the fit"
+        try:
+            now = _outputs(model, self.inputs).to(self.outputs)
+        except ModelCallError as error:
+            if not self.is_made_up:
+                raise
+            return f"at equal weights it fails on {name} that it took before ({error})"
+        same = now.shape == self.outputs.shape
+        difference = largest_difference(now, self.outputs) if same else float("inf")
+        if difference is None:
+            return None
+        return (
+            f"at equal weights its outputs for {name} differ by {difference:.2g} "
+            "(a hook, a function or an attribute is another)"
+        )
+
+
+_FEW = 16
+"""Entries of a tensor, below which its mean and deviation would say what they are."""
+
+
+def _made_up(inputs: Any, device: torch.device) -> Any | None:
+    """A sample in plain containers, drawn with a fixed seed in the likeness of a batch.
+
+    Real entries are normal with the mean and deviation of all entries of the batch's first
+    samples. Integers are all their smallest one, flags all their largest: valid, and of nobody.
+
+    Returns:
+        The sample; None if the inputs hold more than tensors, or if an index out of range could
+        come of it where that ends the process's use of the device.
+    """
+    rows = select_rows(inputs, slice(0, min(_BATCH, batch_length(inputs))))
+    if not _is_plain(rows):
+        return None
+    if device.type != "cpu" and any(map(_may_index, tensors_of(rows))):
+        return None
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        values = tensor.detach().cpu()
+        if not values.is_floating_point():
+            one = values.max()
+            return torch.full_like(values, int(one if one <= 1 else values.min()))
+        noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+        if values.numel() < _FEW:
+            return noise.to(values.dtype)
+        known = values.double()
+        return (known.mean() + known.std() * noise).to(values.dtype)
+
+    sample = select_rows(map_tensors(drawn, _plain(rows)), slice(0, 1))
+    return map_tensors(Tensor.clone, sample)  # a view would keep, and a file hold, the batch
+
+
+def _may_index(tensor: Tensor) -> bool:
+    """Whether entries may be made indices by the network, which made-up ones could exceed."""
+    if tensor.is_floating_point():
+        return bool((tensor == tensor.round()).all(0).any())
+    return bool((tensor < 0).any())
+
+
+def _is_plain(inputs: Any) -> bool:
+    """Whether inputs hold tensors alone: what is none might be somebody's, a text say."""
+    match inputs:
+        case Mapping():
+            return all(isinstance(key, str) and _is_plain(v) for key, v in inputs.items())
+        case tuple() | list():
+            return all(map(_is_plain, inputs))
+    return inputs is None or (isinstance(inputs, Tensor) and inputs.numel() > 0)
+
+
+def _plain(inputs: Any) -> Any:
+    """The same tensors in dicts, tuples and lists."""
+    match inputs:
+        case Mapping():
+            return {key: _plain(value) for key, value in inputs.items()}
+        case tuple():
+            return tuple(map(_plain, inputs))
+        case list():
+            return list(map(_plain, inputs))
+    return inputs
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _outputs(model: nn.Module, inputs: Any) -> Tensor:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     with evaluation_mode(model), exact_arithmetic(device), torch.no_grad():
         outputs = invoke(model, to_device(inputs, device))
     return outputs.detach()

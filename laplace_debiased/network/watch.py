@@ -142,12 +142,8 @@ class ModelWatch:
         return True
 
     def _compare_outputs(self, model: nn.Module) -> None:
-        difference = None if self.probe is None else self.probe.difference(model)
-        if difference is not None:
-            change = (
-                f"at equal weights its outputs for a sample of the fit differ by {difference:.2g} "
-                "(a hook, a function or an attribute is another)"
-            )
+        change = None if self.probe is None else self.probe.change(model)
+        if change is not None:
             self._refuse((change,))
 
     def _refuse(self, changes: tuple[str, ...]) -> None:

@@ -121,11 +121,13 @@ def predict(
     )
     check_generator(generator, self._device)
     at = checked_positions(positions, pred)
-    answer = call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
-    if isinstance(answer, tuple):
-        mean, covariance = answer
-        return _checked(self, mean), _checked(self, covariance)
-    return _checked(self, answer)
+    # Also what follows the draws may fail, and must then not have drawn.
+    with undrawn_on_failure(generator, self._device):
+        answer = call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
+        if isinstance(answer, tuple):
+            mean, covariance = answer
+            return _checked(self, mean), _checked(self, covariance)
+        return _checked(self, answer)
 
 
 def _checked(self: Shell, prediction: Tensor) -> Tensor:
@@ -336,7 +338,9 @@ def predictive_samples(
     positions: Positions | str = Positions.ALL,
 ) -> Tensor:
     """Samples after the inverse link [n_samples, m, C]; all as in ``functional_samples``."""
-    samples = functional_samples(
-        self, x, pred_type, n_samples, diagonal_output, generator, positions=positions
-    )
-    return samples if self.likelihood in MOMENTS else inverse_link_of(self.likelihood)(samples)
+    check_generator(generator, self._device)
+    with undrawn_on_failure(generator, self._device):
+        samples = functional_samples(
+            self, x, pred_type, n_samples, diagonal_output, generator, positions=positions
+        )
+        return samples if self.likelihood in MOMENTS else inverse_link_of(self.likelihood)(samples)

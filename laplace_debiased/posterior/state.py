@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from laplace.utils.enums import LinkApprox
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_debiased.checks import checked_flag
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation import Fit, Structure, Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
+from laplace_debiased.network.inputs import map_tensors
 from laplace_debiased.network.memory import is_out_of_memory
+from laplace_debiased.network.probe import Probe
+from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import Scheme, parse_choice
 from laplace_debiased.posterior.wrapped import without_wrappers
 from laplace_debiased.tuning import TuningResult
@@ -62,6 +65,7 @@ def to_state(fit: Fit, structure: Structure, owner: Mapping[str, Any]) -> dict[s
         "general": sorted(fit.coverage.general),
         "model": fit.model.to_state(),
         "modules": fit.model.modules,
+        "probe": _probe_to_state(fit.probe),
         "mean_loss": fit.mean_loss,
         "n_samples": fit.n_samples,
         "effective_samples": fit.effective_samples,
@@ -70,6 +74,12 @@ def to_state(fit: Fit, structure: Structure, owner: Mapping[str, Any]) -> dict[s
         **structure.to_state(fit),
         **last_layer,
     }
+
+
+def _probe_to_state(probe: Probe | None) -> list[Any] | None:
+    """The sample that was made up, and its outputs."""
+    kept = None if probe is None else probe.for_file
+    return None if kept is None else map_tensors(Tensor.clone, [kept.inputs, kept.outputs])
 
 
 def _plain(value: Any) -> Any:
@@ -116,6 +126,13 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "tuned_link_approx": (
         "a link",
         lambda value: value is None or value in [link.value for link in LinkApprox],
+    ),
+    "probe": (
+        "inputs and outputs",
+        lambda value: (
+            value is None
+            or (isinstance(value, list) and len(value) == 2 and isinstance(value[1], Tensor))
+        ),
     ),
     "modules": ("a list", lambda value: value is None or isinstance(value, list)),
     "tuning_result": ("a mapping", lambda value: value is None or isinstance(value, Mapping)),
@@ -212,6 +229,7 @@ def _restored(
     curvature, comparisons = structure.from_state(state, target.device)
     present = fingerprint(target.model)
     stored = _stored_fingerprint(state, present, check_weights=check_weights)
+    probe = _checked_probe(state, target.model) if check_weights else None
     names = tuple(state["covered"])
     sizes = {name: p.numel() for name, p in target.model.named_parameters()}
     excluded = MappingProxyType(dict(state["excluded"]))
@@ -228,6 +246,7 @@ def _restored(
         stored,
         state.get("effective_samples"),
         last_layer,
+        probe=probe,
     )
     return Restored(fit, present, _hyper_parameters(state, target))
 
@@ -300,16 +319,32 @@ def _stored_fingerprint(
         )
         return present
     stored = ModelFingerprint.from_state(state["model"], state.get("modules"))
-    changes = stored.differences(present, values=check_weights)
-    if changes:
-        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        raise ValueError(
-            "the state belongs to another model or to other weights: "
-            f"{', '.join(changes[:3])}{more}. Load the weights that the posterior was fitted with "
-            "first (model.load_state_dict), or pass check_weights=False if they are equal but for "
-            "a cast."
-        )
+    _refuse(stored.differences(present, values=check_weights))
     return present
+
+
+def _checked_probe(state: Mapping[str, Any], model: nn.Module) -> Probe | None:
+    """The sample that a state holds, for which the model must give what it gave at the fit."""
+    if state.get("probe") is None:
+        return None
+    inputs, outputs = state["probe"]
+    probe = Probe(inputs, outputs, is_made_up=True)
+    with preserved_rng():
+        change = probe.change(model)
+    _refuse(() if change is None else (change,))
+    return probe
+
+
+def _refuse(changes: tuple[str, ...]) -> None:
+    if not changes:
+        return
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    raise ValueError(
+        "the state belongs to another model or to other weights: "
+        f"{', '.join(changes[:3])}{more}. Load the weights that the posterior was fitted with "
+        "first (model.load_state_dict), or pass check_weights=False if they are equal but for "
+        "a cast."
+    )
 
 
 def _hyper_parameters(state: Mapping[str, Any], target: Target) -> dict[str, Any]:

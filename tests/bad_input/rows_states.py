@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from laplace_debiased.factory import DebiasedLaplace
 from tests.bad_input.rows import Row
@@ -34,6 +35,13 @@ def loaded(w: World, change: Any) -> None:
         DebiasedLaplace.load(path, change(copy.deepcopy(w.model)))
 
 
+def with_other_activation(model: Any) -> nn.Module:
+    """The same modules and weights, one of which computes another function."""
+    activation = next(m for m in model.modules() if isinstance(m, nn.Tanh | nn.ReLU))
+    activation.forward = nn.functional.gelu
+    return model
+
+
 EDITS = {
     "version": -1,
     "mean": None,
@@ -52,6 +60,7 @@ EDITS = {
     "covered": None,
     "excluded": None,
     "drawn": 3,
+    "probe": [3],
 }
 ROWS = [
     *(edited(key, value) for key, value in EDITS.items()),
@@ -77,5 +86,12 @@ ROWS = [
         lambda w: loaded(w, lambda m: m.double()),
         "ValueError",
         ("torch.float64, not torch.float32", "check_weights=False"),
+    ),
+    Row(
+        AREA,
+        "a file for a model of equal weights with another activation function",
+        lambda w: loaded(w, with_other_activation),
+        "ValueError",
+        ("a made-up sample", "a function"),
     ),
 ]

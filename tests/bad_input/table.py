@@ -50,8 +50,11 @@ TAIL = """
   a hook, a function or an attribute that changes no output of one sample of the fit by more than
   1e-3 of the largest; what lies deeper in an attribute than the entries of a list or dictionary.
   Call `fit` again after such a change.
-* Where a file is loaded: hooks, attributes and settings. A posterior from a file knows the
-  names and classes of the modules and all weights, but no sample.
+* Where a file is loaded: what changes no output of the one sample in it by more than 1e-3 of the
+  largest. The sample is made up, since a file must hold no data: real entries are drawn with the
+  mean and deviation of the first batch, integers are its smallest, flags are set. There is none
+  where the model refuses it or takes more than tensors, nor on a GPU where whole numbers among
+  real ones, or negative integers, may be indices.
 * Samples that a model mixes only in batches of more than 16.
 * An overlap of `batch` and `other_batch` of a profile: the two are taken for independent.
 * Labels of a causal language model that come as pairs `(batch, labels)` are taken as they are. This

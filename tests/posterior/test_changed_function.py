@@ -136,6 +136,35 @@ def test_a_file_says_which_modules_it_was_made_with(tmp_path: Path) -> None:
 def test_a_state_of_before_does_not_say() -> None:
     model = network()
     state = fitted(model, "all").state_dict()
-    del state["modules"]
+    del state["modules"], state["probe"]
     other_activation(model)
     DebiasedLaplace(model).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "change", [hooked, hooked_before, other_attribute, other_slope, other_eps, patched]
+)
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_a_file_notices_another_function_of_equal_modules(
+    change: Callable[[Any], None], subset: str, tmp_path: Path
+) -> None:
+    model = network()
+    la = fitted(model, subset)
+    la.save(tmp_path / "la")
+    first = DebiasedLaplace.load(tmp_path / "la", model)
+    first.save(tmp_path / "again")
+    change(model)
+    for path in (tmp_path / "la", tmp_path / "again"):
+        with pytest.raises(ValueError, match="its outputs for a made-up sample differ"):
+            DebiasedLaplace.load(path, model)
+    with pytest.raises(ModelChangedError, match=r"made-up sample|module|forward of its own|eps"):
+        first(X)
+    DebiasedLaplace.load(tmp_path / "la", model, check_weights=False)
+
+
+def test_a_file_notices_a_forward_that_fails(tmp_path: Path) -> None:
+    model = network()
+    la = fitted(model, "all")
+    model[2].forward = lambda x, y: x + y
+    with pytest.raises(ValueError, match="it fails on a made-up sample"):
+        DebiasedLaplace(model).load_state_dict(la.state_dict())
