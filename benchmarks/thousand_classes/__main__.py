@@ -129,7 +129,9 @@ def quality(options: argparse.Namespace, device: torch.device) -> str:
     data = images(options.images, options.n_images, options.size)
     index = list(range(len(data)))
     halves = index[::2], index[1::2]
-    la = DebiasedLaplace(efficientnet().to(device), "classification")
+    la = DebiasedLaplace(
+        efficientnet().to(device), "classification", n_outputs=options.quality_outputs
+    )
     la.fit(loader(data), n_samples=options.samples, n_data=IMAGENET)  # one fit serves both
     tables = []
     for chosen, scored in (halves, halves[::-1]):
@@ -160,6 +162,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", type=int, default=50, help="images; twice as many, last layer")
     parser.add_argument("--predict", type=int, default=25, help="images; twice as many, last layer")
     parser.add_argument("--quality-images", type=int, default=250, help="of each half")
+    parser.add_argument(
+        "--quality-outputs", type=int, default=32, help="classes of each sample with a variance"
+    )
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--tiny", action="store_true", help="a tiny language model")
     parser.add_argument("--device", default="cpu")

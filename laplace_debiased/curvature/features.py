@@ -114,7 +114,14 @@ class FeaturePass:
             raise ValueError(
                 f"the network does not return the outputs of its last layer {self.head.name!r}."
             )
-        check_outputs(outputs, batch_length(inputs))
+        length = batch_length(inputs)
+        if outputs.ndim == 3:
+            raise ValueError(
+                f"a last-layer posterior takes outputs (batch, outputs) = ({length}, C); got "
+                f"{tuple(outputs.shape)}. For sequences, freeze all other parameters "
+                "(requires_grad_(False)) and use subset_of_weights='all'."
+            )
+        check_outputs(outputs, length)
         features = reduced(seen.features, self.reduction)
         dtypes = [*seen.dtypes, outputs.dtype, features.dtype, head.weight.dtype]
         outputs, features = full_precision(outputs), full_precision(features)

@@ -217,6 +217,15 @@ ROWS = [
         hessian_structure="lowrank",
     ),
     data(
+        "sequences for a last-layer posterior",
+        lambda x, y: (x, y),
+        "ValueError",
+        "freeze all other parameters",
+        "(5, 3, 3)",
+        likelihood="sequence",
+        subset_of_weights="last_layer",
+    ),
+    data(
         "regression targets of the wrong width",
         lambda x, y: (x, y[:, :1]),
         "ValueError",
