@@ -23,8 +23,8 @@ from laplace_debiased.network.inputs import map_tensors
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.probe import Probe
 from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.wrappers import INSIDE
 from laplace_debiased.options import Scheme, parse_choice
-from laplace_debiased.posterior.wrapped import without_wrappers
 from laplace_debiased.tuning import TuningResult
 
 STATE_VERSION = 5
@@ -190,8 +190,45 @@ def from_state(
     checked_flag("check_weights", check_weights)
     _check_entries(state, kind, likelihood)
     with _explained():
-        state = without_wrappers(state, target.model)
+        state = _without_wrappers(state, target.model)
         return _restored(state, structure, target, check_weights=check_weights)
+
+
+def _without_wrappers(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """A state with the names that the network has by itself.
+
+    Up to version 5 a network in ``torch.compile`` or ``DataParallel`` has the wrapper's names.
+
+    Args:
+        state: of a posterior.
+        model: the network without a wrapper.
+    """
+    known = [name for name, _ in model.named_parameters()]
+    names = [*state["covered"], *state["excluded"], *state.get("model", ())]
+    for inside in INSIDE:
+        prefix = f"{inside}."
+        if all(n.startswith(prefix) for n in names) and not known[0].startswith(prefix):
+            return _without_wrappers(_renamed(state, inside), model)
+    return state
+
+
+def _renamed(state: Mapping[str, Any], inside: str) -> dict[str, Any]:
+    """The state of what a wrapper holds under a name."""
+
+    def own(name: str) -> str:
+        return name.removeprefix(inside).removeprefix(".")
+
+    new = dict(state)
+    for key in ("covered", "general"):
+        new[key] = [own(name) for name in state.get(key, ())]
+    for key in ("excluded", "model"):
+        if key in state:
+            new[key] = {own(name): value for name, value in state[key].items()}
+    if state.get("modules") is not None:
+        new["modules"] = [own(line) for line in state["modules"] if line.startswith(inside)]
+    if "last_layer_name" in state:
+        new["last_layer_name"] = own(state["last_layer_name"])
+    return new
 
 
 @contextmanager
