@@ -34,6 +34,7 @@ from laplace_debiased.network.inputs import (
     invoke,
     pieces,
     plain_tensors,
+    row_slices,
     to_device,
 )
 from laplace_debiased.network.last_layer import reduced, watching
@@ -171,8 +172,7 @@ class FeaturePass:
         per_column = 4 * n_outputs + features.shape[1]
         size = outputs.element_size() * per_column * (n_outputs if n_columns is None else n_columns)
         step = max(1, min(m, self.byte_budget // max(1, size)))
-        for start in range(0, m, step):
-            rows = slice(start, min(start + step, m))
+        for rows in row_slices(m, step):
             yield self._chunk(outputs[rows], features[rows], rows, columns)
 
     def column_chunks(
@@ -183,8 +183,7 @@ class FeaturePass:
         m, n_outputs = outputs.shape
         per_sample = n_outputs * (n_outputs if n_columns is None else n_columns) + features.shape[1]
         step = max(1, min(m, self.byte_budget // (4 * outputs.element_size() * per_sample)))
-        for start in range(0, m, step):
-            rows = slice(start, min(start + step, m))
+        for rows in row_slices(m, step):
             to_pull = written_out(columns(outputs[rows], rows)).unbind(-1)
             each = ([(column,)] for column in to_pull)
             calls = (self.head.call(features[rows], self.rule),)

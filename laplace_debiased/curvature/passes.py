@@ -23,6 +23,7 @@ from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import (
     batch_length,
     pieces,
+    row_slices,
     select_rows,
     tensor_shapes,
     to_device,
@@ -283,8 +284,7 @@ class BackwardPass:
         if length > 1:
             each = self._footprint(inputs).bytes(n_columns, bases)
             step = max(1, min(length, byte_budget // each))
-        for start in range(0, length, step):
-            rows = slice(start, min(start + step, length))
+        for rows in row_slices(length, step):
             yield rows, inputs if rows == slice(0, length) else select_rows(inputs, rows)
 
     def _taped(self, inputs: Any, rows: slice) -> _Taped:

@@ -37,10 +37,9 @@ from laplace_debiased.curvature.lowrank import (
     significant_pairs,
     span_eigenpairs,
 )
-from laplace_debiased.diagnostics.measure import pieces
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.functional import FunctionalNetwork
-from laplace_debiased.network.inputs import select_rows
+from laplace_debiased.network.inputs import row_slices, select_rows
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.transforms import Parameters, vmap
@@ -238,7 +237,7 @@ def _ggn_product(network: LossNetwork, inputs: Any, targets: Tensor, root: Tenso
     positions = torch.arange(len(root), device=root.device)
 
     def walk() -> Iterator[tuple[Any, Tensor]]:
-        for piece in pieces(len(targets), _LANCZOS_CHUNK_SAMPLES):
+        for piece in row_slices(len(targets), _LANCZOS_CHUNK_SAMPLES):
             yield select_rows(inputs, piece), positions[piece]
 
     return ggn_product(network.functional, walk, lambda at: scaled[at])
@@ -256,7 +255,7 @@ def _hessian_product(network: LossNetwork, inputs: Any, targets: Tensor, _: Tens
     def product(columns: Tensor) -> Tensor:
         parameters, tangents = functional.parameters(), functional.split(columns)
         total = torch.zeros_like(columns)
-        for piece in pieces(len(targets), _LANCZOS_CHUNK_SAMPLES):
+        for piece in row_slices(len(targets), _LANCZOS_CHUNK_SAMPLES):
             loss = _summed_loss(network, select_rows(inputs, piece), targets[piece])
 
             def times(

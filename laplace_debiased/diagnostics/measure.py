@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
 from laplace_debiased.diagnostics.network import LossNetwork
-from laplace_debiased.network.inputs import select_rows
+from laplace_debiased.network.inputs import row_slices, select_rows
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.transforms import (
     Parameters,
@@ -133,7 +133,7 @@ def _reverse(
     directions = directions.to(outputs)
     slopes = directions.new_zeros(m, directions.shape[1])
     curvatures = torch.zeros_like(slopes)
-    for chosen in pieces(m, chunk_size or m):
+    for chosen in row_slices(m, chunk_size or m):
         part = select_rows(inputs, chosen)
         for tile, rows in network.row_pass.walk(part, columns[chosen]):
             along = rows.to(directions.dtype) @ directions
@@ -181,7 +181,7 @@ def _hessian(
     size = min(chunk_size or _HESSIAN_CHUNK_SAMPLES, n_rows)
     wide = max(1, n_rows // size)
     slopes, curvatures = [], []
-    for chosen in pieces(len(targets), size):
+    for chosen in row_slices(len(targets), size):
         parts = [
             _hessian_chunk(network, select_rows(inputs, chosen), targets[chosen], part)
             for part in directions.split(wide, dim=1)
@@ -189,11 +189,6 @@ def _hessian(
         slopes.append(torch.cat([part[0] for part in parts], 1))
         curvatures.append(torch.cat([part[1] for part in parts], 1))
     return torch.cat(slopes), torch.cat(curvatures)
-
-
-def pieces(m: int, size: int) -> list[slice]:
-    """Slices of at most ``size`` that cover m samples in order."""
-    return [slice(i, i + size) for i in range(0, m, size)]
 
 
 def _hessian_chunk(

@@ -108,6 +108,12 @@ def select_rows(inputs: Any, rows: slice | Tensor) -> Any:
     return map_tensors(chosen, inputs)
 
 
+def row_slices(m: int, step: int) -> Iterator[slice]:
+    """Slices of at most ``step`` that cover m samples in order."""
+    for start in range(0, m, step):
+        yield slice(start, min(start + step, m))
+
+
 _PIECE_BYTES = 2 * 2**20
 """Of inputs that a forward pass on a CPU takes at a time: three images of 224 × 224 pixels."""
 
@@ -128,9 +134,8 @@ def pieces(inputs: Any) -> Iterator[Any]:
     if size <= _PIECE_BYTES or any(tensor.device.type != "cpu" for tensor in tensors):
         yield inputs
         return
-    step = max(1, length * _PIECE_BYTES // size)
-    for start in range(0, length, step):
-        yield select_rows(inputs, slice(start, min(start + step, length)))
+    for rows in row_slices(length, max(1, length * _PIECE_BYTES // size)):
+        yield select_rows(inputs, rows)
 
 
 def to_device(inputs: Any, device: torch.device, name: str = "the model's inputs") -> Any:

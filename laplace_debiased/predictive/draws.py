@@ -17,7 +17,7 @@ from torch import Tensor
 from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.grad_modes import outside_inference_mode
-from laplace_debiased.network.inputs import batch_length, explained_failure, select_rows
+from laplace_debiased.network.inputs import batch_length, explained_failure, row_slices, select_rows
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_outputs
@@ -103,7 +103,7 @@ class NetworkProducts:
         step = max(1, min(m, self.byte_budget // max(1, _LIVE * largest * size)))
         if step == m:
             return [inputs]
-        return [select_rows(inputs, slice(i, min(i + step, m))) for i in range(0, m, step)]
+        return [select_rows(inputs, rows) for rows in row_slices(m, step)]
 
     def _function(self, inputs: Any, last_position: bool) -> Callable[[Parameters], Tensor]:
         call = self.network.function_of(inputs)

@@ -14,7 +14,7 @@ from torch import Tensor
 from laplace_debiased.checks import checked_integer, generator_seed
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods.points import POINTS
-from laplace_debiased.network.inputs import batch_length, select_rows
+from laplace_debiased.network.inputs import batch_length, row_slices, select_rows
 from laplace_debiased.predictive.selection import last_labels
 from laplace_debiased.tuning.grid import PriorGrid
 from laplace_debiased.tuning.moments import (
@@ -206,8 +206,7 @@ class GridSearch:
             if step >= m or len(targets) != m:  # what does not fit together is told later
                 yield inputs, targets
                 continue
-            for start in range(0, m, step):
-                rows = slice(start, min(start + step, m))
+            for rows in row_slices(m, step):
                 yield select_rows(inputs, rows), targets[rows]
 
     def _moments(self, inputs: Any, targets: Tensor, priors: Tensor) -> Moments:
