@@ -13,7 +13,7 @@ from laplace_debiased.curvature.factors import (
     KroneckerFactors,
     MagnitudeAccumulator,
 )
-from laplace_debiased.curvature.features import FeaturePass, Head
+from laplace_debiased.curvature.features import CurvaturePass, FeaturePass, Head
 from laplace_debiased.curvature.inspection import inspected
 from laplace_debiased.curvature.operations import (
     LinearRule,
@@ -24,20 +24,13 @@ from laplace_debiased.curvature.operations import (
     register_operation_rule,
     registered_operations,
 )
-from laplace_debiased.curvature.passes import (
-    BackwardPass,
-    Chunk,
-    ColumnChunk,
-    CurvaturePass,
-    identity_columns,
-)
+from laplace_debiased.curvature.passes import BackwardPass, Chunk, identity_columns
 
 __all__ = [
     "BackwardPass",
     "BlockBasis",
     "BlockFactors",
     "Chunk",
-    "ColumnChunk",
     "Coverage",
     "CoverageError",
     "CurvaturePass",

@@ -33,7 +33,6 @@ from laplace_debiased.curvature.rows.gram import (
 from laplace_debiased.curvature.rows.sides import mean_energies, table_multiplicities
 from laplace_debiased.curvature.tape import Cotangents
 from laplace_debiased.errors import NumericalError
-from laplace_debiased.network.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,15 +153,14 @@ class FactorAccumulator:
                     mean = factor if len(sides) == 1 else scaled(factor, 1 / sides.count(on_rows))
                     self._add(self._of_rows if on_rows else self._of_columns, name, mean)
 
-    def add_column(self, calls: Sequence[OperationCall], column: Sequence[Cotangents]) -> None:
-        """Add one back-propagated column to the factors of the parameters' columns.
+    def add_columns(self, calls: Sequence[OperationCall], columns: Sequence[Cotangents]) -> None:
+        """Add back-propagated columns to the factors of the parameters' columns.
 
         Args:
             calls: of m samples.
-            column: gradients in what every call wrote [m, ...], each scaled by the square root of
-                its sample's weight.
+            columns: gradients in what every call wrote [m, R, ...], each scaled by the square root
+                of its sample's weight.
         """
-        columns = with_column_axis(column)
         latest: tuple[Tensor, Factor] | None = None  # weight and bias often have one factor
         for name, places in uses_of(calls).items():
             rows = parameter_rows(calls, places, columns, columns_only=True)
@@ -216,14 +214,6 @@ class FactorAccumulator:
                 columns = divided(self._of_columns[name].value(), n_samples)
             blocks.append(BlockFactors(name, rows, columns))
         return KroneckerFactors(tuple(blocks), n_samples)
-
-
-def with_column_axis(column: Sequence[Cotangents]) -> list[Cotangents]:
-    """One column [m, ...] of every call as R = 1 of them [m, 1, ...]; float32 or better."""
-    return [
-        None if pulled is None else tuple(full_precision(g).unsqueeze(1) for g in pulled)
-        for pulled in column
-    ]
 
 
 def _is_gram(rows: BlockRows, rule: FactorRule) -> bool:

@@ -19,15 +19,8 @@ from laplace_debiased.curvature.operations import (
     Place,
     Use,
 )
-from laplace_debiased.curvature.passes import (
-    Bases,
-    Blocks,
-    Chunk,
-    ColumnChunk,
-    Columns,
-    written_out,
-)
-from laplace_debiased.curvature.reading import blocks_of
+from laplace_debiased.curvature.passes import BackwardPass, Bases, Chunk, Columns, written_out
+from laplace_debiased.curvature.tape import Cotangents
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import (
     batch_length,
@@ -164,6 +157,7 @@ class FeaturePass:
         *,
         n_columns: int | None = None,
         bases: Bases | None = None,
+        streaming: bool = False,
         differentiable: bool = False,
     ) -> Iterator[Chunk]:
         """One forward pass over the batch, then chunks of its features."""
@@ -171,30 +165,20 @@ class FeaturePass:
         m, n_outputs = outputs.shape
         per_column = 4 * n_outputs + features.shape[1]
         size = outputs.element_size() * per_column * (n_outputs if n_columns is None else n_columns)
-        step = max(1, min(m, self.byte_budget // max(1, size)))
-        for rows in row_slices(m, step):
+        for rows in row_slices(m, max(1, min(m, self.byte_budget // max(1, size)))):
             yield self._chunk(outputs[rows], features[rows], rows, columns)
-
-    def column_chunks(
-        self, inputs: Any, columns: Columns, *, n_columns: int | None = None
-    ) -> Iterator[ColumnChunk]:
-        """One forward pass over the batch, then chunks of its features, column by column."""
-        outputs, features = self.features(inputs)
-        m, n_outputs = outputs.shape
-        per_sample = n_outputs * (n_outputs if n_columns is None else n_columns) + features.shape[1]
-        step = max(1, min(m, self.byte_budget // (4 * outputs.element_size() * per_sample)))
-        for rows in row_slices(m, step):
-            to_pull = written_out(columns(outputs[rows], rows)).unbind(-1)
-            each = ([(column,)] for column in to_pull)
-            calls = (self.head.call(features[rows], self.rule),)
-            yield ColumnChunk(rows, outputs[rows], calls, each)
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
         calls = [self.head.call(features, self.rule)]
         to_pull = written_out(columns(outputs, rows)).transpose(1, 2)
         n_columns = to_pull.shape[1]
 
-        def pull(part: slice, last: bool) -> Blocks:
-            return blocks_of(calls, [(to_pull[:, part],)])
+        def pull_back(part: slice, last: bool) -> list[Cotangents]:
+            return [(to_pull[:, part],)]
 
-        return Chunk(rows, outputs, n_columns, max(n_columns, 1), self.byte_budget, pull)
+        step = max(n_columns, 1)
+        return Chunk(rows, outputs, calls, n_columns, step, self.byte_budget, pull_back)
+
+
+CurvaturePass = BackwardPass | FeaturePass
+"""Walks a batch: forward, pull back columns, and hand over every parameter's rows."""

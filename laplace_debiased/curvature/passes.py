@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,18 +97,26 @@ class Chunk:
     Attributes:
         rows: which samples of the batch.
         outputs: network outputs [m, C].
+        calls: what was recorded.
         n_columns: R.
         step: how many columns fit the memory of a pass at a time; R unless m is 1.
         byte_budget: that memory, in bytes.
-        pull: pulls some of the columns back; with True they are the last, and the graph is let go.
+        pull_back: some of the columns [m, r, ...] in what every call wrote, float32 or better; with
+            True they are the last, and the graph is let go. None where a call does not affect the
+            outputs.
     """
 
     rows: slice
     outputs: Tensor
+    calls: Sequence[OperationCall]
     n_columns: int
     step: int
     byte_budget: int
-    pull: Callable[[slice, bool], Blocks]
+    pull_back: Callable[[slice, bool], list[Cotangents]]
+
+    def pull(self, part: slice, last: bool) -> Blocks:
+        """Rows of some of the columns."""
+        return blocks_of(self.calls, self.pull_back(part, last))
 
     @property
     def blocks(self) -> Blocks:
@@ -121,59 +129,10 @@ class Chunk:
             stop = min(start + self.step, self.n_columns)
             yield slice(start, stop), self.pull(slice(start, stop), stop == self.n_columns)
 
-
-@dataclass(frozen=True, eq=False)
-class ColumnChunk:
-    """A chunk of a batch whose columns are pulled back one at a time.
-
-    What sums over columns needs no array of all of them: the memory is that of the graph and of
-    one gradient per recorded output.
-
-    Attributes:
-        rows: which samples of the batch.
-        outputs: network outputs [m, C].
-        calls: what was recorded.
-        columns: walks the R columns, once: gradients in what every call wrote [m, ...], of the
-            model's dtype; None where a call does not affect the outputs.
-    """
-
-    rows: slice
-    outputs: Tensor
-    calls: tuple[OperationCall, ...]
-    columns: Iterator[Sequence[Cotangents]]
-
-
-class CurvaturePass(Protocol):
-    """Walks a batch: forward, pull back columns, and hand over every parameter's rows."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The covered parameters."""
-
-    def chunks(
-        self,
-        inputs: Any,
-        columns: Columns,
-        *,
-        n_columns: int | None = None,
-        bases: Bases | None = None,
-        differentiable: bool = False,
-    ) -> Iterator[Chunk]:
-        """Chunks of the batch in order; each sample is in exactly one."""
-
-    def column_chunks(
-        self, inputs: Any, columns: Columns, *, n_columns: int | None = None
-    ) -> Iterator[ColumnChunk]:
-        """The same, column by column. A chunk is to be used up before the next one is asked for."""
-
-    def outputs(self, inputs: Any) -> Tensor:
-        """Network outputs [m, C] without a graph."""
-
-    def output_shape(self, inputs: Any) -> torch.Size:
-        """Shape of one sample's outputs: [C], or [T, C]."""
-
-    def columns_that_fit(self, inputs: Any, bases: Bases | None = None) -> int:
-        """How many columns of one sample fit the byte budget; at least one."""
+    def columns(self) -> Iterator[list[Cotangents]]:
+        """One column after the other [m, 1, ...], for sums: no array of all of them is needed."""
+        for r in range(self.n_columns):
+            yield self.pull_back(slice(r, r + 1), r + 1 == self.n_columns)
 
 
 def written_out(columns: Tensor | UnitColumns) -> Tensor:
@@ -239,9 +198,10 @@ class BackwardPass:
         *,
         n_columns: int | None = None,
         bases: Bases | None = None,
+        streaming: bool = False,
         differentiable: bool = False,
     ) -> Iterator[Chunk]:
-        """Forward and pull back, chunk by chunk.
+        """Forward and pull back, chunk by chunk; each sample is in exactly one.
 
         Args:
             inputs: one batch of model inputs.
@@ -249,6 +209,8 @@ class BackwardPass:
             n_columns: R where the caller knows it; else the number of outputs is assumed.
             bases: what rows are turned into, where the caller knows it; else whole bases are
                 assumed.
+            streaming: whether columns are asked for one at a time, each chunk's before the next
+                chunk: its memory is then that of the graph and of one column.
             differentiable: keep the graph, for gradients with respect to ``inputs``. All columns
                 are then held by it.
 
@@ -256,84 +218,42 @@ class BackwardPass:
             ValueError: if ``inputs`` hold no sample.
         """
         inputs = to_device(inputs, self.device)
-        for rows, part in self._parts(inputs, n_columns, self.byte_budget, bases):
-            # The fused attention kernels cannot be differentiated twice.
-            with math_attention() if differentiable else nullcontext():
-                taped = self._taped(part, rows)
-            yield self._chunk(taped, part, rows, columns, bases, differentiable)
-
-    def column_chunks(
-        self, inputs: Any, columns: Columns, *, n_columns: int | None = None
-    ) -> Iterator[ColumnChunk]:
-        """Forward, then one pull-back at a time, chunk by chunk; arguments as in ``chunks``."""
-        inputs = to_device(inputs, self.device)
-        for rows, part in self._parts(inputs, 1, self.byte_budget // _STREAMING):
-            taped = self._taped(part, rows)
-            outputs = full_precision(taped.tape.outputs.detach())
-            calls = tuple(call.with_inputs(_detached) for call in taped.calls)
-            to_pull = columns(outputs, rows).to(taped.tape.outputs.dtype)
-            yield ColumnChunk(rows, outputs, calls, taped.pull_back_each(to_pull))
-
-    def _parts(
-        self, inputs: Any, n_columns: int | None, byte_budget: int, bases: Bases | None = None
-    ) -> Iterator[tuple[slice, Any]]:
         length = batch_length(inputs)
         if length == 0:
             raise ValueError("the model inputs hold no sample.")
-        step = length
+        step, at_a_time = length, 1 if streaming else n_columns
         if length > 1:
-            each = self._footprint(inputs).bytes(n_columns, bases)
-            step = max(1, min(length, byte_budget // each))
+            budget = self.byte_budget // (_STREAMING if streaming else 1)
+            step = max(1, min(length, budget // self._footprint(inputs).bytes(at_a_time, bases)))
         for rows in row_slices(length, step):
-            yield rows, inputs if rows == slice(0, length) else select_rows(inputs, rows)
+            part = inputs if step == length else select_rows(inputs, rows)
+            # The fused attention kernels cannot be differentiated twice.
+            with math_attention() if differentiable else nullcontext():
+                tape, general = self._taped(part, rows)
+            chunk = _chunk(tape, general, rows, columns, self.byte_budget, differentiable)
+            alone = rows.stop - rows.start == 1 and chunk.n_columns > 1
+            if alone and not (differentiable or streaming):
+                chunk = self._in_tiles(chunk, part, bases)
+            yield chunk
 
-    def _taped(self, inputs: Any, rows: slice) -> _Taped:
+    def _taped(self, inputs: Any, rows: slice) -> tuple[Tape, GeneralRows]:
+        """A tape, and beside it the rows of parameters that no rule knows."""
         tape = record(self.model, self.names, inputs, self.general)
         check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
         tape.check_inputs()
         general = [name for name in self.names if name in self.general]
-        return _Taped(tape, GeneralRows.of(self.model, tape, general, inputs))
+        return tape, GeneralRows.of(self.model, tape, general, inputs)
 
-    def _chunk(
-        self,
-        taped: _Taped,
-        inputs: Any,
-        rows: slice,
-        columns: Columns,
-        bases: Bases | None,
-        differentiable: bool,
-    ) -> Chunk:
-        outputs = taped.tape.outputs
-        outputs = full_precision(outputs if differentiable else outputs.detach())
-        convert = full_precision if differentiable else _detached
-        calls = [call.with_inputs(convert) for call in taped.calls]
-        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
-            to_pull = columns(outputs, rows).to(taped.tape.outputs.dtype)
-        n_columns = to_pull.shape[-1]
-
-        def pull(part: slice, last: bool) -> Blocks:
-            with outside_inference_mode(), torch.set_grad_enabled(differentiable):
-                pulled = list(taped.pull_back_each(to_pull, part, last, differentiable))
-                stacks = _stacked(pulled, len(calls))
-            return blocks_of(calls, stacks)
-
-        step, budget = n_columns, self.byte_budget
-        if len(outputs) == 1 and n_columns > 1 and not differentiable:
-            budget = memory_of_one(budget, self.device)
-            step = min(n_columns, self._columns_at_a_time(inputs, n_columns, budget, bases))
-        return Chunk(rows, outputs, n_columns, max(step, 1), budget, pull)
-
-    def _columns_at_a_time(
-        self, inputs: Any, n_columns: int, byte_budget: int, bases: Bases | None
-    ) -> int:
-        """How many columns of one sample are held at a time.
+    def _in_tiles(self, chunk: Chunk, inputs: Any, bases: Bases | None) -> Chunk:
+        """A chunk of one sample whose columns are held as many at a time as fit.
 
         Where that is not all of them, the other half of the memory is for what is kept of them.
         """
-        footprint = self._footprint(inputs)
-        if footprint.bytes(n_columns, bases) <= byte_budget:
-            return n_columns
-        return footprint.columns_in(byte_budget // 2, bases)
+        budget, footprint = memory_of_one(self.byte_budget, self.device), self._footprint(inputs)
+        step = chunk.n_columns
+        if footprint.bytes(step, bases) > budget:
+            step = min(step, footprint.columns_in(budget // 2, bases))
+        return replace(chunk, step=step, byte_budget=budget)
 
     def _footprint(self, inputs: Any) -> Footprint:
         """What one sample takes; measured once for inputs of a shape."""
@@ -347,43 +267,32 @@ class BackwardPass:
         return self._footprints[key]
 
 
-@dataclass(frozen=True, eq=False)
-class _Taped:
-    """A tape, and beside it the rows of parameters that no rule knows."""
+def _chunk(
+    tape: Tape,
+    general: GeneralRows,
+    rows: slice,
+    columns: Columns,
+    byte_budget: int,
+    differentiable: bool,
+) -> Chunk:
+    outputs = full_precision(tape.outputs if differentiable else tape.outputs.detach())
+    convert = full_precision if differentiable else _detached
+    calls = [call.with_inputs(convert) for call in (*tape.calls, *general.calls)]
+    with outside_inference_mode(), torch.set_grad_enabled(differentiable):
+        to_pull = columns(outputs, rows).to(tape.outputs.dtype)
 
-    tape: Tape
-    general: GeneralRows
+    def pull_back(part: slice, last: bool) -> list[Cotangents]:
+        pulled = []
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
+            for r in range(part.start, part.stop):
+                column = to_pull.column(r) if isinstance(to_pull, UnitColumns) else to_pull[..., r]
+                retain = r + 1 < part.stop or not last
+                found = tape.pull_back(column, create_graph=differentiable, retain_graph=retain)
+                pulled.append(found + general.pull_back(column))
+            return _stacked(pulled, len(calls))
 
-    @property
-    def calls(self) -> tuple[OperationCall, ...]:
-        return (*self.tape.calls, *self.general.calls)
-
-    def pull_back_each(
-        self,
-        columns: Tensor | UnitColumns,
-        part: slice | None = None,
-        last: bool = True,
-        differentiable: bool = False,
-    ) -> Iterator[list[Cotangents]]:
-        """One pull-back per column of ``columns`` [m, C, R]; nothing where nothing is recorded.
-
-        Args:
-            columns: what to pull back.
-            part: only those.
-            last: whether no other follow, and the graph can be let go.
-            differentiable: whether the result is itself differentiable.
-        """
-        part = slice(0, columns.shape[-1]) if part is None else part
-        for r in range(part.start, part.stop) if self.calls else ():
-            column = columns.column(r) if isinstance(columns, UnitColumns) else columns[..., r]
-            with outside_inference_mode(), torch.set_grad_enabled(differentiable):
-                pulled = self.tape.pull_back(
-                    column,
-                    create_graph=differentiable,
-                    retain_graph=r + 1 < part.stop or not last,
-                )
-                pulled += self.general.pull_back(column)
-            yield pulled
+    n_columns = to_pull.shape[-1]
+    return Chunk(rows, outputs, calls, n_columns, max(n_columns, 1), byte_budget, pull_back)
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -397,13 +306,12 @@ def _stacked(columns: list[list[Cotangents]], n_calls: int) -> list[Cotangents]:
         parts = [column[index] for column in columns]
         for column in columns:
             column[index] = None
-        if any(part is None for part in parts) or not parts:
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
             stacks.append(None)
-            continue
-        stacks.append(
-            tuple(
-                full_precision(torch.stack(tensors, dim=1))
-                for tensors in zip(*(part for part in parts if part is not None), strict=True)
-            )
-        )
+        elif len(known) == 1:
+            stacks.append(tuple(full_precision(tensor.unsqueeze(1)) for tensor in known[0]))
+        else:
+            groups = zip(*known, strict=True)
+            stacks.append(tuple(full_precision(torch.stack(group, dim=1)) for group in groups))
     return stacks

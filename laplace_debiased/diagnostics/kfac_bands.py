@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature import (
-    BackwardPass,
-    BlockBasis,
-    Chunk,
-    ColumnChunk,
-    FactorAccumulator,
-)
-from laplace_debiased.curvature.factors import with_column_axis
-from laplace_debiased.curvature.passes import Columns
+from laplace_debiased.curvature import BackwardPass, BlockBasis, Chunk, FactorAccumulator
 from laplace_debiased.curvature.reading import parameter_rows, uses_of
 from laplace_debiased.curvature.rows import BlockRows, RankOneRows
 from laplace_debiased.data import split_batch
@@ -81,15 +72,8 @@ class BandWalk:
     loss: LossModel
     dict_key_y: str
 
-    def chunks(self, batch: object) -> Iterator[Chunk]:
+    def chunks(self, batch: object, *, streaming: bool = False) -> Iterator[Chunk]:
         """Chunks of one batch."""
-        return self.curvature_pass.chunks(*self._inputs_and_columns(batch))
-
-    def column_chunks(self, batch: object) -> Iterator[ColumnChunk]:
-        """The same, column by column."""
-        return self.curvature_pass.column_chunks(*self._inputs_and_columns(batch))
-
-    def _inputs_and_columns(self, batch: object) -> tuple[Any, Columns]:
         inputs, targets = split_batch(batch, self.dict_key_y)
         check_dense(inputs)
 
@@ -99,7 +83,7 @@ class BandWalk:
             gradient = self.loss.output_gradient(outputs, part)
             return torch.cat([gradient.unsqueeze(-1), self.loss.hessian_root(outputs)], -1)
 
-        return inputs, columns
+        return self.curvature_pass.chunks(inputs, columns, streaming=streaming)
 
     def measure(
         self, batches: Iterable[object], bands: Mapping[str, Bands]
@@ -121,16 +105,15 @@ def bands_of(walk: BandWalk, batch: object, names: Sequence[str], n_bands: int) 
     factors = FactorAccumulator(names, summed_bias=True)
     gradients: dict[str, Tensor] = {}
     n_samples = 0
-    for chunk in walk.column_chunks(batch):
+    for chunk in walk.chunks(batch, streaming=True):
         n_samples += len(chunk.outputs)
-        for number, column in enumerate(chunk.columns):
+        for number, column in enumerate(chunk.columns()):
             if number > 0:
-                factors.add_column(chunk.calls, column)
+                factors.add_columns(chunk.calls, column)
                 continue
             factors.add_inputs(chunk.calls)
-            pulled = with_column_axis(column)
             for name, places in uses_of(chunk.calls).items():
-                rows = parameter_rows(chunk.calls, places, pulled)
+                rows = parameter_rows(chunk.calls, places, column)
                 if rows is not None:
                     gradient = rows.gradients().sum((0, 1))
                     gradients[name] = gradients[name] + gradient if name in gradients else gradient

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import itemgetter
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.curvature import (
     Chunk,
-    ColumnChunk,
     CurvaturePass,
     FactorAccumulator,
     KroneckerFactors,
@@ -45,8 +43,6 @@ from laplace_debiased.estimation.walking import (
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.identity import digest_of
 from laplace_debiased.options import SKETCHED_COLUMNS, Magnitudes
-
-AnyChunk = TypeVar("AnyChunk", Chunk, ColumnChunk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +92,7 @@ class KronEstimator:
         ]
         tally = Tally()
         walk = self._progress("factors", [*sums, tally])
-        chunks = self.engine.column_chunks
-        for batch, chunk in self._walk("factors", walk, chunks, weighted=True):
+        for batch, chunk in self._walk("factors", walk, streaming=True):
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             tally.add(loss, chunk.outputs, part)
             self._add_chunk(sums, chunk, part)
@@ -111,14 +106,12 @@ class KronEstimator:
         )
         return FoldStatistics(factors, tally.mean_loss, tally.n_outputs, tally.effective_samples)
 
-    def _add_chunk(
-        self, sums: Sequence[FactorAccumulator], chunk: ColumnChunk, part: Batch
-    ) -> None:
+    def _add_chunk(self, sums: Sequence[FactorAccumulator], chunk: Chunk, part: Batch) -> None:
         """Add a chunk to the factors of its folds."""
         slices = fold_slices(part.folds)
         repeated = bool((part.counts != 1).any())
         counts = part.counts.to(chunk.outputs) if repeated else None
-        for number, column in enumerate(chunk.columns):
+        for number, column in enumerate(chunk.columns()):
             for fold, rows in slices:
                 # A call that does not affect the outputs does so in no column.
                 found = zip(chunk.calls, column, strict=True)
@@ -127,7 +120,7 @@ class KronEstimator:
                 if number == 0:
                     sums[fold].add_inputs(calls, None if counts is None else counts[rows])
                 pulled_back = [tuple(g[rows] for g in pulled) for _, pulled in reached]
-                sums[fold].add_column(calls, pulled_back)
+                sums[fold].add_columns(calls, pulled_back)
 
     def exact_magnitudes(
         self, measurements: Sequence[Measurement], bases: Sequence[tuple[BlockBasis, ...]]
@@ -137,8 +130,7 @@ class KronEstimator:
         walk = self._progress("magnitudes", sums, bases)
         plan = self.task.plan
         largest = {group[0].name: largest_basis(group) for group in zip(*bases, strict=True)}
-        chunks = partial(self.engine.chunks, bases=largest)
-        for batch, chunk in self._walk("magnitudes", walk, chunks):
+        for batch, chunk in self._walk("magnitudes", walk, bases=largest):
             part = rows_of(batch, chunk.rows, chunk.outputs.device)
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
             for name, rows in (block for _, tile in chunk.tiles() for block in tile):
@@ -167,27 +159,24 @@ class KronEstimator:
         return self.task.checkpoint.walk(what, sums, self.task.plan, key)
 
     def _walk(
-        self,
-        what: str,
-        walk: Progress | None,
-        chunks: Callable[..., Iterator[AnyChunk]],
-        *,
-        weighted: bool = False,
-    ) -> Iterator[tuple[Batch, AnyChunk]]:
+        self, what: str, walk: Progress | None, **options: Any
+    ) -> Iterator[tuple[Batch, Chunk]]:
         """Batches of the plan with their chunks.
 
         Args:
             what: what is measured, as progress bar and report say it.
             walk: where the walk is.
-            chunks: of the pass: all columns at once, or one by one.
-            weighted: whether a column is scaled by the square root of its sample's weight.
+            options: of the pass's chunks. In a streaming walk columns are scaled by the square
+                roots of their samples' weights.
         """
-        forecast = self._forecast()
+        forecast, weighted = self._forecast(), options.get("streaming", False)
         for batch, columns in self._batches(what, walk):
             if weighted:
                 columns = scaled_columns(columns, batch.weights * batch.counts)
             forecast.begin()
-            for chunk in chunks(batch.inputs, columns, n_columns=self._n_columns):
+            for chunk in self.engine.chunks(
+                batch.inputs, columns, n_columns=self._n_columns, **options
+            ):
                 yield batch, chunk
                 if weighted:  # the first walk speaks for both
                     forecast.done(len(chunk.outputs))

@@ -18,11 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.passes import (
-    Chunk,
-    CurvaturePass,
-    identity_columns,
-)
+from laplace_debiased.curvature import Chunk, CurvaturePass, identity_columns
 from laplace_debiased.curvature.rows import Basis, RotatedRows, Weights
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length

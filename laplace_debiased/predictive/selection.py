@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.passes import Bases, Chunk, CurvaturePass, UnitColumns
+from laplace_debiased.curvature import Chunk, CurvaturePass
+from laplace_debiased.curvature.passes import Bases, UnitColumns
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.inputs import batch_length
 

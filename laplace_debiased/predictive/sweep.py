@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.passes import CurvaturePass
+from laplace_debiased.curvature import CurvaturePass
 from laplace_debiased.curvature.rows import Weights
 from laplace_debiased.predictive.covariances import Products
 from laplace_debiased.predictive.functional import NamedBlocks, beside, joined

@@ -131,9 +131,9 @@ def test_the_default_fit_pulls_two_columns_back() -> None:
     seen: list[int] = []
 
     class Counting(BackwardPass):
-        def column_chunks(self, inputs, columns, *, n_columns=None):
+        def chunks(self, inputs, columns, *, n_columns=None, **options):
             seen.append(n_columns)
-            return super().column_chunks(inputs, columns, n_columns=n_columns)
+            return super().chunks(inputs, columns, n_columns=n_columns, **options)
 
     model, data = many_classes(70)
     la = DebiasedLaplace(model)
