@@ -10,7 +10,7 @@ networks:
   gradients of single samples, on a network of 6,090 parameters? Every method's setting, one of
   four, is chosen by mean validation loss over seeds of its own; the results are those of others.
 
-Costs are those of ``laplace_debiased.optim.cost``: a gradient counts 1 per sample, a
+Costs are those of ``StepReport.sample_gradients``: a gradient counts 1 per sample, a
 curvature-vector product 2, a forward pass 1/3. Running times are reported next to them.
 
     python -m benchmarks.optimise --output benchmark-output

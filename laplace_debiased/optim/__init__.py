@@ -1,13 +1,10 @@
 """Second-order steps from two mini-batches: debiased conjugate gradients and a Newton optimiser."""
 
-from laplace_debiased.optim.cg import debiased_cg
+from laplace_debiased.optim.cg import CGResult, NonPositiveCurvature, debiased_cg
 from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt
-from laplace_debiased.optim.line import NonPositiveCurvature
 from laplace_debiased.optim.model_quadratic import model_quadratic
-from laplace_debiased.optim.newton_cg import NewtonCG
-from laplace_debiased.optim.newton_step import MiniBatches, StepReport
+from laplace_debiased.optim.newton_cg import MiniBatches, NewtonCG, StepReport
 from laplace_debiased.optim.quadratic import Quadratic
-from laplace_debiased.optim.result import CGResult
 from laplace_debiased.optim.termination import StopReason, Termination
 from laplace_debiased.options import Curvature
 

@@ -1,19 +1,84 @@
 """Conjugate gradients with directions from one quadratic and step sizes from another."""
 
+import math
 from dataclasses import dataclass
-from typing import Any, assert_never
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.modes import public_call
-from laplace_debiased.optim.krylov import Krylov
-from laplace_debiased.optim.line import Line, NonPositiveCurvature, restrict
-from laplace_debiased.optim.matvec import Matvec, as_matvec
-from laplace_debiased.optim.quadratic import Quadratic
-from laplace_debiased.optim.result import CGResult, Point, Row, collect
+from laplace_debiased.optim.quadratic import Matvec, Quadratic, as_matvec
 from laplace_debiased.optim.termination import DEFAULT_TERMINATION, StopReason, Termination
+
+
+class NonPositiveCurvature(StrEnum):
+    """What to do along a direction d with dᵀHd ≤ 0 (up to rounding) in either quadratic.
+
+    The recurrence that makes the next direction needs positive curvature of the direction
+    quadratic. Where that fails the iteration ends under every policy.
+
+    * ``STOP``: end before this direction.
+    * ``SKIP``: step size 0 where only the magnitude quadratic fails, and go on; else as ``STOP``.
+    * ``ABSOLUTE``: step −slope/|curvature|, still a descent of the magnitude quadratic; 0 where
+      the curvature cannot be told from 0.
+    * ``RAISE``: RuntimeError.
+    """
+
+    STOP = "stop"
+    SKIP = "skip"
+    ABSOLUTE = "absolute"
+    RAISE = "raise"
+
+
+@dataclass(frozen=True, eq=False)
+class CGResult:
+    """What the iteration found, with K directions taken.
+
+    Scalars per iteration are float64 on the CPU, of the damped quadratics. "own" belongs to the
+    direction quadratic along its own iterates; the others belong to the magnitude quadratic.
+
+    Attributes:
+        solution: Last iterate [P].
+        residual: Gradient of the magnitude quadratic at ``solution`` [P].
+        iterates: x_0, ..., x_K [K+1, P], or None if vectors were not kept.
+        directions: d_0, ..., d_{K−1} [K, P], or None if vectors were not kept.
+        slopes: d_kᵀ(g̃ + H̃x_k) [K].
+        curvatures: d_kᵀH̃d_k [K].
+        step_sizes: α_k [K].
+        values: q̃(x_k) [K+1].
+        own_slopes: [K].
+        own_curvatures: [K].
+        own_step_sizes: [K].
+        own_residual_norms: Euclidean [K+1].
+        stop_reason: Why the iteration ended.
+        direction_products: Products with the direction quadratic.
+        magnitude_products: Products with the magnitude quadratic; 0 in single mode, where the two
+            are one.
+    """
+
+    solution: Tensor
+    residual: Tensor
+    iterates: Tensor | None
+    directions: Tensor | None
+    slopes: Tensor
+    curvatures: Tensor
+    step_sizes: Tensor
+    values: Tensor
+    own_slopes: Tensor
+    own_curvatures: Tensor
+    own_step_sizes: Tensor
+    own_residual_norms: Tensor
+    stop_reason: StopReason
+    direction_products: int
+    magnitude_products: int
+
+    @property
+    def n_iterations(self) -> int:
+        """K, the number of directions taken."""
+        return self.step_sizes.numel()
 
 
 @public_call
@@ -66,92 +131,41 @@ def debiased_cg(
             preconditioner is not positive definite.
         RuntimeError: If a product is not finite, or under ``NonPositiveCurvature.RAISE``.
     """
-    problem = _pose(
-        quadratic_directions,
-        quadratic_magnitudes,
-        preconditioner,
-        NonPositiveCurvature(nonpositive_curvature),
-        refresh_every,
+    own = quadratic_directions
+    target = own if quadratic_magnitudes is None else quadratic_magnitudes
+    _check_pair(own, target)
+    if refresh_every is not None and refresh_every < 1:
+        raise ValueError(f"refresh_every must be at least 1 or None, got {refresh_every}.")
+    precondition = (
+        torch.clone
+        if preconditioner is None
+        else as_matvec(preconditioner, own.dimension, "preconditioner")
     )
-    state, start_products = _start(problem, initial)
-    return _solve(problem, state, termination, keep_vectors, start_products)
+    policy = NonPositiveCurvature(nonpositive_curvature)
+    start = _checked_start(initial, own.gradient)
+    iteration = _Iteration(own, target, start, precondition, policy, refresh_every, keep_vectors)
+    return iteration.run(termination)
 
 
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    directions: Quadratic
-    magnitudes: Quadratic
-    precondition: Matvec
-    policy: NonPositiveCurvature
-    refresh_every: int | None
-
-    @property
-    def is_single(self) -> bool:
-        return self.magnitudes is self.directions
-
-    def n_refreshes(self, n_iterations: int) -> int:
-        return 0 if self.refresh_every is None else n_iterations // self.refresh_every
-
-    def point(self, state: "_State", keep_vectors: bool) -> Point:
-        value = self.magnitudes.value_from_residual(state.x, state.residual)
-        return Point(value, state.krylov.norm, state.x if keep_vectors else None)
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    x: Tensor
-    residual: Tensor
-    krylov: Krylov
-    last: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Outcome:
-    """What became of one direction: where it led, or None for the row if it was not taken."""
-
-    state: _State
-    row: Row | None
-    is_last: bool
-
-
-def _pose(
-    directions: Quadratic,
-    magnitudes: Quadratic | None,
-    preconditioner: Any,
-    policy: NonPositiveCurvature,
-    refresh_every: int | None,
-) -> _Problem:
-    magnitudes = directions if magnitudes is None else magnitudes
-    for name, quadratic in (("directions", directions), ("magnitudes", magnitudes)):
+def _check_pair(own: Quadratic, target: Quadratic) -> None:
+    for name, quadratic in (("directions", own), ("magnitudes", target)):
         if not isinstance(quadratic, Quadratic):
             raise TypeError(
                 f"quadratic_{name} must be a Quadratic, got {type(quadratic).__name__}: wrap the "
                 "operator and its gradient as Quadratic(operator, gradient, damping)."
             )
-    g, h = directions.gradient, magnitudes.gradient
+    g, h = own.gradient, target.gradient
     if (g.shape, g.dtype, g.device) != (h.shape, h.dtype, h.device):
         raise ValueError(
             "quadratic_directions and quadratic_magnitudes must share length, precision and "
             f"device, got {tuple(g.shape)} {g.dtype} {g.device} and {tuple(h.shape)} {h.dtype} "
             f"{h.device}."
         )
-    if refresh_every is not None and refresh_every < 1:
-        raise ValueError(f"refresh_every must be at least 1 or None, got {refresh_every}.")
-    precondition = (
-        torch.clone
-        if preconditioner is None
-        else as_matvec(preconditioner, directions.dimension, "preconditioner")
-    )
-    return _Problem(directions, magnitudes, precondition, policy, refresh_every)
 
 
-def _start(problem: _Problem, initial: Tensor | None) -> tuple[_State, int]:
-    """The state at x_0, and the products that it took with each quadratic."""
-    gradient = problem.directions.gradient.detach()
+def _checked_start(initial: Tensor | None, gradient: Tensor) -> Tensor | None:
     if initial is None:
-        krylov = Krylov.start(gradient, problem.precondition)
-        state = _State(torch.zeros_like(gradient), problem.magnitudes.gradient.detach(), krylov)
-        return state, 0
+        return None
     if not isinstance(initial, Tensor):
         raise ArgumentTypeError(f"initial must be a tensor; got {type(initial).__name__}.")
     if initial.shape != gradient.shape or not torch.isfinite(initial).all():
@@ -159,112 +173,187 @@ def _start(problem: _Problem, initial: Tensor | None) -> tuple[_State, int]:
             f"initial must be a finite vector of shape {tuple(gradient.shape)}, got shape "
             f"{tuple(initial.shape)}."
         )
-    x = initial.detach().to(gradient, copy=True)
-    krylov = Krylov.start(problem.directions.residual(x), problem.precondition)
-    residual = krylov.residual if problem.is_single else problem.magnitudes.residual(x)
-    return _State(x, residual, krylov), 1
+    return initial.detach().to(gradient, copy=True)
 
 
-def _solve(
-    problem: _Problem,
-    state: _State,
-    termination: Termination,
-    keep_vectors: bool,
-    start_products: int,
-) -> CGResult:
-    gradient_norm = float(problem.directions.gradient.norm())
-    points, rows = [problem.point(state, keep_vectors)], list[Row]()
-    products = start_products
-    while True:
-        values = [point.value for point in points]
-        reason = termination.check(values, state.krylov.norm, gradient_norm, state.x.numel())
-        if reason is not None:
-            break
-        outcome = _try_direction(problem, state, len(points), keep_vectors)
-        products += 1
-        if outcome.row is not None:
-            state = outcome.state
-            points.append(problem.point(state, keep_vectors))
-            rows.append(outcome.row)
-        if outcome.is_last:
-            reason = StopReason.NON_POSITIVE_CURVATURE
-            break
-    refreshed = products + problem.n_refreshes(len(rows))
-    counts = (refreshed, 0) if problem.is_single else (products, refreshed)
-    return collect(state.x, state.residual, points, rows, reason, *counts)
+class _Line(NamedTuple):
+    """The restriction q(x + αd) = q(x) + α·slope + ½α²·curvature of a quadratic to a line.
 
-
-def _try_direction(
-    problem: _Problem, state: _State, iteration: int, keep_vectors: bool
-) -> _Outcome:
-    """Take, skip or refuse the next direction; ``iteration`` counts from 1."""
-    d, policy = state.krylov.direction, problem.policy
-    own = restrict(problem.directions, d, state.krylov.residual, "direction")
-    _require_symmetric(state.last, d, own.product, "directions")
-    line = (
-        own if problem.is_single else restrict(problem.magnitudes, d, state.residual, "magnitude")
-    )
-    if _refuses(own, line, policy, iteration):
-        return _Outcome(state, None, is_last=True)
-    step, own_step = line.step_size(policy), own.step_size(policy)
-    x = state.x.add(d, alpha=step)
-    if problem.n_refreshes(iteration) > problem.n_refreshes(iteration - 1):
-        residual = problem.magnitudes.residual(x)
-    else:
-        residual = state.residual.add(line.product, alpha=step)
-    own_residual = (
-        residual if problem.is_single else state.krylov.residual.add(own.product, alpha=own_step)
-    )
-    krylov = state.krylov.advance(own_residual, problem.precondition)
-    row = Row(
-        slope=line.slope,
-        curvature=line.curvature,
-        step_size=step,
-        own_slope=own.slope,
-        own_curvature=own.curvature,
-        own_step_size=own_step,
-        direction=d if keep_vectors else None,
-    )
-    last = d, own.product
-    return _Outcome(_State(x, residual, krylov, last), row, is_last=not own.is_convex)
-
-
-def _require_symmetric(
-    last: tuple[Tensor, Tensor] | None, direction: Tensor, product: Tensor, name: str
-) -> None:
-    """Check dᵀ(He) = eᵀ(Hd) for a direction and the one before it: both products are there.
-
-    Raises:
-        ValueError: if they differ by more than rounding.
+    Attributes:
+        slope: dᵀ(g + Hx).
+        curvature: dᵀHd.
+        resolution: Size of the rounding error of ``curvature``; below it the sign means nothing.
+        product: Hd [P].
     """
-    if last is None:
-        return
-    before, its_product = last
-    difference = float(direction @ its_product - before @ product)
-    scale = float(before.norm() * product.norm() + direction.norm() * its_product.norm())
-    if abs(difference) > torch.finfo(direction.dtype).eps ** 0.5 * scale:
-        raise ValueError(
-            f"quadratic_{name} has a matrix that is not symmetric: dᵀHe and eᵀHd differ by "
-            f"{difference:.3g} for two directions. Pass a symmetric operator."
+
+    slope: float
+    curvature: float
+    resolution: float
+    product: Tensor
+
+    @property
+    def is_convex(self) -> bool:
+        return self.curvature > self.resolution
+
+    def step_size(self, policy: NonPositiveCurvature) -> float:
+        """The minimiser α = −slope/curvature, or what ``policy`` puts in its place."""
+        resolved = abs(self.curvature) > self.resolution
+        if self.is_convex or (policy is NonPositiveCurvature.ABSOLUTE and resolved):
+            return -self.slope / abs(self.curvature)
+        return 0.0
+
+
+def _restrict(quadratic: Quadratic, d: Tensor, residual: Tensor, name: str) -> _Line:
+    """Along d [P], from the point whose residual is given; one product."""
+    product = quadratic.product(d)
+    slope, curvature = float(d @ residual), float(d @ product)
+    if not (math.isfinite(slope) and math.isfinite(curvature)):
+        raise RuntimeError(
+            f"The {name} quadratic gave a slope of {slope} and a curvature of {curvature}: its "
+            "products are not finite or overflow. Check the data, rescale the problem, or use "
+            "float64."
+        )
+    rounding = torch.finfo(d.dtype).eps * float(d.norm()) * float(product.norm())
+    return _Line(slope, curvature, rounding, product)
+
+
+class _Iteration:
+    """Where the iteration stands, and what it has found."""
+
+    def __init__(
+        self,
+        own: Quadratic,
+        target: Quadratic,
+        start: Tensor | None,
+        precondition: Matvec,
+        policy: NonPositiveCurvature,
+        refresh_every: int | None,
+        keep_vectors: bool,
+    ) -> None:
+        self.own, self.target, self.single = own, target, own is target
+        self.precondition, self.policy = precondition, policy
+        self.refresh_every, self.keep_vectors = refresh_every, keep_vectors
+        if start is None:
+            self.x = torch.zeros_like(own.gradient)
+            self.own_residual, self.residual = own.gradient.detach(), target.gradient.detach()
+        else:
+            self.x, self.own_residual = start, own.residual(start)
+            self.residual = self.own_residual if self.single else target.residual(start)
+        self.n_products, self.n_refreshes = int(start is not None), 0
+        self.direction, self.inner = torch.zeros_like(self.x), 0.0
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.values, self.norms = list[float](), list[float]()
+        self.iterates, self.directions = list[Tensor](), list[Tensor]()
+        self.steps = list[tuple[float, ...]]()
+
+    def run(self, termination: Termination) -> CGResult:
+        gradient_norm, dimension = float(self.own.gradient.norm()), self.own.dimension
+        self._arrive()
+        while not (
+            reason := termination.check(self.values, self.norms[-1], gradient_norm, dimension)
+        ):
+            if not self._step():
+                reason = StopReason.NON_POSITIVE_CURVATURE
+                break
+        refreshed = self.n_products + self.n_refreshes
+        steps = torch.tensor(self.steps, dtype=torch.float64).reshape(-1, 6).T.contiguous()
+        slopes, curvatures, step_sizes, own_slopes, own_curvatures, own_step_sizes = steps
+        taken = torch.stack(self.directions) if self.directions else self.x.new_empty(0, dimension)
+        return CGResult(
+            solution=self.x,
+            residual=self.residual,
+            iterates=torch.stack(self.iterates) if self.keep_vectors else None,
+            directions=None if not self.keep_vectors else taken,
+            slopes=slopes,
+            curvatures=curvatures,
+            step_sizes=step_sizes,
+            values=torch.tensor(self.values, dtype=torch.float64),
+            own_slopes=own_slopes,
+            own_curvatures=own_curvatures,
+            own_step_sizes=own_step_sizes,
+            own_residual_norms=torch.tensor(self.norms, dtype=torch.float64),
+            stop_reason=reason,
+            direction_products=refreshed if self.single else self.n_products,
+            magnitude_products=0 if self.single else refreshed,
         )
 
-
-def _refuses(own: Line, line: Line, policy: NonPositiveCurvature, iteration: int) -> bool:
-    """Whether the iteration ends before this direction."""
-    if own.is_convex and line.is_convex:
-        return False
-    match policy:
-        case NonPositiveCurvature.STOP:
-            return True
-        case NonPositiveCurvature.SKIP:
-            return not own.is_convex
-        case NonPositiveCurvature.ABSOLUTE:
-            return False
-        case NonPositiveCurvature.RAISE:
-            name, bad = ("magnitude", line) if own.is_convex else ("direction", own)
+    def _arrive(self) -> None:
+        """Note the iterate, and turn to the next direction (Saad 2003, algorithm 9.1)."""
+        self.values.append(self.target.value_from_residual(self.x, self.residual))
+        self.norms.append(float(self.own_residual.norm()))
+        if self.keep_vectors:
+            self.iterates.append(self.x)
+        z = self.precondition(self.own_residual)
+        inner = float(self.own_residual @ z)
+        if not math.isfinite(inner):
             raise RuntimeError(
-                f"The {name} quadratic has curvature {bad.curvature:.3g} along direction "
-                f"{iteration}, within rounding of 0 or below: raise the damping, use the GGN in "
-                "place of the Hessian, or choose another nonpositive_curvature."
+                "The residual of the direction quadratic is not finite or overflows: check the "
+                "data, rescale the problem, or use float64."
             )
-    assert_never(policy)
+        # The square may underflow to 0 for a residual that is not quite 0; below 0 it never goes.
+        if inner < 0 or (inner == 0 and self.norms[-1] > 1e-18):
+            raise ValueError(
+                f"preconditioner must be positive definite, got rᵀM⁻¹r = {inner} for a residual r."
+            )
+        beta = inner / self.inner if self.inner > 0 else 0.0
+        self.direction, self.inner = self.direction.mul(beta).sub_(z), inner
+
+    def _step(self) -> bool:
+        """Take, skip or refuse the direction; False where it is the last."""
+        d, policy, iteration = self.direction, self.policy, len(self.values)
+        self.n_products += 1
+        own = line = _restrict(self.own, d, self.own_residual, "direction")
+        self._require_symmetric(own.product)
+        if not self.single:
+            line = _restrict(self.target, d, self.residual, "magnitude")
+        if self._refuses(own, line):
+            return False
+        step, own_step = line.step_size(policy), own.step_size(policy)
+        self.x = self.x.add(d, alpha=step)
+        if self.refresh_every is not None and iteration % self.refresh_every == 0:
+            self.residual = self.target.residual(self.x)
+            self.n_refreshes += 1
+        else:
+            self.residual = self.residual.add(line.product, alpha=step)
+        if self.single:
+            self.own_residual = self.residual
+        else:
+            self.own_residual = self.own_residual.add(own.product, alpha=own_step)
+        self.steps.append((*line[:2], step, *own[:2], own_step))
+        if self.keep_vectors:
+            self.directions.append(d)
+        self.last = d, own.product
+        self._arrive()
+        return own.is_convex
+
+    def _require_symmetric(self, product: Tensor) -> None:
+        """Check dᵀ(He) = eᵀ(Hd) for a direction and the one before it: both products are there."""
+        if self.last is None:
+            return
+        d, (before, its_product) = self.direction, self.last
+        difference = float(d @ its_product - before @ product)
+        scale = float(before.norm() * product.norm() + d.norm() * its_product.norm())
+        if abs(difference) > torch.finfo(d.dtype).eps ** 0.5 * scale:
+            raise ValueError(
+                "quadratic_directions has a matrix that is not symmetric: dᵀHe and eᵀHd differ by "
+                f"{difference:.3g} for two directions. Pass a symmetric operator."
+            )
+
+    def _refuses(self, own: _Line, line: _Line) -> bool:
+        """Whether the iteration ends before this direction."""
+        if own.is_convex and line.is_convex:
+            return False
+        match self.policy:
+            case NonPositiveCurvature.STOP:
+                return True
+            case NonPositiveCurvature.SKIP:
+                return not own.is_convex
+            case NonPositiveCurvature.ABSOLUTE:
+                return False
+            case NonPositiveCurvature.RAISE:
+                name, bad = ("magnitude", line) if own.is_convex else ("direction", own)
+                raise RuntimeError(
+                    f"The {name} quadratic has curvature {bad.curvature:.3g} along direction "
+                    f"{len(self.values)}, within rounding of 0 or below: raise the damping, use "
+                    "the GGN in place of the Hessian, or choose another nonpositive_curvature."
+                )

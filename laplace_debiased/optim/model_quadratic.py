@@ -1,9 +1,16 @@
-"""The local quadratic of a model's loss on a mini-batch."""
+"""The local quadratic of a model's loss on a mini-batch.
+
+A forward pass is recorded once and differentiated again at each product, so a product calls no
+model code and costs at most two gradients. The price is memory: the record of the batch is kept for
+as long as the quadratic lives. `curvature.lowrank.ggn_product` is another algorithm: it walks the
+data anew for each product, at the price of two forward passes more, and keeps nothing. It takes a
+square root of the loss Hessian; here the loss is the user's own, and is differentiated as it comes.
+"""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +27,12 @@ from laplace_debiased.network.inputs import (
     logits_of,
     to_device,
 )
-from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.network.substitution import call_with
-from laplace_debiased.optim.matvec import Matvec
-from laplace_debiased.optim.operators import (
-    flatten,
-    gradient,
-    recorded_ggn,
-    recorded_hessian,
-    unflatten,
-)
-from laplace_debiased.optim.quadratic import Quadratic
+from laplace_debiased.optim.quadratic import Matvec, Quadratic
 from laplace_debiased.options import Curvature, parse_choice
 
 Batch = tuple[Any, Tensor]
@@ -118,7 +116,7 @@ class ModelLoss:
         X, y = self._on_device(batch)
         names = {id(p): name for name, p in self.model.named_parameters()}
         shifts = zip(self.params, unflatten(displacement, self.params), strict=True)
-        with _fixed_function(self.model), torch.no_grad():
+        with undisturbed(self.model), differentiable_kernels(self.model), torch.no_grad():
             moved = {names[id(p)]: p + shift for p, shift in shifts}
             args, kwargs = call_arguments(self.model, X)
             with explained_failure(X):
@@ -140,20 +138,33 @@ class ModelLoss:
             share = batch_size(batch[0]) / n_samples
             outputs, loss = self._record(batch)
             total += share * float(loss.detach())
-            mean_gradient.add_(flatten(gradient(loss, self.params)), alpha=share)
-            products.append((share, self._product(outputs, loss, curvature)))
+            mean_gradient.add_(flatten(_derivative([loss], self.params)), alpha=share)
+            ggn = curvature is Curvature.GGN
+            product = _ggn(outputs, loss, self.params) if ggn else _hessian(loss, self.params)
+            products.append((share, product))
         if not (math.isfinite(total) and torch.isfinite(mean_gradient).all()):
             raise RuntimeError(
                 f"The mean loss on the batch is {total} or its gradient is not finite: check the "
                 "data and the parameters, or take smaller steps (lower lr, higher damping)."
             )
-        versions = tuple(p._version for p in self.params)
-        operator = _RecordedCurvature(self.params, versions, tuple(products))
-        return total, Quadratic(operator, mean_gradient, damping)
+        versions = [p._version for p in self.params]
+
+        def mean_product(vector: Tensor) -> Tensor:
+            if versions != [p._version for p in self.params]:
+                raise RuntimeError(
+                    "The model's parameters have changed since this quadratic was built: build a "
+                    "new one."
+                )
+            image = torch.zeros_like(vector)
+            for share, product in products:
+                image.add_(product(vector), alpha=share)
+            return image
+
+        return total, Quadratic(mean_product, mean_gradient, damping)
 
     def _record(self, batch: Batch) -> tuple[Tensor, Tensor]:
         X, y = self._on_device(batch)
-        with _fixed_function(self.model):
+        with undisturbed(self.model), differentiable_kernels(self.model):
             outputs = invoke(self.model, X)
             if not isinstance(outputs, Tensor):
                 raise TypeError(
@@ -180,49 +191,69 @@ class ModelLoss:
                 f"{type(error).__name__}: {error}. Give targets that fit it."
             ) from error
 
-    def _product(self, outputs: Tensor, loss: Tensor, curvature: Curvature) -> Matvec:
-        match curvature:
-            case Curvature.GGN:
-                return recorded_ggn(outputs, loss, self.params)
-            case Curvature.HESSIAN:
-                return recorded_hessian(loss, self.params)
-        assert_never(curvature)
-
     def _on_device(self, batch: Batch) -> Batch:
         X, y = batch
         device = self.params[0].device
         return to_device(X, device), to_device(y, device, "targets")
 
 
-@dataclass(frozen=True, eq=False)
-class _RecordedCurvature:
-    """Share-weighted sum of the curvatures of mini-batches, at the parameters as recorded."""
-
-    params: tuple[nn.Parameter, ...]
-    versions: tuple[int, ...]
-    products: tuple[tuple[float, Matvec], ...]
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        if self.versions != tuple(p._version for p in self.params):
-            raise RuntimeError(
-                "The model's parameters have changed since this quadratic was built: build a new "
-                "one."
-            )
-        image = torch.zeros_like(vector)
-        for share, product in self.products:
-            image.add_(product(vector), alpha=share)
-        return image
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """One vector [P] out of tensors, without history."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-@unbroken
-def _fixed_function(model: nn.Module) -> Iterator[None]:
-    """One deterministic, twice differentiable function: a quadratic needs it at each product.
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Split a vector [P] into tensors shaped as ``like``."""
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
-    Dropout and batch statistics are off; random numbers that the model draws nevertheless are the
-    same at each entry. Gradients are recorded.
+
+def _derivative(
+    values: Sequence[Tensor],
+    by: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """Derivatives of Σ values · cotangents by each of ``by``; 0 where there is none."""
+    weights = [None] * len(values) if cotangents is None else cotangents
+    pairs = [(v, c) for v, c in zip(values, weights, strict=True) if v.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(tensor) for tensor in by]
+    outputs, weights = zip(*pairs, strict=True)
+    return list(
+        torch.autograd.grad(
+            outputs,
+            by,
+            weights,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+
+
+def _ggn(outputs: Tensor, loss: Tensor, params: Sequence[Tensor]) -> Matvec:
+    """Products with G = Jᵀ (∇²_f ℓ) J, J the Jacobian of ``outputs`` f by ``params`` [P].
+
+    Jv comes from differentiating uᵀJ, which is linear in u, by u. ∇²_f ℓ is that of ``loss`` as it
+    is, so a mean loss gives a mean GGN (Schraudolph 2002).
     """
-    with undisturbed(model), differentiable_kernels(model):
-        yield
+    u = torch.zeros_like(outputs, requires_grad=True)
+    rows = _derivative([outputs], params, [u], create_graph=True)
+    slope = _derivative([loss], [outputs], create_graph=True)
+
+    def product(vector: Tensor) -> Tensor:
+        image = _derivative(rows, [u], unflatten(vector, params))
+        return flatten(_derivative([outputs], params, _derivative(slope, [outputs], image)))
+
+    return product
+
+
+def _hessian(loss: Tensor, params: Sequence[Tensor]) -> Matvec:
+    """Products with the Hessian of ``loss`` by ``params`` [P] (Pearlmutter 1994)."""
+    rows = _derivative([loss], params, create_graph=True)
+    return lambda vector: flatten(_derivative(rows, params, unflatten(vector, params)))
 
 
 def check_batch(batch: Any, name: str) -> Batch:

@@ -1,7 +1,9 @@
 """A torch optimiser that takes debiased Newton steps."""
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +13,69 @@ from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.outputs import checked_model
-from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt
-from laplace_debiased.optim.line import NonPositiveCurvature
-from laplace_debiased.optim.model_quadratic import ModelLoss
-from laplace_debiased.optim.newton_step import (
-    MiniBatches,
-    NewtonSettings,
-    StepReport,
-    check_minibatches,
-    newton_step,
+from laplace_debiased.optim.cg import CGResult, NonPositiveCurvature, debiased_cg
+from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt, Trial
+from laplace_debiased.optim.model_quadratic import (
+    Batch,
+    ModelLoss,
+    batch_size,
+    check_batch,
+    unflatten,
 )
-from laplace_debiased.optim.operators import unflatten
 from laplace_debiased.optim.quadratic import Quadratic
-from laplace_debiased.optim.termination import Termination
+from laplace_debiased.optim.termination import StopReason, Termination
 from laplace_debiased.options import Curvature, parse_choice
 
-DEFAULT_CG = Termination(max_iterations=40, relative_progress=5e-4)
-DEFAULT_DAMPING_RULE = LevenbergMarquardt()
-DEFAULT_LINE_SEARCH = Backtracking()
+DEFAULT_CG: Final = Termination(max_iterations=40, relative_progress=5e-4)
+DEFAULT_DAMPING_RULE: Final = LevenbergMarquardt()
+DEFAULT_LINE_SEARCH: Final = Backtracking()
+_GRADIENTS_PER_PRODUCT: Final = 2.0
+_GRADIENTS_PER_FORWARD: Final = 1.0 / 3.0
+
+
+class MiniBatches(NamedTuple):
+    """The data of one step.
+
+    Attributes:
+        directions: ``(X, y)``, the batch B whose quadratic gives the directions.
+        magnitudes: ``(X, y)``, an independent batch B̃ that gives the step sizes; None is single
+            mode: B does both.
+    """
+
+    directions: Batch
+    magnitudes: Batch | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepReport:
+    """What one step did. Losses are means over the magnitude batch.
+
+    Attributes:
+        loss: Before the step.
+        loss_after: After it; None if neither line search nor damping rule asked for it.
+        predicted_change: Change of the undamped magnitude quadratic, negative for a descent.
+        reduction_ratio: Change of the loss over ``predicted_change``; −inf if the step failed
+            or CG met curvature that is not positive, so that δ grows; None without ``loss_after``
+            or where no change was predicted.
+        step_size: Multiple of the CG solution that was added to the parameters; 0 if refused.
+        damping: δ of this step.
+        next_damping: δ of the next one.
+        cg: The CG result, without its iterates.
+        sample_gradients: Cost of the step in gradients of one sample. A product with a GGN or a
+            Hessian counts two, as is usual (Pearlmutter 1994; Schraudolph 2002; Martens 2010,
+            section 2); a forward pass a third, for a backward pass costs two. The vector arithmetic
+            of conjugate gradients is left out.
+    """
+
+    loss: float
+    loss_after: float | None
+    predicted_change: float
+    reduction_ratio: float | None
+    step_size: float
+    damping: float
+    next_damping: float
+    cg: CGResult
+    sample_gradients: float
 
 
 class NewtonCG(torch.optim.Optimizer):
@@ -101,40 +148,30 @@ class NewtonCG(torch.optim.Optimizer):
         checked_model(model)
         lr, damping = checked_number("lr", lr, positive=True), checked_number("damping", damping)
         kinds: tuple[tuple[str, Any, Any, str], ...] = (
+            ("params", params, Iterable, "the model's parameters"),
             ("termination", termination, Termination, "a Termination"),
             (
                 "levenberg_marquardt",
                 levenberg_marquardt,
                 LevenbergMarquardt | None,
-                "a LevenbergMarquardt rule or None",
+                "a rule or None",
             ),
             ("line_search", line_search, Backtracking | None, "a Backtracking or None"),
+            ("preconditioner", preconditioner, Callable | None, "a function or None"),
         )
         for name, value, kind, wanted in kinds:
             if not isinstance(value, kind):
                 raise ArgumentTypeError(f"{name} must be {wanted}; got {type(value).__name__}.")
-        if preconditioner is not None and not callable(preconditioner):
-            raise ArgumentTypeError(
-                f"preconditioner must be a function; got {type(preconditioner).__name__}."
-            )
-        if not isinstance(params, Iterable):
-            raise ArgumentTypeError(
-                f"params must be the model's parameters; got {type(params).__name__}."
-            )
         counters = {"n_steps": 0, "sample_gradients": 0.0}
         super().__init__(params, {"lr": lr, "damping": damping} | counters)
         self._model = model
         self._loss_func = loss_func
-        self._settings = NewtonSettings(
-            curvature=parse_choice(Curvature, curvature, "curvature"),
-            termination=termination,
-            nonpositive_curvature=parse_choice(
-                NonPositiveCurvature, nonpositive_curvature, "nonpositive_curvature"
-            ),
-            preconditioner=preconditioner,
-            levenberg_marquardt=levenberg_marquardt,
-            line_search=line_search,
+        self._curvature = parse_choice(Curvature, curvature, "curvature")
+        self._policy = parse_choice(
+            NonPositiveCurvature, nonpositive_curvature, "nonpositive_curvature"
         )
+        self._termination, self._preconditioner = termination, preconditioner
+        self._damping_rule, self._line_search = levenberg_marquardt, line_search
         self.last_step: StepReport | None = None
         self._loss()  # bad parameters or a bad loss are reported here
 
@@ -166,9 +203,9 @@ class NewtonCG(torch.optim.Optimizer):
                 "step needs a closure that returns MiniBatches(directions, magnitudes)."
             )
         loss, group = self._loss(), self.param_groups[0]
-        batches = check_minibatches(closure())
-        displacement, report = newton_step(
-            loss, batches, self._settings, float(group["lr"]), float(group["damping"])
+        batches = _checked_minibatches(closure())
+        displacement, report = self._newton_step(
+            loss, batches, float(group["lr"]), float(group["damping"])
         )
         with uninterrupted():
             if report.step_size != 0.0:
@@ -182,6 +219,79 @@ class NewtonCG(torch.optim.Optimizer):
     def _loss(self) -> ModelLoss:
         params = tuple(p for p in self.param_groups[0]["params"] if p.requires_grad)
         return ModelLoss(self._model, self._loss_func, params)
+
+    def _newton_step(
+        self, loss: ModelLoss, batches: MiniBatches, lr: float, damping: float
+    ) -> tuple[Tensor, StepReport]:
+        """Displacement [P] of the parameters and the report on it; the model stays as it is."""
+        value, own = loss.quadratic([batches.directions], self._curvature, damping)
+        judge, target = batches.directions, own
+        if batches.magnitudes is not None:
+            judge = batches.magnitudes
+            value, target = loss.quadratic([judge], self._curvature, damping)
+        result = debiased_cg(
+            own,
+            target,
+            preconditioner=None if self._preconditioner is None else self._preconditioner(own),
+            termination=self._termination,
+            nonpositive_curvature=self._policy,
+            keep_vectors=False,
+        )
+        x, gradient = result.solution, target.gradient
+        if not torch.isfinite(x).all():
+            raise RuntimeError("The Newton step is not finite: raise the damping or use float64.")
+        # Without the damping, from the residual that CG already has.
+        slope = float(x @ gradient)
+        curvature = float(x @ (result.residual - gradient)) - damping * float(x @ x)
+        trial = self._tried(lambda t: loss.at(judge, t * x), value, slope, lr)
+        t = trial.step_size
+        predicted = t * slope + 0.5 * t**2 * curvature
+        ratio, rule = _reduction_ratio(value, trial, predicted, result), self._damping_rule
+        next_damping = damping if rule is None or ratio is None else rule.adapt(damping, ratio)
+        n = batch_size(batches.directions[0])
+        cost = n * (1 + _GRADIENTS_PER_PRODUCT * result.direction_products)
+        if batches.magnitudes is not None:
+            n = batch_size(judge[0])
+            cost += n * (1 + _GRADIENTS_PER_PRODUCT * result.magnitude_products)
+        cost += n * (_GRADIENTS_PER_FORWARD * trial.n_evaluations)
+        return t * x, StepReport(
+            value, trial.loss, predicted, ratio, t, damping, next_damping, result, cost
+        )
+
+    def _tried(
+        self, loss_at: Callable[[float], float], loss: float, slope: float, lr: float
+    ) -> Trial:
+        if self._line_search is not None:
+            return self._line_search.search(loss_at, loss, slope, lr)
+        if self._damping_rule is None:
+            return Trial(lr, None, 0)
+        trial = loss_at(lr)
+        return Trial(lr, trial, 1) if math.isfinite(trial) else Trial(0.0, loss, 1)
+
+
+def _checked_minibatches(batches: Any) -> MiniBatches:
+    """What a closure returned, as non-empty mini-batches."""
+    if not isinstance(batches, tuple | list) or len(batches) != 2:
+        raise TypeError(
+            "closure must return MiniBatches(directions, magnitudes), each a pair (X, y), got "
+            f"{type(batches).__name__}."
+        )
+    directions, magnitudes = batches
+    hint = "the closure's {} (it returns MiniBatches(directions, magnitudes))"
+    check_batch(directions, hint.format("directions"))
+    if magnitudes is None or magnitudes is directions:
+        return MiniBatches(directions)
+    return MiniBatches(directions, check_batch(magnitudes, hint.format("magnitudes")))
+
+
+def _reduction_ratio(loss: float, trial: Trial, predicted: float, result: CGResult) -> float | None:
+    if trial.loss is None:
+        return None
+    not_convex = result.stop_reason is StopReason.NON_POSITIVE_CURVATURE
+    moved = result.n_iterations > 0
+    if not_convex or (moved and trial.step_size == 0.0):
+        return -math.inf
+    return (trial.loss - loss) / predicted if predicted < 0 else None
 
 
 @torch.no_grad()

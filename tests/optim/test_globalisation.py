@@ -1,11 +1,10 @@
-"""Levenberg-Marquardt damping, backtracking, and the cost of a step."""
+"""Levenberg-Marquardt damping and backtracking."""
 
 import math
 
 import pytest
 
 from laplace_debiased.optim import Backtracking, LevenbergMarquardt
-from laplace_debiased.optim.cost import sample_gradients
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,3 @@ def test_backtracking_never_accepts_an_increase_along_an_ascent():
 def test_bad_settings_are_named(rule, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         rule(**bad)
-
-
-def test_cost_counts_gradients_products_and_forward_passes():
-    assert sample_gradients(6, n_gradients=1, n_products=10, n_forwards=3) == 6 * (1 + 20 + 1)
