@@ -118,7 +118,7 @@ class EigenKron:
         Raises:
             ValueError: an eigenvalue Λ + δ is not positive.
         """
-        tables = self._tables()
+        tables = self.tables()
         _require_sign(tables, "logdet", strict=True)
         return torch.stack(
             [
@@ -205,12 +205,13 @@ class EigenKron:
     def _split(self, vectors: Tensor) -> tuple[Tensor, ...]:
         return vectors.split([block.n_params for block in self.blocks], dim=-1)
 
-    def _tables(self) -> list[Tensor]:
+    def tables(self) -> list[Tensor]:
+        """Λ + δ of every block."""
         return [b.eigenvalues + delta for b, delta in zip(self.blocks, self.deltas, strict=True)]
 
     def _powers(self, exponent: float) -> list[Tensor]:
         exponent = as_exponent(exponent)
-        tables = self._tables()
+        tables = self.tables()
         if exponent < 0:
             _require_sign(tables, f"the exponent {exponent:g}", strict=True)
         elif not exponent.is_integer():

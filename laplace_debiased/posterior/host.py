@@ -23,7 +23,7 @@ from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.posterior import fitting, predicting, priors, saving
 from laplace_debiased.predictive import Predictor
 from laplace_debiased.predictive.call import checked_link
-from laplace_debiased.predictive.prepared import PreparedPrecision
+from laplace_debiased.predictive.predictor import PreparedPrecision
 from laplace_debiased.tuning import TuningResult
 
 if TYPE_CHECKING:

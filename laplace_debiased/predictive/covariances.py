@@ -1,4 +1,4 @@
-r"""Covariances of a chunk's outputs from rows in eigenbases, tile by tile of columns.
+r"""Covariances of outputs from rows in eigenbases, chunk by chunk and tile by tile of columns.
 
 Cov[f_c, f_c'] = Σ_ij w_ij J̃_c,ij J̃_c',ij is a sum over blocks of products of two columns' rows. All
 columns of a chunk are pulled back at a time where they fit the pass's memory. Where those of one
@@ -13,18 +13,26 @@ every column is pulled back once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.passes import Blocks, Chunk
+from laplace_debiased.curvature import Chunk, CurvaturePass
+from laplace_debiased.curvature.passes import Blocks, UnitColumns
 from laplace_debiased.curvature.rows import Basis, PositionRows, RankOneRows, RotatedRows, Weights
-from laplace_debiased.predictive.selection import SelectedChunk
+from laplace_debiased.network.forecast import Forecast
+from laplace_debiased.network.grad_modes import outside_inference_mode
+from laplace_debiased.network.inputs import batch_length
+from laplace_debiased.predictive.predictor import Ask, OutputMoments, beside
+from laplace_debiased.predictive.selection import MOST_PROBABLE, at_positions, last_positions
 
 Rotated: TypeAlias = RotatedRows | RankOneRows | PositionRows
+
+_FEW = 32
+"""Pull-backs, samples times columns, that nobody waits a minute for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,37 +40,100 @@ class Products:
     """Covariances under W weights of every direction.
 
     Attributes:
-        basis: eigenbasis of a block, by parameter name.
-        weights: of its directions.
+        bases: eigenbases of the blocks, by parameter name.
+        weights: of their directions.
         n_weights: W.
-        diagonal: variances only.
+        ask: which covariances.
     """
 
-    basis: Callable[[str], Basis]
-    weights: Callable[[str], Weights]
+    bases: Mapping[str, Basis]
+    weights: Mapping[str, Weights]
     n_weights: int
-    diagonal: bool
+    ask: Ask
 
-    def of(self, part: SelectedChunk) -> Tensor:
+    def moments(self, engine: CurvaturePass) -> OutputMoments:
+        """Of a batch, the covariances [W, ...].
+
+        Every position has columns of its own; a sequence whose columns do not fit the pass's budget
+        at a time is gone through in groups of positions, each with a forward pass of its own.
+        """
+        *positions, n_outputs = engine.output_shape(self.ask.inputs)
+        selection = self.ask.selection
+        width = min(selection.n_outputs or n_outputs, n_outputs)
+        groups: list[slice | Tensor | None] = [None]
+        if selection.last_position:
+            if not positions:
+                selection.require_no_positions()
+            groups = [last_positions(self.ask.inputs, positions[0])]
+        elif positions:
+            step = max(1, engine.columns_that_fit(self.ask.inputs, self.bases) // width)
+            starts = range(0, positions[0], step)
+            groups = [slice(start, min(start + step, positions[0])) for start in starts]
+        each = width * (1 if selection.last_position else math.prod(positions))
+        forecast = _forecast(engine, batch_length(self.ask.inputs), each, n_outputs)
+        found = [
+            _put_together(self._of_group(engine, group, width, forecast), (0, 1, 0))
+            for group in groups
+        ]
+        with torch.set_grad_enabled(self.ask.differentiable):
+            return OutputMoments(*_put_together(found, (1, 2, 1)))
+
+    def _of_group(
+        self,
+        engine: CurvaturePass,
+        group: slice | Tensor | None,
+        width: int,
+        forecast: Forecast | None,
+    ) -> list[tuple[Any, ...]]:
+        """Outputs, covariances and chosen outputs of every chunk at some positions."""
+        ask = self.ask
+
+        def columns(outputs: Tensor, rows: slice) -> UnitColumns:
+            reduced = at_positions(outputs, group, rows)
+            chosen, n_outputs = ask.chosen(reduced), outputs.shape[-1]
+            if chosen is None:
+                chosen = torch.arange(n_outputs, device=outputs.device).expand(reduced.shape)
+            if isinstance(group, slice):
+                at = torch.arange(group.start, group.stop, device=outputs.device)
+                chosen = chosen + n_outputs * at.unsqueeze(-1)
+            elif group is not None:
+                chosen = chosen + n_outputs * group[rows].to(outputs.device).unsqueeze(-1)
+            return UnitColumns(outputs.detach(), chosen.flatten(1), forecast)
+
+        found: list[tuple[Any, ...]] = []
+        for chunk in engine.chunks(
+            ask.inputs,
+            columns,
+            n_columns=width * (group.stop - group.start if isinstance(group, slice) else 1),
+            bases=self.bases,
+            differentiable=ask.differentiable,
+        ):
+            with outside_inference_mode(), torch.set_grad_enabled(ask.differentiable):
+                outputs = at_positions(chunk.outputs, group, chunk.rows)
+                found.append((outputs, self._of(chunk, outputs), ask.chosen(outputs)))
+        return found
+
+    def _of(self, chunk: Chunk, outputs: Tensor) -> Tensor:
         """[W, m, K, K] or, of variances, [W, m, K]; [W, m, L, ...] at L positions."""
-        *lead, n_outputs = part.shape
-        if part.chunk.step < part.chunk.n_columns == n_outputs:
-            found = self._tiled(part.chunk, part.outputs)
+        chosen = self.ask.chosen(outputs)
+        *lead, n_outputs = (outputs if chosen is None else chosen).shape
+        if chunk.step < chunk.n_columns == n_outputs:
+            found = self._tiled(chunk, outputs)
         else:
-            found = self._whole(part.chunk.blocks, part.outputs, math.prod(lead), n_outputs)
+            found = self._whole(chunk.blocks, outputs, math.prod(lead), n_outputs)
         return found.reshape(self.n_weights, *lead, *found.shape[2:])
 
     def _rotated(self, blocks: Blocks) -> Iterator[tuple[str, Rotated]]:
         for name, rows in blocks:
-            yield name, rows.rotated(self.basis(name))
+            yield name, rows.rotated(self.bases[name])
 
     def _between(self, name: str, left: Any, right: Any) -> Tensor:
         # Rows of one parameter are of the same class, whichever the columns.
-        return left.products(right, self.weights(name), diagonal=self.diagonal)
+        return left.products(right, self.weights[name], diagonal=self.ask.diagonal)
 
     def _whole(self, blocks: Blocks, like: Tensor, m: int, n_outputs: int) -> Tensor:
         """All columns at a time, of one parameter after the other."""
-        sides = [n_outputs] if self.diagonal else [n_outputs, n_outputs]
+        sides = [n_outputs] if self.ask.diagonal else [n_outputs, n_outputs]
         total = like.new_zeros(self.n_weights, m, *sides)
         for name, jacobian in self._rotated(blocks):
             rows = jacobian.per_position(n_outputs)
@@ -70,7 +141,7 @@ class Products:
         return total
 
     def _tiled(self, chunk: Chunk, like: Tensor) -> Tensor:
-        if self.diagonal:
+        if self.ask.diagonal:
             found = [self._whole(tile, like, 1, s.stop - s.start) for s, tile in chunk.tiles()]
             return torch.cat(found, dim=-1)
         n_columns = chunk.n_columns
@@ -131,3 +202,28 @@ class _Panel:
             first, *others = self._rows.pop(name)
             found[name] = first.beside(others) if others else first
         return found
+
+
+def _put_together(parts: list[tuple[Any, ...]], dims: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(
+        beside(values, dim) for values, dim in zip(zip(*parts, strict=True), dims, strict=True)
+    )
+
+
+def _forecast(
+    engine: CurvaturePass, n_samples: int, n_columns: int, n_outputs: int
+) -> Forecast | None:
+    """Foretells the pull-backs of a batch; None where they are few."""
+    if n_samples * n_columns < _FEW:
+        return None
+    if n_columns >= n_outputs > MOST_PROBABLE:
+        advice = (
+            f"n_outputs={MOST_PROBABLE} (an option of the posterior) takes the most probable "
+            f"outputs of each sample in place of {n_outputs} backward passes"
+        )
+    else:
+        advice = (
+            "A smaller n_outputs (an option of the posterior) takes fewer backward passes; "
+            "subset_of_weights='last_layer' takes none"
+        )
+    return Forecast(f"moments of {n_samples} samples", n_samples * n_columns, f"{advice}.", engine)

@@ -5,14 +5,14 @@ With features φ of an input and a weight block of precision table τ [C, D],
     Cov[f] = U_B diag_i(Σ_j (φᵀ u_A,j)² / τ_ij) U_Bᵀ + U_b diag(1/τ_b) U_bᵀ,
 
 and with thin sides the same in their coordinates (:mod:`laplace_debiased.curvature.rows.sides`). Of
-K chosen outputs of each sample only these rows of U_B are read.
+K chosen outputs of each sample only these rows of U_B are read; between samples n and n' stand
+products of φ̃_n,j φ̃_n',j in place of squares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.curvature.rows import sides
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.operators import EigenKron
-from laplace_debiased.predictive.functional import NamedBlocks
 from laplace_debiased.predictive.kron import KronPredictor
-from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Sweep
-from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
+from laplace_debiased.predictive.predictor import Ask, OutputMoments, beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,207 +31,95 @@ class LastLayerKronPredictor(KronPredictor):
 
     engine: FeaturePass
 
-    def moments(
-        self,
-        inputs: Any,
-        precision: EigenKron,
-        covariance: OutputCovariance,
-        selection: OutputSelection = ALL_OUTPUTS,
-        *,
-        differentiable: bool = False,
-    ) -> OutputMoments:
-        """Mean and covariance of the outputs: see ``Predictor``."""
-        selection.require_no_positions()
-        outputs, features = self.engine.features(inputs, differentiable=differentiable)
-        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
-            if not differentiable:
+    def under(self, ask: Ask, precision: EigenKron, priors: Tensor | None = None) -> OutputMoments:
+        """See :class:`Predictor`."""
+        ask.selection.require_no_positions()
+        outputs, features = self.engine.features(ask.inputs, differentiable=ask.differentiable)
+        with outside_inference_mode(), torch.set_grad_enabled(ask.differentiable):
+            if not ask.differentiable:
                 outputs, features = outputs.detach(), features.detach()
-            chosen = None if covariance is OutputCovariance.JOINT else selection.chosen(outputs)
-            rows = self._rows(chosen)
-            blocks = NamedBlocks(self.names, precision)
-            found = covariance_of_features(self.engine, blocks, features, covariance, rows)
-            return OutputMoments(outputs, found, chosen)
-
-    def sweep(
-        self,
-        inputs: Any,
-        h: Tensor,
-        priors: Tensor,
-        selection: OutputSelection = ALL_OUTPUTS,
-        *,
-        diagonal: bool,
-    ) -> Sweep:
-        """Moments under a grid of priors: see ``Predictor``."""
-        kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
-        with torch.no_grad():
-            outputs, features = self.engine.features(inputs)
-            chosen = selection.chosen(outputs)
-            rows = self._rows(chosen)
-            scaled = self.curvature * h
-            unit = torch.ones((), dtype=scaled.dtype, device=scaled.device)
-            covariances = [
-                covariance_of_features(
-                    self.engine, NamedBlocks(self.names, operator), features, kind, rows
+            chosen = ask.chosen(outputs)
+            terms = []
+            for name, block in zip(self.names, precision.blocks, strict=True):
+                assert block.output_basis is not None
+                rows = BasisRows.of(block.output_basis, chosen, ask.diagonal)
+                is_weight = name == self.engine.head.weight
+                terms.append(
+                    (rows, _scales(features, block.input_basis, ask) if is_weight else None)
                 )
-                for operator in (*(scaled + prior for prior in priors), scaled * 0.0 + unit)
-            ]
-        return Sweep(outputs.detach(), torch.stack(covariances[:-1]), covariances[-1], chosen)
+            weights = self.weights(precision, priors).values()
+            swept = []
+            for tables in zip(*(each.each() for each in weights), strict=True):
+                total = features.new_zeros(len(features), *[1] * (ask.joint + 2 - ask.diagonal))
+                for (rows, scales), table in zip(terms, tables, strict=True):
+                    total = total + rows.turned_back(table if scales is None else scales(table))
+                if ask.joint:
+                    m, n_outputs = outputs.shape
+                    total = total.expand(m, m, -1, -1).transpose(1, 2)
+                    total = total.reshape(m * n_outputs, m * n_outputs)
+                swept.append(total.unsqueeze(0))
+            return OutputMoments(outputs, beside(swept, 0), chosen)
 
-    def _rows(self, chosen: Tensor | None) -> ChosenRows | None:
-        """Rows of the output bases at the chosen outputs; the same under every prior."""
-        if chosen is None:
-            return None
-        blocks = NamedBlocks(self.names, self.curvature)
-        bases = {name: blocks.output_basis(name) for name in self.names}
-        return ChosenRows({name: BasisRows.of(basis, chosen) for name, basis in bases.items()})
+
+def _scales(features: Tensor, inputs: Tensor | None, ask: Ask) -> Callable[[Tensor], Tensor]:
+    """From 1/τ to Σ_j (φᵀ u_A,j)² / τ_ij [m, I]; the last entry is outside of a thin side."""
+    if ask.joint:
+        rotated = sides.coordinates(features, inputs)
+        return lambda table: torch.einsum(
+            "nj,kj,ij->nki", rotated, rotated, sides.spread(table, inputs)
+        )
+    squares = sides.energies(features, inputs)
+    return lambda table: squares @ table.T
 
 
 @dataclass(frozen=True, eq=False)
 class BasisRows:
-    """Rows of an output basis at K outputs of every sample.
+    """Rows of an output basis, at all outputs or at K of every sample.
 
     Attributes:
-        inside: U_B at the chosen outputs [m, K, r].
-        outside: Gram matrix [m, K, K] of what lies outside of a thin basis, of the unit vectors of
-            these outputs; None where the basis is whole.
+        inside: U_B at these outputs, [C, r] or [m, K, r]; its squares for variances.
+        outside: of the unit vectors of these outputs what lies outside of a thin basis: their Gram
+            matrix [..., K, K], or squared norms [..., K]; None where the basis is whole.
+        diagonal: variances only.
     """
 
     inside: Tensor
     outside: Tensor | None
+    diagonal: bool
 
     @classmethod
-    def of(cls, basis: Tensor, chosen: Tensor) -> BasisRows:
-        """Of U_B [C, r], sample by sample: the part outside of a basis has C entries."""
+    def of(cls, basis: Tensor, chosen: Tensor | None, diagonal: bool) -> BasisRows:
+        """Of U_B [C, r]."""
+        outside = None
+        if chosen is None:
+            if sides.is_thin(basis) and diagonal:
+                outside = sides.entry_squares(basis)[:, -1]
+            elif sides.is_thin(basis):
+                rest = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+                rest = rest - basis @ basis.T
+                outside = rest @ rest.T
+            return cls(basis.square() if diagonal else basis, outside, diagonal)
         inside = basis[chosen]
-        if not sides.is_thin(basis):
-            return cls(inside, None)
-        grams = []
-        for index, rows in zip(chosen, inside, strict=True):
-            rest = -rows @ basis.T
-            rest[torch.arange(len(index), device=rest.device), index] += 1.0
-            grams.append(rest @ rest.T)
-        return cls(inside, torch.stack(grams))
+        if sides.is_thin(basis):
+            grams = []  # sample by sample: the part outside of a basis has C entries
+            for index, rows in zip(chosen, inside, strict=True):
+                rest = -rows @ basis.T
+                rest[torch.arange(len(index), device=rest.device), index] += 1.0
+                grams.append(rest.square().sum(-1) if diagonal else rest @ rest.T)
+            outside = torch.stack(grams)
+        return cls(inside.square() if diagonal else inside, outside, diagonal)
 
-    def covariance(self, scales: Tensor) -> Tensor:
-        """U diag(s) Uᵀ [m, K, K] at these outputs, of s [m, r] or [r] (one more for the rest)."""
+    def turned_back(self, scales: Tensor) -> Tensor:
+        """U diag(s) Uᵀ [..., K, K] at these outputs or its diagonal, of s [..., r] (one more)."""
         r = self.inside.shape[-1]
-        found = (self.inside * scales[..., None, :r]) @ self.inside.mT
+        along = scales[..., :r]
+        if not self.diagonal:
+            found = (self.inside * along.unsqueeze(-2)) @ self.inside.mT
+        elif self.inside.ndim == 2:
+            found = along @ self.inside.T
+        else:
+            found = (self.inside @ along.unsqueeze(-1)).squeeze(-1)
         if self.outside is None:
             return found
-        return found + scales[..., r, None, None] * self.outside
-
-    def variance(self, scales: Tensor) -> Tensor:
-        """The diagonal of :meth:`covariance` [m, K]."""
-        r = self.inside.shape[-1]
-        found = (self.inside.square() * scales[..., None, :r]).sum(-1)
-        if self.outside is None:
-            return found
-        return found + scales[..., r, None] * self.outside.diagonal(dim1=-2, dim2=-1)
-
-
-@dataclass(frozen=True, eq=False)
-class ChosenRows:
-    """Rows of the bases of the layer's blocks, by parameter name."""
-
-    bases: Mapping[str, BasisRows]
-
-    def moments(
-        self, feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor, *, diagonal: bool
-    ) -> Tensor:
-        """Covariance [m, K, K], or variances [m, K], of the chosen outputs."""
-        head = feature_pass.head
-        total = features.new_zeros(())
-        for name in (head.weight, head.bias):
-            if name is None:
-                continue
-            rows = self.bases[name]
-            if name == head.weight:
-                scales = _output_scales(blocks, name, features)
-            else:
-                scales = blocks.table(name).reciprocal()
-            total = total + (rows.variance(scales) if diagonal else rows.covariance(scales))
-        return total
-
-
-def covariance_of_features(
-    feature_pass: FeaturePass,
-    blocks: NamedBlocks,
-    features: Tensor,
-    covariance: OutputCovariance,
-    rows: ChosenRows | None = None,
-) -> Tensor:
-    """Covariance of the outputs that belong to the features φ [m, D]: all, or the chosen ones."""
-    if rows is not None:
-        diagonal = covariance is OutputCovariance.DIAGONAL
-        return rows.moments(feature_pass, blocks, features, diagonal=diagonal)
-    match covariance:
-        case OutputCovariance.DIAGONAL:
-            return _variance(feature_pass, blocks, features)
-        case OutputCovariance.PER_SAMPLE:
-            return _covariance(feature_pass, blocks, features)
-        case OutputCovariance.JOINT:
-            return _joint_covariance(feature_pass, blocks, features)
-
-
-def _output_scales(blocks: NamedBlocks, name: str, features: Tensor) -> Tensor:
-    """Σ_j (φᵀ u_A,j)² / τ_ij [m, I], one entry for all directions outside of a thin side."""
-    squares = sides.energies(features, blocks.input_basis(name))
-    return squares @ blocks.table(name).reciprocal().T
-
-
-def _turned_back(basis: Tensor, scales: Tensor) -> Tensor:
-    """U diag(s) Uᵀ [..., C, C] of s [..., I]."""
-    if sides.is_thin(basis):
-        scales = sides.spread(scales, basis)
-        identity = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-        basis = sides.coordinates(identity, basis)
-    return (basis * scales.unsqueeze(-2)) @ basis.T
-
-
-def _variance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
-    head = feature_pass.head
-    total = features.new_zeros(())
-    if head.weight is not None:
-        scale = _output_scales(blocks, head.weight, features)
-        total = total + scale @ sides.entry_squares(blocks.output_basis(head.weight)).T
-    if head.bias is not None:
-        basis = blocks.output_basis(head.bias)
-        total = total + sides.entry_squares(basis) @ blocks.table(head.bias).reciprocal()
-    return total.expand(len(features), -1)
-
-
-def _bias_covariance(feature_pass: FeaturePass, blocks: NamedBlocks) -> Tensor | None:
-    bias = feature_pass.head.bias
-    if bias is None:
-        return None
-    return _turned_back(blocks.output_basis(bias), blocks.table(bias).reciprocal())
-
-
-def _covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
-    head = feature_pass.head
-    bias = _bias_covariance(feature_pass, blocks)
-    if head.weight is None:
-        assert bias is not None
-        return bias.expand(len(features), -1, -1)
-    scale = _output_scales(blocks, head.weight, features)
-    weight = _turned_back(blocks.output_basis(head.weight), scale)
-    return weight if bias is None else weight + bias
-
-
-def _joint_covariance(feature_pass: FeaturePass, blocks: NamedBlocks, features: Tensor) -> Tensor:
-    """[m·C, m·C]: the closed form with products φ̃_n,j φ̃_n',j in place of squares."""
-    head = feature_pass.head
-    m = len(features)
-    bias = _bias_covariance(feature_pass, blocks)
-    if head.weight is None:
-        assert bias is not None
-        return bias.repeat(m, m)
-    inputs, basis = blocks.input_basis(head.weight), blocks.output_basis(head.weight)
-    n_outputs = len(basis)
-    rotated = sides.coordinates(features, inputs)
-    table = sides.spread(blocks.table(head.weight).reciprocal(), inputs)
-    scale = torch.einsum("nj,kj,ij->nki", rotated, rotated, table)
-    joint = _turned_back(basis, scale).transpose(1, 2)
-    if bias is not None:
-        joint = joint + bias.reshape(1, n_outputs, 1, n_outputs)
-    return joint.reshape(m * n_outputs, m * n_outputs)
+        rest = scales[..., r, None] if self.diagonal else scales[..., r, None, None]
+        return found + rest * self.outside

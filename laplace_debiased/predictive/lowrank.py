@@ -18,7 +18,6 @@ whole grid of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +26,7 @@ from laplace_debiased.curvature.lowrank import Eigenpairs, RowPass, Tile
 from laplace_debiased.curvature.passes import UnitColumns, identity_columns
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.grad_modes import outside_inference_mode
-from laplace_debiased.network.inputs import batch_length
-from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Sweep
-from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
+from laplace_debiased.predictive.predictor import Ask, OutputMoments, Predictor, beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +62,6 @@ class WhitenedFrame:
         return products @ self.rotation, whitened - back * self.inverse_root
 
 
-def scalar_frame(pairs: Eigenpairs, curvature_scale: Tensor, prior: Tensor) -> WhitenedFrame:
-    """Frame of a scalar prior.
-
-    Args:
-        pairs: eigenpairs of the per-sample mean.
-        curvature_scale: h·N, 0-d.
-        prior: δ, 0-d.
-    """
-    curvature = pairs.eigenvalues.to(pairs.basis) * curvature_scale
-    return WhitenedFrame(pairs.basis, curvature, prior)
-
-
 def diagonal_frame(
     pairs: Eigenpairs, curvature_scale: Tensor, prior_diagonal: Tensor
 ) -> WhitenedFrame:
@@ -110,7 +95,7 @@ def diagonal_frame(
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankPredictor:
+class LowRankPredictor(Predictor):
     """A low-rank curvature with the network that it belongs to.
 
     Attributes:
@@ -125,10 +110,6 @@ class LowRankPredictor:
     n_data: int
     layer_sizes: tuple[int, ...]
 
-    def outputs(self, inputs: Any) -> Tensor:
-        """Network outputs f [m, C], without a graph."""
-        return self.engine.outputs(inputs)
-
     def precision(self, h: Tensor, prior: Tensor) -> WhitenedFrame:
         """The posterior precision in the prior's coordinates.
 
@@ -138,115 +119,72 @@ class LowRankPredictor:
         """
         scale = (h.reshape(()) * self.n_data).to(self.pairs.basis)
         if prior.numel() == 1:
-            return scalar_frame(self.pairs, scale, prior.reshape(()).to(scale))
+            curvature = self.pairs.eigenvalues.to(scale) * scale
+            return WhitenedFrame(self.pairs.basis, curvature, prior.reshape(()).to(scale))
         if len(prior) == len(self.layer_sizes) != len(self.pairs.basis):
             sizes = torch.tensor(self.layer_sizes, device=prior.device)
             prior = prior.repeat_interleave(sizes)
         return diagonal_frame(self.pairs, scale, prior.to(self.pairs.basis))
 
-    def moments(
-        self,
-        inputs: Any,
-        precision: WhitenedFrame,
-        covariance: OutputCovariance,
-        selection: OutputSelection = ALL_OUTPUTS,
-        *,
-        differentiable: bool = False,
+    def under(
+        self, ask: Ask, precision: WhitenedFrame, priors: Tensor | None = None
     ) -> OutputMoments:
-        """Mean and covariance of the linearised outputs: see ``Predictor``."""
-        selection.require_no_positions()
-        frame = precision
-        outputs = self.engine.outputs(inputs, differentiable=differentiable)
-        joint = covariance is OutputCovariance.JOINT
-        chosen = None if joint else selection.chosen(outputs)
-        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
-            parts = _Parts(self.engine, frame, inputs, _columns(outputs, chosen))
-            scale = (frame.curvature + frame.prior).reciprocal()
-            if covariance is OutputCovariance.DIAGONAL:
-                inside, outside = parts.variances(differentiable)
-                found = inside.square() @ scale
-            else:
-                inside, outside = parts.covariances(differentiable, joint=joint)
-                inside = inside.flatten(0, 1) if joint else inside
-                found = (inside * scale) @ inside.mT
-            return OutputMoments(outputs, found + outside / frame.prior, chosen)
+        """See :class:`Predictor`."""
+        ask.selection.require_no_positions()
+        outputs = self.engine.outputs(ask.inputs, differentiable=ask.differentiable)
+        chosen = ask.chosen(outputs)
+        if chosen is None:
+            columns = identity_columns(outputs, slice(None))
+        else:
+            columns = UnitColumns(outputs.detach(), chosen).dense()
+        with outside_inference_mode(), torch.set_grad_enabled(ask.differentiable):
+            inside, outside = self._parts(ask, precision, columns)
+            if ask.joint:
+                inside, outside = inside.flatten(0, 1), outside.flatten(2).flatten(0, 1)
 
-    def sweep(
-        self,
-        inputs: Any,
-        h: Tensor,
-        priors: Tensor,
-        selection: OutputSelection = ALL_OUTPUTS,
-        *,
-        diagonal: bool,
-    ) -> Sweep:
-        """Moments under a grid of priors: see ``Predictor``."""
-        frame = self.precision(h, torch.ones(1))
-        outputs = self.engine.outputs(inputs)
-        chosen = selection.chosen(outputs)
-        with outside_inference_mode(), torch.no_grad():
-            parts = _Parts(self.engine, frame, inputs, _columns(outputs, chosen))
-            inside, outside = (
-                parts.variances(False) if diagonal else parts.covariances(False, joint=False)
-            )
+            def covariance(scale: Tensor, prior: Tensor | float) -> Tensor:
+                within = inside.square() @ scale if ask.diagonal else (inside * scale) @ inside.mT
+                return (within + outside / prior).unsqueeze(0)
 
-            def along(scale: Tensor) -> Tensor:
-                return inside.square() @ scale if diagonal else (inside * scale) @ inside.mT
-
-            swept = [
-                along((frame.curvature + prior).reciprocal()) + outside / prior
-                for prior in priors.to(outside)
+            added = precision.prior.reshape(1) if priors is None else precision.prior + priors
+            found = [
+                covariance((precision.curvature + prior).reciprocal(), prior)
+                for prior in added.to(outside)
             ]
-            alone = along(torch.ones_like(frame.curvature)) + outside
-            return Sweep(outputs, torch.stack(swept), alone, chosen)
+            if priors is not None:
+                found.append(covariance(torch.ones_like(precision.curvature), 1.0))
+            return OutputMoments(outputs, beside(found, 0), chosen)
 
+    def _parts(self, ask: Ask, frame: WhitenedFrame, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates [m, C, k], and products of the remainders [m, C, C].
 
-def _columns(outputs: Tensor, chosen: Tensor | None) -> Tensor:
-    """Unit columns [m, C, K] of the chosen outputs, or of all."""
-    if chosen is None:
-        return identity_columns(outputs, slice(None))
-    return UnitColumns(outputs.detach(), chosen).dense()
-
-
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """The two parts of a batch's Jacobian, tile by tile."""
-
-    row_pass: RowPass
-    frame: WhitenedFrame
-    inputs: Any
-    columns: Tensor
-
-    def variances(self, differentiable: bool) -> tuple[Tensor, Tensor]:
-        """Coordinates [m, C, k], and squared norms of the remainders [m, C]."""
-        m, _, n_outputs = self.columns.shape
-        inside = self.columns.new_zeros(m, n_outputs, len(self.frame.curvature))
-        outside = self.columns.new_zeros(m, n_outputs)
-        for tile in self._tiles():
-            along, rest = self._split(tile, differentiable)
-            inside[tile.samples, tile.columns] = along
-            outside[tile.samples, tile.columns] = rest.square().sum(-1)
-        return inside, outside
-
-    def covariances(self, differentiable: bool, *, joint: bool) -> tuple[Tensor, Tensor]:
-        """Coordinates [m, C, k], and products of the remainders [m, C, C] ([m·C, m·C] if joint).
-
-        Rows are recomputed for each pair of tiles that meet: those of one sample if it has several,
-        all of them for the joint covariance. What is held at a time are the rows of two tiles.
+        These are [m, C, m, C] of a joint covariance, and squared norms [m, C] for variances. Rows
+        are recomputed for each pair of tiles that meet: those of one sample if it has several, all
+        of them for the joint covariance. What is held at a time are the rows of two tiles.
         """
-        m, _, n_outputs = self.columns.shape
-        inside = self.columns.new_zeros(m, n_outputs, len(self.frame.curvature))
-        shape = (m, n_outputs, m, n_outputs) if joint else (m, n_outputs, n_outputs)
-        outside = self.columns.new_zeros(shape)
-        tiles = self._tiles()
+        m, _, n_outputs = columns.shape
+        inside = columns.new_zeros(m, n_outputs, len(frame.curvature))
+        shape = (m, n_outputs) if ask.diagonal else (m, n_outputs, n_outputs)
+        outside = columns.new_zeros((m, n_outputs, m, n_outputs) if ask.joint else shape)
+
+        def split(tile: Tile) -> tuple[Tensor, Tensor]:
+            rows = self.engine.tile_rows(
+                ask.inputs, columns, tile, differentiable=ask.differentiable
+            )
+            return frame.split(rows)
+
+        tiles = self.engine.tiles(ask.inputs, n_outputs) if m else ()
         for index, tile in enumerate(tiles):
-            along, rest = self._split(tile, differentiable)
+            along, rest = split(tile)
             inside[tile.samples, tile.columns] = along
+            if ask.diagonal:
+                outside[tile.samples, tile.columns] = rest.square().sum(-1)
+                continue
             for other in tiles[index:]:
-                if not (joint or other.samples == tile.samples):
+                if not (ask.joint or other.samples == tile.samples):
                     continue
-                right = rest if other is tile else self._split(other, differentiable)[1]
-                if joint:
+                right = rest if other is tile else split(other)[1]
+                if ask.joint:
                     block = torch.einsum("ncp,mdp->ncmd", rest, right)
                     outside[tile.samples, tile.columns, other.samples, other.columns] = block
                     mirrored = block.permute(2, 3, 0, 1)
@@ -255,15 +193,4 @@ class _Parts:
                     block = rest @ right.mT
                     outside[tile.samples, tile.columns, other.columns] = block
                     outside[tile.samples, other.columns, tile.columns] = block.mT
-        return inside, outside.flatten(2).flatten(0, 1) if joint else outside
-
-    def _tiles(self) -> tuple[Tile, ...]:
-        if batch_length(self.inputs) == 0:
-            return ()
-        return self.row_pass.tiles(self.inputs, self.columns.shape[-1])
-
-    def _split(self, tile: Tile, differentiable: bool) -> tuple[Tensor, Tensor]:
-        rows = self.row_pass.tile_rows(
-            self.inputs, self.columns, tile, differentiable=differentiable
-        )
-        return self.frame.split(rows)
+        return inside, outside

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.predictive import OutputCovariance, OutputSelection
-from laplace_debiased.predictive.functional import NamedBlocks
 from tests.predictive.test_budget import added_bytes
 
 MANY = 2**40
@@ -78,7 +77,7 @@ def test_the_estimate_is_within_a_factor_of_two(
     la.fit(loader, n_samples=n_samples)
     engine = la.predictor.engine
     precision = la.predictor.precision(la._H_factor, la.prior_precision)
-    bases = NamedBlocks(la.predictor.names, precision).bases
+    bases = dict(zip(la.predictor.names, precision.blocks, strict=True))
     ones = torch.ones(len(x))
 
     def predict(m: int) -> None:
@@ -106,7 +105,7 @@ def test_thin_bases_take_less_than_whole_ones() -> None:
         model, x = few_positions()
     la = DebiasedLaplace(model, prior_precision=10.0)
     la.fit(DataLoader(TensorDataset(x, torch.arange(32) % K), batch_size=32), n_samples=2)
-    bases = NamedBlocks(la.predictor.names, la.H).bases
+    bases = dict(zip(la.predictor.names, la.H.blocks, strict=True))
     footprint = la.predictor.engine._footprint(x)
     assert footprint.bytes(K) > 4 * footprint.bytes(K, bases)
     assert footprint.columns_in(2**22, bases) > 4 * footprint.columns_in(2**22)
