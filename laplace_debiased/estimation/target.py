@@ -21,7 +21,7 @@ from laplace_debiased.network.precision import HALF_DTYPES
 from laplace_debiased.network.substitution import call_with
 from laplace_debiased.network.wrappers import check_whole, plain_network
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
-from laplace_debiased.predictive.draws import HeadProducts, JacobianProducts, NetworkProducts
+from laplace_debiased.predictive.draws import HeadProducts, NetworkProducts
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Target:
             outputs.append(logits_of(found))
         return torch.stack(outputs)
 
-    def products(self, coverage: Coverage, byte_budget: int) -> JacobianProducts:
+    def products(self, coverage: Coverage, byte_budget: int) -> NetworkProducts | HeadProducts:
         """The linearised network along directions of the covered weights."""
         if self.last_layer is not None:
             return HeadProducts(self.feature_pass(coverage, byte_budget), coverage.covered)

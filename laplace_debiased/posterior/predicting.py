@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +29,14 @@ from laplace_debiased.predictive import (
 )
 from laplace_debiased.predictive.call import (
     MOMENTS,
-    PredictionCall,
+    NETWORKS,
     check_generator,
     checked_link,
     checked_positions,
     checked_pred_type,
     inverse_link_of,
     require_finite,
-    require_finite_outputs,
 )
-from laplace_debiased.predictive.draws import mirrored_draws
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 """What a model takes: a tensor, several, or a mapping that holds tensors."""
@@ -109,25 +106,50 @@ def predict(
         checked_flag(name, flag)
     if n_samples is not None:
         n_samples = checked_integer("n_samples", n_samples)
-    call = PredictionCall(
-        pred,
-        _link(self, link_approx, pred),
-        self.likelihood,
-        joint,
-        n_samples,
-        diagonal_output,
-        generator,
-        fitting,
-    )
+    link = _link(self, link_approx, pred)
     check_generator(generator, self._device)
     at = checked_positions(positions, pred)
+    rewards = self.likelihood == LikelihoodName.REWARD_MODELING
+    moments = self.likelihood in MOMENTS and not (fitting and rewards)
     # Also what follows the draws may fail, and must then not have drawn.
     with undrawn_on_failure(generator, self._device):
-        answer = call.answer(x, linearised(self, at), partial(sampled_outputs, self), model_kwargs)
+        predictive = linearised(self, at)
+        answer: Tensor | tuple[Tensor, Tensor]
+        if pred is PredType.NN:
+            answer = _of_networks(self, x, n_samples, generator, moments, model_kwargs)
+        elif model_kwargs:
+            raise TypeError(
+                f"a prediction takes no argument {next(iter(model_kwargs))!r}; further "
+                "arguments of the model are for pred_type='nn' only."
+            )
+        elif moments:
+            answer = predictive.host_moments(x, joint=joint, diagonal_output=diagonal_output)
+        else:
+            answer = predictive.probabilities(
+                x, link, n_samples, diagonal_output=diagonal_output, generator=generator
+            )
         if isinstance(answer, tuple):
             mean, covariance = answer
             return _checked(self, mean), _checked(self, covariance)
         return _checked(self, answer)
+
+
+def _of_networks(
+    self: Shell,
+    inputs: Inputs,
+    n_samples: int | None,
+    generator: torch.Generator | None,
+    moments: bool,
+    model_kwargs: dict[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Moments or mean probabilities of sampled networks."""
+    n_samples = NETWORKS if n_samples is None else n_samples
+    if moments and n_samples == 1:
+        raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
+    samples = sampled_outputs(self, inputs, n_samples, generator, **model_kwargs)
+    if moments:
+        return samples.mean(0), samples.var(0)
+    return inverse_link_of(self.likelihood)(samples).mean(0)
 
 
 def _checked(self: Shell, prediction: Tensor) -> Tensor:
@@ -239,7 +261,7 @@ def sampled_outputs(
             differentiable=self.enable_backprop,
             **model_kwargs,
         )
-        require_finite_outputs(outputs)
+        require_finite(outputs, sampled=True)
     return outputs
 
 
@@ -314,7 +336,8 @@ def functional_samples(
         outputs, found = products.along(
             x, deviations, last_position=last, differentiable=self.enable_backprop
         )
-    return mirrored_draws(outputs, found, n_samples)
+    draws = [outputs + sign * product for product in found for sign in (1.0, -1.0)]
+    return torch.stack(draws[:n_samples])
 
 
 def _deviation(self: Shell, generator: torch.Generator | None) -> Tensor:

@@ -3,15 +3,9 @@
 from laplace_debiased.predictive.interpolation import CovarianceCurve
 from laplace_debiased.predictive.kron import KronPredictor
 from laplace_debiased.predictive.last_layer import LastLayerKronPredictor
-from laplace_debiased.predictive.left_out import OutputsReport, outputs_report
 from laplace_debiased.predictive.lowrank import LowRankPredictor
-from laplace_debiased.predictive.predictive import Predictive
-from laplace_debiased.predictive.predictor import (
-    OutputCovariance,
-    OutputMoments,
-    Predictor,
-    Sweep,
-)
+from laplace_debiased.predictive.predictor import OutputCovariance, Predictor
+from laplace_debiased.predictive.probabilities import OutputsReport, Predictive, outputs_report
 from laplace_debiased.predictive.selection import OutputSelection, resolved
 
 __all__ = [
@@ -20,12 +14,10 @@ __all__ = [
     "LastLayerKronPredictor",
     "LowRankPredictor",
     "OutputCovariance",
-    "OutputMoments",
     "OutputSelection",
     "OutputsReport",
     "Predictive",
     "Predictor",
-    "Sweep",
     "outputs_report",
     "resolved",
 ]

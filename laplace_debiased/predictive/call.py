@@ -1,10 +1,6 @@
-"""What a call of a posterior asks for: checked, and answered from moments or sampled networks."""
+"""What a call of a posterior asks for, checked."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from laplace.utils.enums import LinkApprox, PredType
@@ -13,7 +9,6 @@ from torch import Tensor
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, softmax
 from laplace_debiased.options import Positions, parse_choice
-from laplace_debiased.predictive.predictive import Predictive
 
 MOMENTS = (LikelihoodName.REGRESSION, LikelihoodName.REWARD_MODELING)
 """Likelihoods whose predictions are moments of the outputs."""
@@ -21,116 +16,27 @@ MOMENTS = (LikelihoodName.REGRESSION, LikelihoodName.REWARD_MODELING)
 NETWORKS = 100
 """Sampled networks that a prediction averages by default."""
 
-SampledOutputs = Callable[..., Tensor]
-"""(inputs, n_samples, generator, **model_kwargs) to outputs of sampled networks [S, m, C]."""
 
-
-@dataclass(frozen=True, eq=False)
-class PredictionCall:
-    """What a call of a posterior asks for.
-
-    Attributes:
-        pred_type: the linearised network, or sampled networks.
-        link: how probabilities are approximated.
-        likelihood: of the posterior.
-        joint: covariance over all samples.
-        n_samples: draws or points; None for what the kind of prediction takes by itself.
-        diagonal_output: variances in place of covariances.
-        generator: source of the draws.
-        fitting: reward modelling: probabilities of a pair in place of rewards.
-    """
-
-    pred_type: PredType
-    link: LinkApprox
-    likelihood: str
-    joint: bool = False
-    n_samples: int | None = None
-    diagonal_output: bool = False
-    generator: torch.Generator | None = None
-    fitting: bool = False
-
-    @property
-    def asks_for_moments(self) -> bool:
-        """Whether the answer is a mean and a covariance."""
-        rewards = self.likelihood == LikelihoodName.REWARD_MODELING
-        return self.likelihood in MOMENTS and not (self.fitting and rewards)
-
-    def answer(
-        self,
-        inputs: Any,
-        predictive: Predictive,
-        sampled: SampledOutputs,
-        model_kwargs: dict[str, Any],
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction.
-
-        Args:
-            inputs: model inputs.
-            predictive: the linearised network under the posterior.
-            sampled: outputs of sampled networks.
-            model_kwargs: further arguments of the sampled networks.
-
-        Raises:
-            ValueError: for a combination without an answer.
-        """
-        if self.pred_type is PredType.GLM:
-            if model_kwargs:
-                raise TypeError(
-                    f"a prediction takes no argument {next(iter(model_kwargs))!r}; further "
-                    "arguments of the model are for pred_type='nn' only."
-                )
-            if self.asks_for_moments:
-                return predictive.host_moments(
-                    inputs, joint=self.joint, diagonal_output=self.diagonal_output
-                )
-            return predictive.probabilities(
-                inputs,
-                self.link,
-                self.n_samples,
-                diagonal_output=self.diagonal_output,
-                generator=self.generator,
-            )
-        n_samples = NETWORKS if self.n_samples is None else self.n_samples
-        if self.asks_for_moments and n_samples == 1:
-            raise ValueError("the variance of sampled networks needs n_samples of at least 2.")
-        samples = sampled(inputs, n_samples, self.generator, **model_kwargs)
-        if self.asks_for_moments:
-            return samples.mean(0), samples.var(0)
-        return predictive.inverse_link(samples).mean(0)
-
-
-def require_finite_outputs(outputs: Tensor) -> None:
-    """Check the outputs of sampled networks [S, m, ...].
+def require_finite(values: Tensor, *, sampled: bool = False) -> None:
+    """Check a prediction [m, ...], or outputs of ``sampled`` networks [S, m, ...].
 
     Raises:
         NumericalError: naming the first sample of the batch with NaN or infinity.
     """
-    finite = torch.isfinite(outputs.detach()).movedim(1, 0).flatten(1).all(-1)
+    finite = torch.isfinite(values.detach())
+    finite = (finite.movedim(1, 0) if sampled else finite).unsqueeze(-1).flatten(1).all(-1)
     if not bool(finite.all()):
-        bad = int((~finite).nonzero()[0])
-        raise NumericalError(
-            f"outputs of sampled networks are NaN or infinite (first at sample {bad} of the "
-            "batch). Check the inputs for NaN; a larger prior_precision keeps sampled weights "
-            "closer to the trained ones."
+        what = "outputs of sampled networks are" if sampled else "the prediction is"
+        advice = (
+            ". Check the inputs for NaN; a larger prior_precision keeps sampled weights closer to "
+            "the trained ones."
+            if sampled
+            else ": variances overflow. Raise prior_precision, scale the inputs, or use a model in "
+            "torch.float64."
         )
-
-
-def require_finite(prediction: Tensor) -> None:
-    """Check a prediction [m, ...].
-
-    Raises:
-        NumericalError: naming the first row with NaN or infinity.
-    """
-    finite = (
-        torch.isfinite(prediction.detach()).flatten(1).all(-1)
-        if prediction.ndim > 1
-        else (torch.isfinite(prediction.detach()))
-    )
-    if not bool(finite.all()):
-        bad = int((~finite).nonzero()[0])
+        first = int((~finite).nonzero()[0])
         raise NumericalError(
-            f"the prediction is NaN or infinite (first at sample {bad} of the batch): variances "
-            "overflow. Raise prior_precision, scale the inputs, or use a model in torch.float64."
+            f"{what} NaN or infinite (first at sample {first} of the batch){advice}"
         )
 
 

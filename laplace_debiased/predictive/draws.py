@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,27 +34,6 @@ _LIVE = 8
 and tangents together."""
 
 
-class JacobianProducts(Protocol):
-    """The linearised network along directions of its covered weights."""
-
-    def along(
-        self,
-        inputs: Any,
-        directions: Iterable[Tensor],
-        *,
-        last_position: bool = False,
-        differentiable: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Outputs f [m, C], and J w [m, C] for every direction w [P] ([m, T, C] of sequences).
-
-        Args:
-            inputs: one batch of model inputs, m samples.
-            directions: read one by one.
-            last_position: of a sequence only its last position, [m, C].
-            differentiable: keep the graph, for gradients with respect to ``inputs``.
-        """
-
-
 @dataclass(frozen=True, eq=False)
 class NetworkProducts:
     """Of all weights: forward mode, or twice backward where an operation has no forward mode.
@@ -76,21 +55,35 @@ class NetworkProducts:
         last_position: bool = False,
         differentiable: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """See :class:`JacobianProducts`."""
+        """Outputs f [m, C], and J w [m, C] for every direction w [P] ([m, T, C] of sequences).
+
+        Args:
+            inputs: one batch of model inputs, m samples.
+            directions: read one by one.
+            last_position: of a sequence only its last position, [m, C].
+            differentiable: keep the graph, for gradients with respect to ``inputs``.
+        """
         network, inputs = self.network, self.network.prepare(inputs)
         parameters = network.parameters()
+        sizes = [value.numel() for value in parameters.values()]
+        outputs, found = [], []
         with differentiable_kernels(network.model), torch.set_grad_enabled(differentiable):
             chunks = self._chunks(inputs)
-            outputs = [self._outputs(part, parameters, last_position) for part in chunks]
-            found = [
-                torch.cat(
-                    [
-                        self._product(part, parameters, tangent, last_position, differentiable)
-                        for part in chunks
-                    ]
-                )
-                for tangent in (_split(w, parameters) for w in directions)
-            ]
+            functions = [self._function(part, last_position) for part in chunks]
+            for part, function in zip(chunks, functions, strict=True):
+                with explained_failure(part):
+                    outputs.append(function(parameters))
+                check_outputs(outputs[-1], batch_length(part), positions=True)
+            for w in directions:
+                tangent = {
+                    name: piece.reshape(value.shape).to(value)
+                    for (name, value), piece in zip(parameters.items(), w.split(sizes), strict=True)
+                }
+                products = [
+                    self._product(function, parameters, tangent, differentiable)
+                    for function in functions
+                ]
+                found.append(torch.cat(products))
         return torch.cat(outputs), found
 
     def _chunks(self, inputs: Any) -> list[Any]:
@@ -119,42 +112,24 @@ class NetworkProducts:
 
         return function
 
-    def _outputs(self, inputs: Any, parameters: Parameters, last_position: bool) -> Tensor:
-        with explained_failure(inputs):
-            outputs = self._function(inputs, last_position)(parameters)
-        check_outputs(outputs, batch_length(inputs), positions=True)
-        return outputs
-
     def _product(
         self,
-        inputs: Any,
+        function: Callable[[Parameters], Tensor],
         parameters: Parameters,
         tangent: Parameters,
-        last_position: bool,
         differentiable: bool,
     ) -> Tensor:
-        function = self._function(inputs, last_position)
-        if not self._backward.get("always", False):
+        if not self._backward:
             try:
                 return jvp(function, (parameters,), (tangent,))[1]
             except (RuntimeError, NotImplementedError) as error:
                 if is_out_of_memory(error):
                     raise
-                # Not every operation has a forward mode. If it was something else, it will show
-                # again, with its own message.
-                found = twice_backward(function, parameters, tangent, differentiable)
-                self._backward["always"] = True
-                return found
-        return twice_backward(function, parameters, tangent, differentiable)
-
-
-def _split(direction: Tensor, parameters: Parameters) -> Parameters:
-    """A direction [P] as one tensor per parameter."""
-    pieces = direction.split([value.numel() for value in parameters.values()])
-    return {
-        name: piece.reshape(value.shape).to(value)
-        for (name, value), piece in zip(parameters.items(), pieces, strict=True)
-    }
+        # Not every operation has a forward mode. If it was something else, it will show again,
+        # with its own message.
+        found = twice_backward(function, parameters, tangent, differentiable)
+        self._backward["always"] = True
+        return found
 
 
 def twice_backward(
@@ -164,7 +139,9 @@ def twice_backward(
     differentiable: bool = False,
 ) -> Tensor:
     """J w from two backward passes: Jᵀv is linear in v, and its derivative along w is J w."""
-    leaves = {name: value.requires_grad_(True) for name, value in _copies(parameters).items()}
+    leaves = {
+        name: value.detach().clone().requires_grad_(True) for name, value in parameters.items()
+    }
     with torch.enable_grad():
         outputs = function(leaves)
         v = torch.zeros_like(outputs, requires_grad=True)
@@ -175,10 +152,6 @@ def twice_backward(
             pulled, v, list(tangent.values()), create_graph=differentiable
         )
     return found
-
-
-def _copies(parameters: Parameters) -> Parameters:
-    return {name: value.detach().clone() for name, value in parameters.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +174,7 @@ class HeadProducts:
         last_position: bool = False,
         differentiable: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """See :class:`JacobianProducts`."""
+        """See :class:`NetworkProducts`."""
         OutputSelection(last_position=last_position).require_no_positions()
         outputs, features = self.feature_pass.features(inputs, differentiable=differentiable)
         with outside_inference_mode(), torch.set_grad_enabled(differentiable):
@@ -220,9 +193,3 @@ class HeadProducts:
         if head.weight is not None:
             found = found + features @ parts[head.weight].reshape(n_outputs, -1).T
         return found if head.bias is None else found + parts[head.bias]
-
-
-def mirrored_draws(outputs: Tensor, products: list[Tensor], n_samples: int) -> Tensor:
-    """F + J w₁, f − J w₁, f + J w₂, … [n_samples, m, ...]."""
-    draws = [outputs + sign * product for product in products for sign in (1.0, -1.0)]
-    return torch.stack(draws[:n_samples])

@@ -15,6 +15,7 @@ from laplace_debiased.checks import checked_integer, generator_seed
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods.points import POINTS
 from laplace_debiased.network.inputs import batch_length, row_slices, select_rows
+from laplace_debiased.predictive.call import NETWORKS
 from laplace_debiased.predictive.selection import last_labels
 from laplace_debiased.tuning.grid import PriorGrid
 from laplace_debiased.tuning.moments import (
@@ -39,9 +40,6 @@ _MAX_PROBABILITY_BYTES = 64 * 2**20
 
 _MAX_PASSES = 4
 """Walks over the validation set, where the optimum lies ever further beyond the grid."""
-
-_NETWORKS = 100
-"""Sampled networks by default."""
 
 Curves = dict[Link, list[float]]
 """Losses at every grid point, by link."""
@@ -133,7 +131,7 @@ class GridSearch:
         return self._result(found)
 
     def _sampled(self, progress_bar: bool) -> _Pass:
-        grid, n_samples = self.grid.bounded(), self.n_samples or _NETWORKS
+        grid, n_samples = self.grid.bounded(), self.n_samples or NETWORKS
         points = grid.points().tolist()
         losses = sampled_losses(self.validation, points, n_samples, self.seed, progress_bar)
         link = None if self.validation.regression else LinkApprox.MC
