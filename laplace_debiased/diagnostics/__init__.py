@@ -4,11 +4,11 @@ from laplace_debiased.diagnostics.eigen import Eigenpairs, eigenspace_overlap, t
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MeanEstimate
 from laplace_debiased.diagnostics.kfac_profile import KfacProfile, kfac_profile
 from laplace_debiased.diagnostics.laboratory import LinearRegressionLab
+from laplace_debiased.diagnostics.measure import directional_quadratic
 from laplace_debiased.diagnostics.plots import plot_eigenspaces
 from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
     directional_profile,
-    directional_quadratic,
     plot_profiles,
     profile_from_directions,
 )

@@ -14,7 +14,7 @@ Three solvers, matched to what is small; the first two are those of `curvature.l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -38,7 +38,6 @@ from laplace_debiased.curvature.lowrank import (
     span_eigenpairs,
 )
 from laplace_debiased.diagnostics.network import LossNetwork
-from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import row_slices, select_rows
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
@@ -127,28 +126,34 @@ def network_eigenpairs(
     matrix: Curvature,
     solver: Solver,
     seed: int,
-    role: str = "batch",
     progress_bar: bool = False,
 ) -> Eigenpairs:
     """As `top_eigenpairs`, for a network that is already undisturbed."""
     k, seed = checked_integer("k", k), generator_seed(seed)
     functional = network.functional
-    inputs, targets = network.pair(batch, role)
-    outputs = network.checked_outputs(inputs, targets)
+    inputs, targets, outputs = network.batch(batch, "batch")
     root = network.loss.hessian_root(outputs)
-    k = min(k, functional.n_params)
+    k, is_ggn = min(k, functional.n_params), matrix is Curvature.GGN
     chosen = _resolve(solver, matrix, network, root, k)
     if chosen is Solver.GRAM:
         pairs = _gram_eigenpairs(network, inputs, root, k, progress_bar)
     else:
-        make = _ggn_product if matrix is Curvature.GGN else _hessian_product
-        product = make(network, inputs, targets, root)
+        product = (
+            _ggn_product(network, inputs, root)
+            if is_ggn
+            else _hessian_product(network, inputs, targets)
+        )
         if chosen is Solver.LANCZOS:
             pairs = arpack_eigenpairs(product, functional, k, seed=seed, progress_bar=progress_bar)
         else:
-            pairs = _dense(product, functional, k)
+            whole = product(
+                torch.eye(functional.n_params, dtype=functional.dtype, device=functional.device)
+            ).double()
+            values, vectors = torch.linalg.eigh((whole + whole.T) / 2)
+            basis = vectors.flip(1)[:, :k].to(functional.dtype)
+            pairs = lowrank.Eigenpairs(basis, values.flip(0)[:k])
         # The Hessian's eigenvalues are all wanted: it may be indefinite.
-        cutoff = product_cutoff(functional.dtype) if matrix is Curvature.GGN else -math.inf
+        cutoff = product_cutoff(functional.dtype) if is_ggn else -math.inf
         pairs = significant_pairs(pairs, cutoff)
     return Eigenpairs(pairs.eigenvalues.cpu(), pairs.basis, len(outputs))
 
@@ -222,28 +227,19 @@ def _gram_eigenpairs(
     return orthonormal_pairs(flat, span_eigenpairs(gram, root_of_mean, rank=k, cutoff=cutoff))
 
 
-def _dense(product: Product, network: FunctionalNetwork, k: int) -> lowrank.Eigenpairs:
-    """From the matrix itself, by its products with all unit vectors."""
-    eye = torch.eye(network.n_params, dtype=network.dtype, device=network.device)
-    matrix = product(eye).double()
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    basis = vectors.flip(1)[:, :k].to(network.dtype)
-    return lowrank.Eigenpairs(basis, values.flip(0)[:k])
-
-
-def _ggn_product(network: LossNetwork, inputs: Any, targets: Tensor, root: Tensor) -> Product:
+def _ggn_product(network: LossNetwork, inputs: Any, root: Tensor) -> Product:
     """X [P, j] ↦ G X, G the batch's per-sample mean GGN."""
     scaled = root * len(root) ** -0.5
     positions = torch.arange(len(root), device=root.device)
 
     def walk() -> Iterator[tuple[Any, Tensor]]:
-        for piece in row_slices(len(targets), _LANCZOS_CHUNK_SAMPLES):
+        for piece in row_slices(len(root), _LANCZOS_CHUNK_SAMPLES):
             yield select_rows(inputs, piece), positions[piece]
 
     return ggn_product(network.functional, walk, lambda at: scaled[at])
 
 
-def _hessian_product(network: LossNetwork, inputs: Any, targets: Tensor, _: Tensor) -> Product:
+def _hessian_product(network: LossNetwork, inputs: Any, targets: Tensor) -> Product:
     """X [P, j] ↦ ∇²L X, with L the batch's mean loss, forward over reverse mode.
 
     `torch.func.grad` and not curvlinops' Hessian operator: that one differentiates through
@@ -254,24 +250,17 @@ def _hessian_product(network: LossNetwork, inputs: Any, targets: Tensor, _: Tens
 
     def product(columns: Tensor) -> Tensor:
         parameters, tangents = functional.parameters(), functional.split(columns)
-        total = torch.zeros_like(columns)
-        for piece in row_slices(len(targets), _LANCZOS_CHUNK_SAMPLES):
-            loss = _summed_loss(network, select_rows(inputs, piece), targets[piece])
 
-            def times(
-                tangent: Parameters, loss: Callable[[Parameters], Tensor] = loss
-            ) -> Parameters:
-                return jvp(grad(loss), (parameters,), (tangent,))[1]
+        def of_piece(piece: slice) -> Tensor:
+            call = functional.function_of(select_rows(inputs, piece))
 
-            products = vmap(times)(tangents)
-            total += torch.cat([products[name].flatten(1) for name in products], 1).T
-        return total / len(targets)
+            def loss(values: Parameters) -> Tensor:
+                return network.loss.losses(call(values), targets[piece]).sum()
+
+            found = vmap(lambda tangent: jvp(grad(loss), (parameters,), (tangent,))[1])(tangents)
+            return torch.cat([found[name].flatten(1) for name in found], 1).T
+
+        pieces = row_slices(len(targets), _LANCZOS_CHUNK_SAMPLES)
+        return sum(map(of_piece, pieces), torch.zeros_like(columns)) / len(targets)
 
     return product
-
-
-def _summed_loss(
-    network: LossNetwork, inputs: Any, targets: Tensor
-) -> Callable[[Parameters], Tensor]:
-    call = network.functional.function_of(inputs)
-    return lambda parameters: network.loss.losses(call(parameters), targets).sum()

@@ -8,7 +8,7 @@ that own batch and other data differ by the mini-batch bias alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,19 @@ from tqdm import tqdm
 from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.curvature import (
     BackwardPass,
+    BlockBasis,
+    Chunk,
     Coverage,
+    FactorAccumulator,
     inspected,
     operation_coverage,
 )
+from laplace_debiased.curvature.reading import parameter_rows, uses_of
+from laplace_debiased.curvature.rows import BlockRows, RankOneRows
 from laplace_debiased.data import split_batch
 from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
-from laplace_debiased.diagnostics.kfac_bands import Bands, BandWalk, bands_of, in_basis
+from laplace_debiased.debiasing import eigenbasis, own_magnitudes
+from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
 from laplace_debiased.diagnostics.network import check_reference
 from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
@@ -35,7 +40,8 @@ from laplace_debiased.diagnostics.profile import (
     profile_from_directions,
 )
 from laplace_debiased.diagnostics.summary import BiasSummary
-from laplace_debiased.likelihoods import loss_model
+from laplace_debiased.likelihoods import LossModel, loss_model
+from laplace_debiased.network.inputs import check_dense
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
@@ -87,7 +93,7 @@ class KfacBlockProfile:
             axes: where to draw slopes and curvatures; None makes a figure.
         """
         figure = self.profile.plot(axes)
-        self._finish(axes[1] if axes is not None else figure.axes[1])
+        self._finish((axes or figure.axes)[1])
         return figure
 
     def _finish(self, curvatures: Axes) -> None:
@@ -152,7 +158,11 @@ class KfacProfile:
         Raises:
             ValueError: if a name is unknown, or there are none.
         """
-        chosen = self._shown() if names is None else tuple(names)
+        if names is None:
+            weights = [n for n in self.blocks if n.rpartition(".")[2] == "weight"] or [*self.blocks]
+            places = torch.linspace(0, len(weights) - 1, min(_MOST_PANELS, len(weights)))
+            names = [weights[int(place)] for place in places.round()]
+        chosen = tuple(names)
         unknown = [name for name in chosen if name not in self.blocks]
         if unknown or not chosen:
             raise ValueError(f"names must be some of {list(self.blocks)}; got {list(chosen)}.")
@@ -160,11 +170,6 @@ class KfacProfile:
         for name, axis in zip(chosen, figure.axes[len(chosen) :], strict=True):
             self.blocks[name]._finish(axis)
         return figure
-
-    def _shown(self) -> tuple[str, ...]:
-        weights = [n for n in self.blocks if n.rpartition(".")[2] == "weight"] or [*self.blocks]
-        places = torch.linspace(0, len(weights) - 1, min(_MOST_PANELS, len(weights)))
-        return tuple(weights[int(place)] for place in places.round())
 
 
 @public_call
@@ -224,37 +229,134 @@ def kfac_profile(
         inputs, _ = split_batch(batch, dict_key_y)
         coverage = inspected(model, operation_coverage(model), inputs)
         coverage.require(strict=False)
-        walk = BandWalk(
+        walk = _Walk(
             BackwardPass(model, coverage.covered, byte_budget, coverage.general), loss, dict_key_y
         )
-        bands = bands_of(walk, batch, coverage.covered, n_bands)
-        own, other = (walk.measure([data], bands) for data in (batch, other_batch))
-        reference = None
+        bands = walk.bands(batch, coverage.covered, n_bands)
+        measured = [walk.measure([data], bands) for data in (batch, other_batch)]
         if reference_loader is not None:
             shown = tqdm(reference_loader, desc="K-FAC directions", disable=not progress_bar)
-            reference = walk.measure(shown, bands)
+            measured.append(walk.measure(shown, bands))
         parameters = dict(model.named_parameters())
         blocks = {
-            name: _block_profile(
-                block,
-                own[name],
-                other[name],
-                None if reference is None else reference[name],
-                parameters[name],
-            )
+            name: _block_profile(block, parameters[name], *(found[name] for found in measured))
             for name, block in bands.items()
         }
     return KfacProfile(MappingProxyType(blocks), coverage)
 
 
+@dataclass(frozen=True, eq=False)
+class _Bands:
+    """One block's oriented eigenbasis, with the band of each direction.
+
+    Attributes:
+        basis: eigenbasis of the own batch's factors, P = D_out·D_in directions (D_out for biases).
+        eigenvalues: own K-FAC eigenvalues [P].
+        signs: ±1 [P], so that every own slope is not negative.
+        band: number of each direction's band [P].
+        sizes: directions per band [k].
+    """
+
+    basis: BlockBasis
+    eigenvalues: Tensor
+    signs: Tensor
+    band: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, basis: BlockBasis, gradient: Tensor, n_bands: int) -> _Bands:
+        """Rank by K-FAC eigenvalue, orient by the own mean gradient, and cut into bands."""
+        eigenvalues = own_magnitudes([basis])[0].flatten()
+        n = len(eigenvalues)
+        exponents = torch.arange(n_bands, dtype=torch.float64) / n_bands
+        cuts = torch.arange(n) if n <= n_bands else (n**exponents).long().unique() - 1
+        ranks = eigenvalues.argsort(descending=True, stable=True).argsort()
+        band = torch.bucketize(ranks, cuts.to(ranks.device), right=True) - 1
+        signs = torch.where(_along(basis, gradient) < 0, -1.0, 1.0).to(eigenvalues)
+        return cls(basis, eigenvalues, signs, band, torch.bincount(band))
+
+    def means(self, values: Tensor) -> Tensor:
+        """Means over each band [m, k] of values per direction [m, P]."""
+        sums = values.new_zeros(len(values), len(self.sizes)).index_add_(1, self.band, values)
+        return sums / self.sizes
+
+    def quadratics(self, rows: BlockRows) -> tuple[Tensor, Tensor]:
+        """Per sample, slopes by the first column and curvatures by the others [m, k]."""
+        rotated = rows.rotated(self.basis)
+        if isinstance(rotated, RankOneRows):
+            rotated = rotated.expanded()
+        along = rotated.written_out()
+        return self.means(along[:, 0] * self.signs), self.means(along[:, 1:].square().sum(1))
+
+
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """Walks over data whose columns are the loss' gradient and then the loss Hessian's root."""
+
+    engine: BackwardPass
+    loss: LossModel
+    dict_key_y: str
+
+    def chunks(self, batch: object, *, streaming: bool = False) -> Iterator[Chunk]:
+        inputs, targets = split_batch(batch, self.dict_key_y)
+        check_dense(inputs)
+
+        def columns(outputs: Tensor, rows: slice) -> Tensor:
+            part = targets[rows].to(outputs.device)
+            self.loss.check_targets(outputs, part)
+            gradient = self.loss.output_gradient(outputs, part)
+            return torch.cat([gradient.unsqueeze(-1), self.loss.hessian_root(outputs)], -1)
+
+        return self.engine.chunks(inputs, columns, streaming=streaming)
+
+    def bands(self, batch: object, names: Sequence[str], n_bands: int) -> dict[str, _Bands]:
+        """Eigenbases of the batch's factors, oriented and cut into bands."""
+        factors = FactorAccumulator(names, summed_bias=True)
+        gradients: dict[str, Tensor] = {}
+        n_samples = 0
+        for chunk in self.chunks(batch, streaming=True):
+            n_samples += len(chunk.outputs)
+            for number, column in enumerate(chunk.columns()):
+                if number > 0:
+                    factors.add_columns(chunk.calls, column)
+                    continue
+                factors.add_inputs(chunk.calls)
+                for name, places in uses_of(chunk.calls).items():
+                    rows = parameter_rows(chunk.calls, places, column)
+                    if rows is not None:
+                        found = rows.gradients().sum((0, 1))
+                        gradients[name] = gradients[name] + found if name in gradients else found
+        bases = eigenbasis(factors.means(n_samples))
+        return {basis.name: _Bands.of(basis, gradients[basis.name], n_bands) for basis in bases}
+
+    def measure(
+        self, batches: Iterable[object], bands: Mapping[str, _Bands]
+    ) -> dict[str, DirectionalQuadratic]:
+        """Slopes and curvatures per band, over all samples of the batches."""
+        sums = {name: QuadraticSums() for name in bands}
+        for batch in batches:
+            for chunk in self.chunks(batch):
+                for name, rows in chunk.blocks:
+                    sums[name].add(*bands[name].quadratics(rows))
+        return {name: total.estimate("reference_loader") for name, total in sums.items()}
+
+
+def _along(basis: BlockBasis, value: Tensor) -> Tensor:
+    """Coordinates [P] of a parameter, or its gradient, in an eigenbasis."""
+    value = value.reshape(basis.table_shape)
+    if basis.output_basis is not None:
+        value = basis.output_basis.mT @ value
+    return (value if basis.input_basis is None else value @ basis.input_basis).flatten()
+
+
 def _block_profile(
-    bands: Bands,
+    bands: _Bands,
+    parameter: Tensor,
     own: DirectionalQuadratic,
     other: DirectionalQuadratic,
-    reference: DirectionalQuadratic | None,
-    parameter: Tensor,
+    reference: DirectionalQuadratic | None = None,
 ) -> KfacBlockProfile:
-    along = in_basis(bands.basis, parameter.detach().to(bands.signs)).flatten() * bands.signs
+    along = _along(bands.basis, parameter.detach().to(bands.signs)) * bands.signs
     last = bands.sizes.cumsum(0)
     return KfacBlockProfile(
         name=bands.basis.name,
@@ -267,5 +369,5 @@ def _block_profile(
         ),
         first_rank=tuple((last - bands.sizes + 1).tolist()),
         last_rank=tuple(last.tolist()),
-        kfac_curvature=bands.kfac.to("cpu", torch.float64),
+        kfac_curvature=bands.means(bands.eigenvalues[None])[0].to("cpu", torch.float64),
     )

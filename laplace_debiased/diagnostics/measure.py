@@ -13,20 +13,21 @@ is cheaper for few directions or large models, reverse for many directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jvp
 from tqdm import tqdm
 
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
 from laplace_debiased.diagnostics.network import LossNetwork
 from laplace_debiased.network.inputs import row_slices, select_rows
 from laplace_debiased.network.memory import is_out_of_memory
+from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.transforms import (
     Parameters,
     directional_outputs,
@@ -34,7 +35,7 @@ from laplace_debiased.network.transforms import (
     vmap,
     with_batch_axis,
 )
-from laplace_debiased.options import Curvature
+from laplace_debiased.options import Curvature, parse_choice
 
 _FORWARD_CHUNK_SAMPLES = 2048
 _HESSIAN_CHUNK_SAMPLES = 16
@@ -53,6 +54,60 @@ class Derivatives(StrEnum):
     """Backward passes for every sample, vectorised over samples; GGN only."""
 
 
+@public_call
+def directional_quadratic(
+    model: nn.Module,
+    likelihood: str,
+    batches: Iterable[object],
+    directions: Tensor,
+    *,
+    matrix: str = "ggn",
+    derivatives: str = "auto",
+    chunk_size: int | None = None,
+    dict_key_y: str = "labels",
+    progress_bar: bool = False,
+) -> DirectionalQuadratic:
+    """Slopes and curvatures of the mean loss over some data, along any directions.
+
+    For `profile_from_directions`, and for many sets of directions in one walk through the data:
+    stack them, and take each set's part with `DirectionalQuadratic.select`.
+
+    Args:
+        model: trained network; evaluation mode inside, everything restored after.
+        likelihood: "classification" or "regression".
+        batches: (inputs, targets) or mappings; walked once.
+        directions: unit columns [P, k] in the space of the trainable parameters.
+        matrix: "ggn" or "hessian".
+        derivatives: "auto", "forward" or "reverse", see `Derivatives`.
+        chunk_size: directions (forward) or samples (reverse) at a time; None: by memory.
+        dict_key_y: key of the targets where a batch is a mapping.
+        progress_bar: show one.
+
+    Returns:
+        Per-sample means [k] with the covariance of these means.
+
+    Raises:
+        ValueError: for a bad option, no batches, targets that do not fit, directions of the wrong
+            shape, or a choice of derivatives with the Hessian.
+        NumericalError: for outputs that are not finite.
+        RuntimeError: if the model cannot be vectorised.
+    """
+    with (
+        undisturbed(model, generators=loader_generators(batches)),
+        differentiable_kernels(model),
+    ):
+        return measure_directions(
+            LossNetwork.of(model, likelihood, dict_key_y),
+            batches,
+            directions,
+            matrix=parse_choice(Curvature, matrix, "matrix"),
+            derivatives=parse_choice(Derivatives, derivatives, "derivatives"),
+            chunk_size=chunk_size,
+            role="batches",
+            progress_bar=progress_bar,
+        )
+
+
 def measure_directions(
     network: LossNetwork,
     batches: Iterable[object],
@@ -64,58 +119,40 @@ def measure_directions(
     role: str = "batch",
     progress_bar: bool = False,
 ) -> DirectionalQuadratic:
-    """Per-sample mean slopes and curvatures along directions, over all samples of ``batches``.
-
-    Args:
-        network: the model, its loss and its parameters.
-        batches: (inputs, targets) or mappings; walked once.
-        directions: columns of unit length [P, k].
-        matrix: which curvature.
-        derivatives: forward or reverse mode.
-        chunk_size: directions at a time (forward) or samples at a time (reverse, Hessian); None:
-            so that a chunk fits the byte budget.
-        role: what the data are, for messages and the progress bar.
-        progress_bar: show one.
-
-    Returns:
-        Slopes and curvatures [k], with the covariance of these means.
-
-    Raises:
-        ValueError: for no batches, outputs that are not finite, or targets that do not fit; for
-            a choice of derivatives with the Hessian.
-    """
-    _check_directions(directions, network.functional.n_params)
+    """As `directional_quadratic`, of a network that is undisturbed; messages call data ``role``."""
+    if directions.ndim != 2 or directions.shape[0] != network.functional.n_params:
+        raise ValueError(
+            f"directions must have shape [P, k] with P = {network.functional.n_params} trainable "
+            f"parameters; got {tuple(directions.shape)}."
+        )
+    if not bool(torch.isfinite(directions).all()):
+        raise ValueError("directions contain NaN or infinite values.")
+    if matrix is Curvature.HESSIAN and derivatives is not Derivatives.AUTO:
+        raise ValueError(
+            "the Hessian is measured by forward over reverse mode only; leave derivatives='auto'."
+        )
     sums = QuadraticSums()
     for batch in tqdm(batches, desc=f"directions on {role}", disable=not progress_bar):
-        inputs, targets = network.pair(batch, role)
-        outputs = network.checked_outputs(inputs, targets)
-        match matrix, _resolve(derivatives, matrix, network, directions.shape[1], outputs):
-            case Curvature.HESSIAN, _:
-                values = _hessian(network, inputs, targets, directions, chunk_size)
-            case _, Derivatives.REVERSE:
-                values = _reverse(network, inputs, targets, outputs, directions, chunk_size)
-            case _:
-                values = _forward(network, inputs, targets, outputs, directions, chunk_size)
+        inputs, targets, outputs = network.batch(batch, role)
+        if matrix is Curvature.HESSIAN:
+            values = _hessian(network, inputs, targets, directions, chunk_size)
+        elif _is_reverse(derivatives, network, directions.shape[1], outputs.shape[1]):
+            values = _reverse(network, inputs, targets, outputs, directions, chunk_size)
+        else:
+            values = _forward(network, inputs, targets, outputs, directions, chunk_size)
         sums.add(*values)
     return sums.estimate(role)
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Say what to do where torch cannot vectorise a model.
-
-    Raises:
-        RuntimeError: in place of what torch raised; out of memory passes through as it is.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise RuntimeError(
-            "the model could not be vectorised over samples (torch.func.vmap), which per-sample "
-            "backward passes need. Pass matrix='ggn', solver='lanczos', derivatives='forward'."
-        ) from error
+def _is_reverse(
+    derivatives: Derivatives, network: LossNetwork, n_directions: int, n_outputs: int
+) -> bool:
+    if derivatives is not Derivatives.AUTO:
+        return derivatives is Derivatives.REVERSE
+    # A direction costs two forward passes, a column one backward pass (about two): equal near
+    # k = C, and the vectorised backward pass with its matrix product is the dearer of the two.
+    fits = network.rows_bytes(n_outputs + 1) <= network.row_pass.byte_budget
+    return n_directions > 2 * n_outputs and fits
 
 
 def _reverse(
@@ -211,39 +248,16 @@ def _hessian_chunk(
 
         return vmap(along)(tangents)
 
-    with _explained():
+    try:
         return vmap(of_sample, in_dims=(axes, 0))(inputs, targets)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise RuntimeError(
+            "the model could not be vectorised over samples (torch.func.vmap), which per-sample "
+            "backward passes need. Pass matrix='ggn', solver='lanczos', derivatives='forward'."
+        ) from error
 
 
 def _dot(a: Parameters, b: Parameters) -> Tensor:
     return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
-
-
-def _resolve(
-    derivatives: Derivatives,
-    matrix: Curvature,
-    network: LossNetwork,
-    n_directions: int,
-    outputs: Tensor,
-) -> Derivatives:
-    if matrix is Curvature.HESSIAN and derivatives is not Derivatives.AUTO:
-        raise ValueError(
-            "the Hessian is measured by forward over reverse mode only; leave derivatives='auto'."
-        )
-    if derivatives is not Derivatives.AUTO:
-        return derivatives
-    # A direction costs two forward passes, a column one backward pass (about two): equal near
-    # k = C, and the vectorised backward pass with its matrix product is the dearer of the two.
-    n_outputs = outputs.shape[1]
-    fits = network.rows_bytes(n_outputs + 1) <= network.row_pass.byte_budget
-    return Derivatives.REVERSE if n_directions > 2 * n_outputs and fits else Derivatives.FORWARD
-
-
-def _check_directions(directions: Tensor, n_parameters: int) -> None:
-    if directions.ndim != 2 or directions.shape[0] != n_parameters:
-        raise ValueError(
-            f"directions must have shape [P, k] with P = {n_parameters} trainable parameters; got "
-            f"{tuple(directions.shape)}."
-        )
-    if not bool(torch.isfinite(directions).all()):
-        raise ValueError("directions contain NaN or infinite values.")

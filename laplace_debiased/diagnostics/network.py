@@ -58,28 +58,12 @@ class LossNetwork:
         """Outputs as a function of the trainable parameters."""
         return self.row_pass.network
 
-    def flat_parameters(self) -> Tensor:
-        """All trainable parameters as one vector [P], in the order of ``model.parameters()``."""
-        return torch.cat([value.reshape(-1) for value in self.functional.parameters().values()])
-
     def rows_bytes(self, n_rows: int) -> int:
         """Memory of ``n_rows`` rows of length P, in bytes."""
         return n_rows * self.functional.n_params * torch.finfo(self.functional.dtype).bits // 8
 
-    def checked_outputs(self, inputs: Any, targets: Tensor) -> Tensor:
-        """Outputs [m, C] at the present parameters, finite and with fitting targets.
-
-        Raises:
-            ModelCallError: if the model fails on the inputs.
-            NumericalError: if an output is not finite.
-            ValueError: if the outputs are not one row per sample, or the targets do not fit them.
-        """
-        outputs = self.functional.outputs(inputs)
-        self.loss.check_targets(outputs, targets)
-        return outputs
-
-    def pair(self, batch: object, role: str) -> tuple[Any, Tensor]:
-        """Inputs and targets of a batch, on the parameters' device.
+    def batch(self, batch: object, role: str) -> tuple[Any, Tensor, Tensor]:
+        """Inputs, targets and outputs [m, C] of a batch, on the parameters' device.
 
         Args:
             batch: (inputs, targets), or a mapping that holds the targets at ``label_key``.
@@ -87,7 +71,10 @@ class LossNetwork:
 
         Raises:
             TypeError: if it is neither.
-            ValueError: if the key of the targets is missing, or the batch is empty.
+            ValueError: if the key of the targets is missing, the batch is empty, or inputs, outputs
+                and targets do not fit.
+            ModelCallError: if the model fails on the inputs.
+            NumericalError: if an output is not finite.
         """
         inputs, targets = split_batch(batch, self.label_key)
         check_dense(inputs)
@@ -95,7 +82,10 @@ class LossNetwork:
             raise ValueError(f"{role} is empty; it needs at least one sample.")
         functional = self.functional
         targets = plain_inputs(targets.to(functional.device), functional.dtype)
-        return functional.prepare(inputs), targets
+        inputs = functional.prepare(inputs)
+        outputs = functional.outputs(inputs)
+        self.loss.check_targets(outputs, targets)
+        return inputs, targets, outputs
 
 
 def check_reference(loader: object) -> None:

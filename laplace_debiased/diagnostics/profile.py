@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.checks import checked_flag, checked_integer
+from laplace_debiased.checks import checked_flag, checked_integer, checked_number
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.eigen import Solver, network_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
 from laplace_debiased.diagnostics.measure import Derivatives, measure_directions
 from laplace_debiased.diagnostics.network import LossNetwork, check_reference
-from laplace_debiased.diagnostics.plots import plot_columns, plot_quadratics
+from laplace_debiased.diagnostics.plots import new_figure, plot_quadratics
 from laplace_debiased.diagnostics.summary import BiasSummary, summarise
-from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.options import Curvature, parse_choice
@@ -69,9 +68,7 @@ class DirectionalProfile:
         Raises:
             ValueError: if it is negative or not finite, or the profile holds no uᵀθ.
         """
-        if not 0.0 <= weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be finite and ≥ 0; got {weight_decay!r}.")
-        change = weight_decay - self.weight_decay
+        change = checked_number("weight_decay", weight_decay) - self.weight_decay
         if change == 0.0:
             return self
         if self.parameters_along is None:
@@ -123,9 +120,17 @@ def plot_profiles(profiles: Mapping[str, DirectionalProfile]) -> Figure:
     """
     if not profiles:
         raise ValueError("profiles is empty; give at least one titled profile.")
-    return plot_columns(
-        {title: (one.own, one.other, one.reference) for title, one in profiles.items()}
-    )
+    figure = new_figure(0.6 + 4.6 * len(profiles), 5.4)
+    grid = figure.subplots(2, len(profiles), squeeze=False, sharex="col")
+    for column, (title, profile) in enumerate(profiles.items()):
+        upper, lower = grid[:, column]
+        profile.plot((upper, lower))
+        upper.set_title(title, fontsize="medium")
+        if column:
+            upper.set_ylabel("")
+            lower.set_ylabel("")
+            upper.get_legend().remove()
+    return figure
 
 
 def profile_from_directions(
@@ -207,7 +212,7 @@ def directional_profile(
         weight_decay: δ of ½ δ‖θ‖² in the quadratics (`DirectionalProfile.with_weight_decay`
             changes it later at no cost).
         solver: "auto", "gram", "lanczos" or "dense", see `top_eigenpairs`.
-        derivatives: "auto", "forward" or "reverse", see `measure_directions`.
+        derivatives: "auto", "forward" or "reverse", see `Derivatives`.
         chunk_size: directions (forward) or samples (reverse) at a time; None: by memory.
         seed: for Lanczos' starting vector.
         dict_key_y: key of the targets where a batch is a mapping.
@@ -228,10 +233,7 @@ def directional_profile(
     mode = parse_choice(Derivatives, derivatives, "derivatives")
     if chunk_size is not None:
         chunk_size = checked_integer("chunk_size", chunk_size)
-    if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
-        raise ArgumentTypeError(
-            f"weight_decay must be a number; got {type(weight_decay).__name__}."
-        )
+    checked_number("weight_decay", weight_decay)
     checked_model(model)
     checked_flag("progress_bar", progress_bar)
     check_reference(reference_loader)
@@ -241,22 +243,14 @@ def directional_profile(
     ):
         network = LossNetwork.of(model, likelihood, dict_key_y)
         pairs = network_eigenpairs(
-            network,
-            batch,
-            k,
-            matrix=which,
-            solver=how,
-            seed=seed,
-            progress_bar=progress_bar,
+            network, batch, k, matrix=which, solver=how, seed=seed, progress_bar=progress_bar
         )
 
-        def measured_on(
-            batches: Iterable[object], role: str
-        ) -> Callable[[Tensor], DirectionalQuadratic]:
-            return lambda directions: measure_directions(
+        def measured(batches: Iterable[object], role: str) -> DirectionalQuadratic:
+            return measure_directions(
                 network,
                 batches,
-                directions,
+                pairs.vectors,
                 matrix=which,
                 derivatives=mode,
                 chunk_size=chunk_size,
@@ -264,62 +258,14 @@ def directional_profile(
                 progress_bar=progress_bar,
             )
 
+        parameters = [p.reshape(-1) for p in network.functional.parameters().values()]
         profile = profile_from_directions(
             pairs.vectors,
-            measured_on([batch], "batch"),
-            measured_on([other_batch], "other_batch"),
-            None if reference_loader is None else measured_on(reference_loader, "reference_loader"),
-            pairs.vectors.T @ network.flat_parameters().to(pairs.vectors),
+            lambda _: measured([batch], "batch"),
+            lambda _: measured([other_batch], "other_batch"),
+            None
+            if reference_loader is None
+            else lambda _: measured(reference_loader, "reference_loader"),
+            pairs.vectors.T @ torch.cat(parameters).to(pairs.vectors),
         )
     return profile.with_weight_decay(weight_decay)
-
-
-@public_call
-def directional_quadratic(
-    model: nn.Module,
-    likelihood: str,
-    batches: Iterable[object],
-    directions: Tensor,
-    *,
-    matrix: str = "ggn",
-    derivatives: str = "auto",
-    chunk_size: int | None = None,
-    dict_key_y: str = "labels",
-    progress_bar: bool = False,
-) -> DirectionalQuadratic:
-    """Slopes and curvatures of the mean loss over some data, along any directions.
-
-    For `profile_from_directions`, and for many sets of directions in one walk through the data:
-    stack them, and take each set's part with `DirectionalQuadratic.select`.
-
-    Args:
-        model: trained network, see `directional_profile`.
-        likelihood: "classification" or "regression".
-        batches: (inputs, targets) or mappings; walked once.
-        directions: unit columns [P, k] in the space of the trainable parameters.
-        matrix: "ggn" or "hessian".
-        derivatives: "auto", "forward" or "reverse", see `measure_directions`.
-        chunk_size: directions (forward) or samples (reverse) at a time; None: by memory.
-        dict_key_y: key of the targets where a batch is a mapping.
-        progress_bar: show one.
-
-    Returns:
-        Per-sample means [k] with the covariance of these means.
-
-    Raises:
-        ValueError: as `directional_profile`, and for directions of the wrong shape.
-    """
-    with (
-        undisturbed(model, generators=loader_generators(batches)),
-        differentiable_kernels(model),
-    ):
-        return measure_directions(
-            LossNetwork.of(model, likelihood, dict_key_y),
-            batches,
-            directions,
-            matrix=parse_choice(Curvature, matrix, "matrix"),
-            derivatives=parse_choice(Derivatives, derivatives, "derivatives"),
-            chunk_size=chunk_size,
-            role="batches",
-            progress_bar=progress_bar,
-        )

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from laplace_debiased.diagnostics.eigen import eigenspace_overlap, top_eigenpairs
-from laplace_debiased.diagnostics.plots import plot_sweep
+from laplace_debiased.diagnostics.plots import OTHER, OWN, new_figure, tidy
 from laplace_debiased.diagnostics.profile import directional_profile
 
 if TYPE_CHECKING:
@@ -40,15 +40,37 @@ class BatchSizeSweep:
     spectrum_ratio: Tensor
 
     def plot(self) -> Figure:
-        """Ratios and overlap by batch size; nothing is shown."""
-        return plot_sweep(
-            self.batch_sizes,
-            self.k,
-            own_to_reference=self.own_to_reference,
-            other_to_reference=self.other_to_reference,
-            overlap=self.overlap,
-            spectrum_ratio=self.spectrum_ratio,
-        )
+        """Means over pairs ± standard errors by batch size; nothing is shown."""
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+        figure = new_figure(9.2, 3.6)
+        ratios, overlaps = figure.subplots(1, 2)
+        for axis, values, name, colour in (
+            (ratios, self.own_to_reference, "own batch / reference", OWN),
+            (ratios, self.other_to_reference, "other batch / reference", OTHER),
+            (overlaps, self.overlap, "eigenspace overlap", "#009E73"),
+            (overlaps, self.spectrum_ratio, "ratio of eigenvalues", "#CC79A7"),
+        ):
+            mean, n_pairs = values.mean(1), values.shape[1]
+            error = values.std(1) / n_pairs**0.5 if n_pairs > 1 else torch.zeros_like(mean)
+            style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2}
+            axis.errorbar(self.batch_sizes, mean, yerr=error, linewidth=1.4, label=name, **style)
+        ratios.set_ylabel(f"curvature ratio, median of top {self.k}")
+        ratios.set_yscale("log")
+        # Ratios span a fraction of a decade or several; these ticks are legible in both cases.
+        ratios.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+        ratios.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ratios.yaxis.set_minor_formatter(NullFormatter())
+        overlaps.set_ylim(bottom=0.0)
+        overlaps.set_ylabel("between two batches")
+        for axis in (ratios, overlaps):
+            axis.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(self.batch_sizes, [str(size) for size in self.batch_sizes])
+            axis.set_xlabel("batch size")
+            axis.legend(frameon=False, fontsize="small")
+            tidy(axis)
+        return figure
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
