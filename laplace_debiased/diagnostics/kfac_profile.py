@@ -27,8 +27,8 @@ from laplace_debiased.curvature import (
     inspected,
     operation_coverage,
 )
-from laplace_debiased.curvature.reading import parameter_rows, uses_of
-from laplace_debiased.curvature.rows import BlockRows, RankOneRows
+from laplace_debiased.curvature.operations.call import parameter_rows, uses_of
+from laplace_debiased.curvature.rows.base import BlockRows
 from laplace_debiased.data import split_batch
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
