@@ -282,10 +282,7 @@ class _Bands:
 
     def quadratics(self, rows: BlockRows) -> tuple[Tensor, Tensor]:
         """Per sample, slopes by the first column and curvatures by the others [m, k]."""
-        rotated = rows.rotated(self.basis)
-        if isinstance(rotated, RankOneRows):
-            rotated = rotated.expanded()
-        along = rotated.written_out()
+        along = rows.rotated(self.basis).expanded().written_out()
         return self.means(along[:, 0] * self.signs), self.means(along[:, 1:].square().sum(1))
 
 
