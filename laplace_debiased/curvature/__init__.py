@@ -15,8 +15,7 @@ from laplace_debiased.curvature.factors import (
 )
 from laplace_debiased.curvature.features import CurvaturePass, FeaturePass, Head
 from laplace_debiased.curvature.inspection import inspected
-from laplace_debiased.curvature.operations import (
-    LinearRule,
+from laplace_debiased.curvature.operations.call import (
     OperationCall,
     OperationRule,
     Reading,
@@ -24,6 +23,7 @@ from laplace_debiased.curvature.operations import (
     register_operation_rule,
     registered_operations,
 )
+from laplace_debiased.curvature.operations.linear import LinearRule
 from laplace_debiased.curvature.passes import BackwardPass, Chunk, identity_columns
 
 __all__ = [

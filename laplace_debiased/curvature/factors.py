@@ -10,28 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.operations.call import OperationCall
-from laplace_debiased.curvature.reading import parameter_rows, uses_of
-from laplace_debiased.curvature.rows import (
-    BiasRows,
-    BlockRows,
-    FactorRule,
-    MatrixRows,
-    MixedRows,
+from laplace_debiased.curvature.operations.call import (
+    Cotangents,
+    OperationCall,
+    parameter_rows,
+    uses_of,
 )
+from laplace_debiased.curvature.rows.base import BlockRows
 from laplace_debiased.curvature.rows.gram import (
     Factor,
     FactorSum,
     RowsFactor,
     dense,
-    divided,
     factor_from_state,
     factor_to_state,
     scaled,
     summed,
 )
+from laplace_debiased.curvature.rows.parameters import BiasRows, MatrixRows, MixedRows
 from laplace_debiased.curvature.rows.sides import mean_energies, table_multiplicities
-from laplace_debiased.curvature.tape import Cotangents
 from laplace_debiased.errors import NumericalError
 
 
@@ -131,7 +128,7 @@ class FactorAccumulator:
         thin: bool = False,
     ) -> None:
         self._names = tuple(names)
-        self._rule = FactorRule(summed_bias)
+        self._summed_bias = summed_bias
         self._thin = thin
         self._of_rows: dict[str, FactorSum] = defaultdict(FactorSum)
         self._of_columns: dict[str, FactorSum] = defaultdict(FactorSum)
@@ -163,17 +160,23 @@ class FactorAccumulator:
         """
         latest: tuple[Tensor, Factor] | None = None  # weight and bias often have one factor
         for name, places in uses_of(calls).items():
-            rows = parameter_rows(calls, places, columns, columns_only=True)
+            rows = parameter_rows(calls, places, columns)
             if rows is None:
                 continue
             for part in rows.parts if isinstance(rows, MixedRows) else (rows,):
-                is_gram = _is_gram(part, self._rule)
+                is_gram = self._is_gram(part)
                 if is_gram and latest is not None and _is_same_memory(part.columns, latest[0]):
                     factor = latest[1]
                 else:
-                    factor = part.column_factor(self._rule)
+                    factor = part.column_factor(summed_bias=self._summed_bias)
                     latest = (part.columns, factor) if is_gram else latest
                 self._add(self._of_columns if part.transposed else self._of_rows, name, factor)
+
+    def _is_gram(self, rows: BlockRows) -> bool:
+        """Whether a factor of columns is their plain Gram matrix."""
+        if isinstance(rows, BiasRows):
+            return not self._summed_bias or rows.columns.shape[2] == 1
+        return type(rows) is MatrixRows
 
     def _add(self, sums: dict[str, FactorSum], name: str, factor: Factor) -> None:
         sums[name].add(factor if self._thin else dense(factor))
@@ -208,19 +211,12 @@ class FactorAccumulator:
                     f"parameter {name!r} did not affect the model's outputs on any sample of a "
                     "fold; freeze it with requires_grad_(False)."
                 )
-            rows = divided(self._of_rows[name].value(), n_samples)
+            rows = scaled(self._of_rows[name].value(), 1 / n_samples)
             columns = None
             if name in self._of_columns:
-                columns = divided(self._of_columns[name].value(), n_samples)
+                columns = scaled(self._of_columns[name].value(), 1 / n_samples)
             blocks.append(BlockFactors(name, rows, columns))
         return KroneckerFactors(tuple(blocks), n_samples)
-
-
-def _is_gram(rows: BlockRows, rule: FactorRule) -> bool:
-    """Whether a factor of columns is their plain Gram matrix."""
-    if isinstance(rows, BiasRows):
-        return not rule.summed_bias or rows.columns.shape[2] == 1
-    return type(rows) is MatrixRows
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import Layer
 from laplace_debiased.curvature.linear_head import check_linear_head
-from laplace_debiased.curvature.operations import (
-    LinearRule,
+from laplace_debiased.curvature.operations.call import (
+    Cotangents,
     OperationCall,
     OperationRule,
-    Place,
     Use,
 )
+from laplace_debiased.curvature.operations.linear import LinearRule
+from laplace_debiased.curvature.operations.views import Place
 from laplace_debiased.curvature.passes import BackwardPass, Bases, Chunk, Columns, written_out
-from laplace_debiased.curvature.tape import Cotangents
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import (
     batch_length,

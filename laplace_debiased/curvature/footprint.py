@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from laplace_debiased.curvature.reading import parameter_rows, uses_of
-from laplace_debiased.curvature.rows import Basis, RowsSize
-from laplace_debiased.curvature.tape import Cotangents, Tape
+from laplace_debiased.curvature.operations.call import Cotangents, parameter_rows, uses_of
+from laplace_debiased.curvature.rows.size import Basis, RowsSize
+from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.network.precision import full_precision
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.operations import OperationCall
-from laplace_debiased.curvature.operations.plain import plain_call
-from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR
-from laplace_debiased.curvature.tape import Cotangents, Tape
+from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, plain_call
+from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
+from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.modes import differentiable_kernels

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import UNUSED, Coverage
 from laplace_debiased.curvature.general import GeneralRows, is_general
-from laplace_debiased.curvature.operations.call import OperationCall
-from laplace_debiased.curvature.reading import parameter_rows, uses_of
+from laplace_debiased.curvature.operations.call import (
+    Cotangents,
+    OperationCall,
+    parameter_rows,
+    uses_of,
+)
 from laplace_debiased.curvature.recorder import record
-from laplace_debiased.curvature.tape import Cotangents, Tape
+from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.errors import ModelCallError, NumericalError
 from laplace_debiased.network.inputs import batch_length, select_rows, to_device
 from laplace_debiased.network.memory import is_out_of_memory
@@ -130,9 +134,9 @@ def _matches(
 ) -> bool:
     try:
         rows = parameter_rows(calls, places, columns)
+        return rows is not None and _close(rows.gradients(), expected, noise)
     except (ValueError, TypeError):
         return False
-    return rows is not None and _close(rows.gradients(), expected, noise)
 
 
 def _require_finite(name: str, calls: Sequence[OperationCall]) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature.footprint import Footprint
 from laplace_debiased.curvature.general import GeneralRows
-from laplace_debiased.curvature.operations.call import OperationCall
-from laplace_debiased.curvature.reading import blocks_of
+from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, blocks_of
 from laplace_debiased.curvature.recorder import record
-from laplace_debiased.curvature.rows import Basis, BlockRows
-from laplace_debiased.curvature.tape import Cotangents, Tape
+from laplace_debiased.curvature.rows.base import BlockRows
+from laplace_debiased.curvature.rows.size import Basis
+from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import (

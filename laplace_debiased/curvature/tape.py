@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from laplace_debiased.curvature.operations.call import OperationCall
-from laplace_debiased.curvature.operations.plain import plain_call
-from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR
-
-Cotangents = tuple[Tensor, ...] | None
-"""Gradients in what a call wrote [m, ...]; None where it does not affect the outputs."""
+from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, plain_call
+from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,8 +27,8 @@ from laplace_debiased.curvature import (
     inspected,
     operation_coverage,
 )
-from laplace_debiased.curvature.reading import parameter_rows, uses_of
-from laplace_debiased.curvature.rows import BlockRows, RankOneRows
+from laplace_debiased.curvature.operations.call import parameter_rows, uses_of
+from laplace_debiased.curvature.rows.base import BlockRows
 from laplace_debiased.data import split_batch
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
@@ -282,10 +282,7 @@ class _Bands:
 
     def quadratics(self, rows: BlockRows) -> tuple[Tensor, Tensor]:
         """Per sample, slopes by the first column and curvatures by the others [m, k]."""
-        rotated = rows.rotated(self.basis)
-        if isinstance(rotated, RankOneRows):
-            rotated = rotated.expanded()
-        along = rotated.written_out()
+        along = rows.rotated(self.basis).expanded().written_out()
         return self.means(along[:, 0] * self.signs), self.means(along[:, 1:].square().sum(1))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors, host_coverage
 from laplace_debiased.curvature.over_ranks import Key, summed_factors
-from laplace_debiased.curvature.rows.gram import Factor, divided, scaled
+from laplace_debiased.curvature.rows.gram import Factor, scaled
 from laplace_debiased.data import Batch
 from laplace_debiased.estimation.arguments import Arguments, Backend
 from laplace_debiased.estimation.kron_estimator import FoldStatistics
@@ -182,7 +182,7 @@ def _over_ranks(
                 own[fold, "rows", block.name] = scaled(block.output, merged.n_samples)
                 if block.input is not None:
                     own[fold, "columns", block.name] = scaled(block.input, merged.n_samples)
-    means = {key: divided(f, sizes[key[0]]) for key, f in summed_factors(ranks, own).items()}
+    means = {key: scaled(f, 1 / sizes[key[0]]) for key, f in summed_factors(ranks, own).items()}
     return tuple(
         KroneckerFactors(
             tuple(

@@ -20,7 +20,7 @@ from laplace_debiased.curvature import (
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.over_ranks import factors_over_ranks, magnitudes_over_ranks
 from laplace_debiased.curvature.passes import Columns
-from laplace_debiased.curvature.rows import largest_basis
+from laplace_debiased.curvature.rows.size import largest_basis
 from laplace_debiased.data import Batch
 from laplace_debiased.debiasing import Measurement
 from laplace_debiased.estimation.columns import (

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from laplace_debiased.curvature import Chunk, CurvaturePass
 from laplace_debiased.curvature.passes import Blocks, UnitColumns
-from laplace_debiased.curvature.rows import Basis, PositionRows, RankOneRows, RotatedRows, Weights
+from laplace_debiased.curvature.rows.rotated import PositionRows, RankOneRows, RotatedRows, Weights
+from laplace_debiased.curvature.rows.size import Basis
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature import Chunk, CurvaturePass, identity_columns
-from laplace_debiased.curvature.rows import RotatedRows, Weights
+from laplace_debiased.curvature.rows.rotated import RotatedRows, Weights
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length
 from laplace_debiased.operators import EigenKron
@@ -81,9 +81,7 @@ class KronPredictor(Predictor):
                 with outside_inference_mode(), torch.set_grad_enabled(ask.differentiable):
                     rows = []
                     for name, found in chunk.blocks:
-                        jacobian = found.rotated(bases[name])
-                        if not isinstance(jacobian, RotatedRows):
-                            jacobian = jacobian.expanded()
+                        jacobian = found.rotated(bases[name]).expanded()
                         rows.append(JointRows.of(jacobian, tables[name]))
                 yield chunk, rows
 

@@ -17,12 +17,8 @@ from laplace_debiased.curvature import (
     registered_operations,
 )
 from laplace_debiased.curvature.operations import call
-from laplace_debiased.curvature.rows import (
-    MAX_DENSE_VECTOR,
-    MatrixRows,
-    input_factor,
-    token_factor,
-)
+from laplace_debiased.curvature.rows import MatrixRows, input_factor
+from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR, token_factor
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
 from tests.fuzz.networks import LENGTH, WIDTH, Attention, Tokens
@@ -276,7 +272,7 @@ def test_second_rule_for_a_function_needs_override(registry) -> None:
     [
         (nn.Linear, LinearRule(), "must be a function of torch"),
         (torch.dot, LinearRule, "must be an instance"),
-        (torch.dot, object(), "readings, matrix, rows, column_rows, input_factor"),
+        (torch.dot, object(), "readings, matrix, rows, input_factor"),
     ],
 )
 def test_what_is_no_rule_or_no_function_is_refused(

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from laplace_debiased.curvature.recorder import record
-from laplace_debiased.curvature.rows import MAX_DENSE_VECTOR
+from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests import oracles
 from tests.tolerances import assert_exact

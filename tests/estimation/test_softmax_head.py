@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.curvature.rows import BiasRows, FactorRule, MatrixRows
-from laplace_debiased.curvature.rows.softmax import (
+from laplace_debiased.curvature.rows import BiasRows, MatrixRows
+from laplace_debiased.curvature.softmax_head import (
     SoftmaxBiasRows,
     SoftmaxMatrixRows,
     softmax_covariance,
@@ -212,7 +212,7 @@ def test_rows_written_out_are_those_of_a_root() -> None:
         for used in (slice(None), slice(2, 9)):
             mine, wanted = closed.select(used), general.select(used)
             for one, other in (
-                (mine.column_factor(FactorRule()), wanted.column_factor(FactorRule())),
+                tuple(r.column_factor(summed_bias=True) for r in (mine, wanted)),
                 (
                     mine.curvature(Bases(), coefficients[used]),
                     wanted.curvature(Bases(), coefficients[used]),

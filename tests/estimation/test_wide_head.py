@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.curvature.rows import RowsFactor
+from laplace_debiased.curvature.rows.gram import RowsFactor
 from laplace_debiased.estimation import softmax_head
 from tests.tolerances import assert_exact
 

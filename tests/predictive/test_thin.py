@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.curvature.rows import PositionRows
+from laplace_debiased.curvature.rows.rotated import PositionRows
 from laplace_debiased.posterior import DebiasedKronLaplace, DebiasedKronLLLaplace
 from laplace_debiased.predictive import OutputCovariance
 from tests import oracles

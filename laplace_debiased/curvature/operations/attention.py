@@ -23,14 +23,9 @@ from laplace_debiased.curvature.operations.call import (
     RuleDefaults,
 )
 from laplace_debiased.curvature.operations.linear import LinearRule
-from laplace_debiased.curvature.rows import (
-    BiasRows,
-    BlockRows,
-    Factor,
-    GroupedRows,
-    input_factor,
-    stacked,
-)
+from laplace_debiased.curvature.rows.base import BlockRows
+from laplace_debiased.curvature.rows.gram import Factor, input_factor, stacked
+from laplace_debiased.curvature.rows.parameters import BiasRows, MatrixRows
 
 _SIGNATURE = inspect.signature(functional.multi_head_attention_forward)
 _LINEAR = LinearRule()
@@ -59,28 +54,18 @@ class InputProjectionsRule(RuleDefaults):
         """None: this rule is for calls that are made apart."""
         return ()
 
-    def matrix(self, slot: str, argument: Tensor, settings: Any) -> Tensor | None:
-        """As it is."""
-        return argument if slot == "weight" else None
-
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
         """Inputs of the three projections [m, T_i, E], columns [m, R, T_i, E]."""
-        if slot == "bias":
-            return self.column_rows(call, slot, columns)
-        longest = max(_positions(c, 2).shape[2] for c in columns)
-        a = torch.stack([_padded(_positions(inputs, 1), longest) for inputs in call.inputs])
-        return GroupedRows(a, torch.stack([_padded(_positions(c, 2), longest) for c in columns]))
-
-    def column_rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
-        """Rows without what was read."""
         flat = [_positions(c, 2) for c in columns]
         longest = max(c.shape[2] for c in flat)
-        padded = [_padded(c, longest) for c in flat]
-        return (
-            BiasRows(torch.cat(padded, -1))
-            if slot == "bias"
-            else GroupedRows(None, torch.stack(padded))
-        )
+        g = [_padded(c, longest) for c in flat]
+        if slot == "bias":
+            return BiasRows(torch.cat(g, -1))
+
+        def read() -> Tensor:
+            return torch.stack([_padded(_positions(a, 1), longest) for a in call.inputs])
+
+        return MatrixRows(read, torch.stack(g))
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -102,6 +87,7 @@ def _padded(positions: Tensor, length: int) -> Tensor:
 
 
 _PROJECTIONS = InputProjectionsRule()
+_INPUTS = ("query", "key", "value")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -123,49 +109,29 @@ def attend_apart(
     names = ("in_proj_weight", "in_proj_bias", *_SEPARATE, "out_proj_weight", "out_proj_bias")
     if call["query"].ndim != 3 or not any(recording.is_covered(call.get(n)) for n in names):
         return NotImplemented
-    others = [call.get(key) for key in ("query", "key", "value", "bias_k", "bias_v")]
+    others = [call.get(key) for key in (*_INPUTS, "bias_k", "bias_v")]
     recording.refuse(_NAME, "has no rule for queries, keys and values of their own", others)
-    if call.get("use_separate_proj_weight", False):
-        _project_separately(recording, call)
-    else:
-        _project_together(recording, call)
+    _project_inputs(recording, call)
     return _project_outputs(recording, func, call)
 
 
-def _inputs(call: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    return tuple(call[key].transpose(0, 1) for key in ("query", "key", "value"))
-
-
-def _biases(call: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
-    bias = call["in_proj_bias"]
-    return (None,) * 3 if bias is None else tuple(bias.chunk(3))
-
-
-def _project_together(recording: Recording, call: dict[str, Any]) -> None:
-    weights, inputs = call["in_proj_weight"].chunk(3), _inputs(call)
-    outputs = tuple(
-        functional.linear(a, weight, bias)
-        for a, weight, bias in zip(inputs, weights, _biases(call), strict=True)
-    )
-    parameters = {"weight": call["in_proj_weight"], "bias": call["in_proj_bias"]}
-    reading = Reading(parameters, inputs, whole=True)
-    recording.note(_NAME, _PROJECTIONS, reading, outputs)
-    _replace_inputs(call, outputs)
-
-
-def _project_separately(recording: Recording, call: dict[str, Any]) -> None:
-    found = []
-    for name, a, bias in zip(_SEPARATE, _inputs(call), _biases(call), strict=True):
-        found.append(functional.linear(a, call[name], bias))
-        reading = Reading({"weight": call[name], "bias": bias}, (a,))
-        recording.note(_NAME, _LINEAR, reading, (found[-1],))
-    _replace_inputs(call, tuple(found))
-
-
-def _replace_inputs(call: dict[str, Any], projected: tuple[Tensor, ...]) -> None:
-    for key, value in zip(("query", "key", "value"), projected, strict=True):
-        call[key] = value.transpose(0, 1)
-    call |= dict.fromkeys(_SEPARATE, _identity_like(projected[0]))
+def _project_inputs(recording: Recording, call: dict[str, Any]) -> None:
+    """Leave projections in the place of queries, keys and values, and identities of weights."""
+    separate = call.get("use_separate_proj_weight", False)
+    inputs = tuple(call[key].transpose(0, 1) for key in _INPUTS)
+    weight, bias = call["in_proj_weight"], call["in_proj_bias"]
+    weights = [call[name] for name in _SEPARATE] if separate else weight.chunk(3)
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    outputs = tuple(map(functional.linear, inputs, weights, biases))
+    if separate:
+        for a, w, b, output in zip(inputs, weights, biases, outputs, strict=True):
+            recording.note(_NAME, _LINEAR, Reading({"weight": w, "bias": b}, (a,)), (output,))
+    else:
+        reading = Reading({"weight": weight, "bias": bias}, inputs, whole=True)
+        recording.note(_NAME, _PROJECTIONS, reading, outputs)
+    for key, output in zip(_INPUTS, outputs, strict=True):
+        call[key] = output.transpose(0, 1)
+    call |= dict.fromkeys(_SEPARATE, _identity_like(outputs[0]))
     call |= {"use_separate_proj_weight": True, "in_proj_weight": None, "in_proj_bias": None}
 
 

@@ -11,14 +11,38 @@ both; there the partner p + k' − k lies on the same row (column), or outside o
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import product
 
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from laplace_debiased.curvature.operations.kernel import Kernel
-
 _MIN_PIXELS = 128
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a convolution moves over its input, one number per spatial dimension.
+
+    Attributes:
+        size: of the kernel.
+        stride: between windows.
+        padding: zeros before and after each dimension.
+        dilation: between entries of the kernel.
+        groups: of channels.
+    """
+
+    size: Sizes
+    stride: Sizes
+    padding: tuple[tuple[int, int], ...]
+    dilation: Sizes
+    groups: int
+
+    @property
+    def pads(self) -> list[int]:
+        """As ``torch.nn.functional.pad`` takes it."""
+        return [side for sides in reversed(self.padding) for side in sides]
 
 
 def applies_to(kernel: Kernel, inputs: Tensor) -> bool:

@@ -8,7 +8,7 @@ knows rows only, no operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -16,7 +16,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from laplace_debiased.curvature.operations.views import Place
-from laplace_debiased.curvature.rows import BlockRows, Factor
+from laplace_debiased.curvature.rows.base import BlockRows
+from laplace_debiased.curvature.rows.gram import Factor
+from laplace_debiased.curvature.rows.parameters import VectorRows, joined_rows
+
+Cotangents = tuple[Tensor, ...] | None
+"""Gradients in what a call wrote [m, ...], or R of them [m, R, ...]; None where it does not affect
+the outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +84,8 @@ class OperationRule(Protocol):
 
         Raises:
             ValueError: if the tensors are not of the shape that the operation documents with the
-                batch in front.
+                batch in front; at the latest when what the rows are made of is asked for.
         """
-
-    def column_rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
-        """The same for the factor of the columns alone, which may leave out the inputs."""
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -104,10 +107,6 @@ class RuleDefaults:
     def matrix(self, slot: str, argument: Tensor, settings: Any) -> Tensor | None:
         """The weight, all dimensions but the first one flattened."""
         return argument.flatten(1) if slot == "weight" and argument.ndim > 1 else None
-
-    def column_rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
-        """All rows, unless overridden."""
-        return self.rows(call, slot, columns)  # type: ignore[attr-defined]
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -137,12 +136,9 @@ class OperationCall:
     settings: Any = None
     folded: bool = False
 
-    def rows(
-        self, slot: str, columns: tuple[Tensor, ...], *, columns_only: bool = False
-    ) -> BlockRows:
+    def rows(self, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
         """Rows of the *parameter* in a slot, zero where the argument is a part of it."""
-        read = self.rule.column_rows if columns_only else self.rule.rows
-        return self.uses[slot].place.embedded(read(self, slot, columns))
+        return self.uses[slot].place.embedded(self.rule.rows(self, slot, columns))
 
     def input_factor(self, slot: str, counts: Tensor | None = None) -> Factor | None:
         """Factor of the inputs, of the side of the parameter that they act on."""
@@ -165,6 +161,85 @@ class OperationCall:
             lead: number of dimensions before k.
         """
         return tensor.flatten(lead - 1, lead) if self.folded else tensor
+
+
+class PlainRule(RuleDefaults):
+    """What is "read" is the parameter itself, and the columns are its gradients.
+
+    So for a parameter that is added, multiplied or otherwise broadcast over the batch: each sample
+    is given a copy of its own, and the gradient in that copy is the sample's.
+    """
+
+    def readings(self, *args: Any, **kwargs: Any) -> tuple[Reading, ...]:
+        """None: no function is this rule's."""
+        return ()
+
+    def matrix(self, slot: str, argument: Tensor, settings: Any) -> None:
+        """All entries are one vector."""
+
+    def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
+        """Columns [m, R, *shape of the parameter]."""
+        return VectorRows(columns[0].reshape(*columns[0].shape[:2], -1))
+
+
+def plain_call(name: str, parameter: Tensor) -> OperationCall:
+    """The call that "reads" a parameter as it is, whatever becomes of it.
+
+    Args:
+        name: its qualified name.
+        parameter: its tensor.
+    """
+    whole = Place((parameter.numel(),), (0,), (parameter.numel(),))
+    return OperationCall("the parameter itself", PlainRule(), {"weight": Use(name, whole)}, ())
+
+
+Uses = dict[str, list[tuple[int, str]]]
+"""By parameter name, which calls read it, and in which slot."""
+
+
+def uses_of(calls: Sequence[OperationCall]) -> Uses:
+    """Which calls read which parameter, in the order of the calls."""
+    found: Uses = {}
+    for index, call in enumerate(calls):
+        for slot, use in call.uses.items():
+            found.setdefault(use.name, []).append((index, slot))
+    return found
+
+
+def parameter_rows(
+    calls: Sequence[OperationCall],
+    places: Sequence[tuple[int, str]],
+    columns: Sequence[Cotangents],
+) -> BlockRows | None:
+    """Rows of one parameter from all calls that read it; None if none affects the outputs.
+
+    Args:
+        calls: what was recorded.
+        places: which of them read the parameter, and in which slot.
+        columns: by call, R columns [m, R, ...] at what it wrote.
+    """
+    found = [
+        calls[index].rows(slot, pulled)
+        for index, slot in places
+        if (pulled := columns[index]) is not None
+    ]
+    return joined_rows(found) if found else None
+
+
+def blocks_of(
+    calls: Sequence[OperationCall], stacks: list[Cotangents]
+) -> Iterator[tuple[str, BlockRows]]:
+    """Rows of every parameter; columns are let go when their last reader has had them."""
+    uses = uses_of(calls)
+    waiting = [len(call.uses) for call in calls]
+    for name, places in uses.items():
+        rows = parameter_rows(calls, places, stacks)
+        for index, _ in places:
+            waiting[index] -= 1
+            if waiting[index] == 0:
+                stacks[index] = None
+        if rows is not None:
+            yield name, rows
 
 
 _RULES: dict[Any, OperationRule] = {}
@@ -193,8 +268,7 @@ def register_operation_rule(
         linear map of one position, with x as its input and g x as its columns.
 
         >>> import torch
-        >>> from laplace_debiased.curvature import RuleDefaults, register_operation_rule
-        >>> from laplace_debiased.curvature.operations import Reading
+        >>> from laplace_debiased.curvature import Reading, RuleDefaults, register_operation_rule
         >>> from laplace_debiased.curvature.rows import MatrixRows, input_factor
         >>> class QuadraticRule(RuleDefaults):
         ...     def readings(self, x, y, weight, bias=None):
@@ -209,7 +283,7 @@ def register_operation_rule(
         ...         return input_factor(call.inputs[1].unsqueeze(1), counts)
         >>> register_operation_rule(torch.nn.functional.bilinear, QuadraticRule())
     """
-    needed = ("transposed", "readings", "matrix", "rows", "column_rows", "input_factor")
+    needed = ("transposed", "readings", "matrix", "rows", "input_factor")
     if not callable(function) or isinstance(function, type):
         raise TypeError(f"function must be a function of torch; got {function!r}.")
     if isinstance(rule, type) or not all(hasattr(rule, name) for name in needed):

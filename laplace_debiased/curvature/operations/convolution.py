@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from laplace_debiased.curvature.operations.autocorrelation import applies_to, patch_covariance
-from laplace_debiased.curvature.operations.call import OperationCall, Reading, RuleDefaults
-from laplace_debiased.curvature.operations.kernel import Kernel, Sizes
-from laplace_debiased.curvature.operations.linear import require_equal_positions
-from laplace_debiased.curvature.rows import (
-    BiasRows,
-    BlockRows,
-    Factor,
-    GroupedRows,
-    MatrixRows,
-    input_factor,
+from laplace_debiased.curvature.operations.autocorrelation import (
+    Kernel,
+    Sizes,
+    applies_to,
+    patch_covariance,
 )
+from laplace_debiased.curvature.operations.call import OperationCall, Reading, RuleDefaults
+from laplace_debiased.curvature.operations.linear import fitting
+from laplace_debiased.curvature.rows.base import BlockRows
+from laplace_debiased.curvature.rows.gram import Factor, input_factor
+from laplace_debiased.curvature.rows.parameters import BiasRows, MatrixRows
 
 
 def _each(value: Any, n: int) -> Sizes:
@@ -63,11 +62,6 @@ def _as_positions(found: Tensor, spatial: int) -> Tensor:
     return found.transpose(1, 2).flatten(2)
 
 
-def _grouped(positions: Tensor, groups: int) -> Tensor:
-    """[..., T, G·D] as [G, ..., T, D]."""
-    return positions.unflatten(-1, (groups, -1)).movedim(-2, 0)
-
-
 class _ConvRule(RuleDefaults):
     """What both directions do alike. A subclass gives a [m, T, ·] and g [m, R, T, ·]."""
 
@@ -82,20 +76,16 @@ class _ConvRule(RuleDefaults):
         raise NotImplementedError
 
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
-        """Inputs [m, C_in, *size], columns [m, R, C_out, *size']."""
-        if slot == "bias":
-            return self.column_rows(call, slot, columns)
-        _require_images(call)
-        a, g = self.input_positions(call), self.output_positions(call, columns[0])
-        require_equal_positions(call, a, g)
-        return self._weight_rows(call, a, g)
-
-    def column_rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
-        """Rows without what was read."""
+        """Inputs [m, C_in, *size], columns [m, R, C_out, *size]."""
         if slot == "bias":
             return BiasRows(_pixels(call, columns[0]))
         _require_images(call)
-        return self._weight_rows(call, None, self.output_positions(call, columns[0]))
+        g = self._grouped(call, self.output_positions(call, columns[0]))
+
+        def read() -> Tensor:
+            return fitting(call, self._grouped(call, self.input_positions(call)), g)
+
+        return MatrixRows(read, g, self.transposed)
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -103,15 +93,14 @@ class _ConvRule(RuleDefaults):
         """Of what the weight reads."""
         if slot == "bias":
             return None
-        a, groups = self.input_positions(call), call.settings.groups
-        return input_factor(a if groups == 1 else _grouped(a, groups), counts)
+        return input_factor(self._grouped(call, self.input_positions(call)), counts)
 
-    def _weight_rows(self, call: OperationCall, a: Tensor | None, g: Tensor) -> BlockRows:
+    def _grouped(self, call: OperationCall, positions: Tensor) -> Tensor:
+        """[..., T, G·D] as [G, ..., T, D]; as it is where there is one group."""
         groups = call.settings.groups
         if groups == 1:
-            return MatrixRows(a, g, self.transposed)
-        split = None if a is None else _grouped(a, groups)
-        return GroupedRows(split, _grouped(g, groups), self.transposed)
+            return positions
+        return positions.unflatten(-1, (groups, -1)).movedim(-2, 0)
 
 
 def _pixels(call: OperationCall, columns: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from laplace_debiased.curvature.operations.call import OperationCall, Reading, RuleDefaults
-from laplace_debiased.curvature.rows import BlockRows, Factor, TokenRows, token_factor
+from laplace_debiased.curvature.rows.base import BlockRows
+from laplace_debiased.curvature.rows.gram import Factor
+from laplace_debiased.curvature.rows.parameters import TokenRows, token_factor
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from laplace_debiased.curvature.operations.call import OperationCall, Reading, RuleDefaults
-from laplace_debiased.curvature.rows import BiasRows, BlockRows, Factor, MatrixRows, input_factor
+from laplace_debiased.curvature.rows.base import BlockRows
+from laplace_debiased.curvature.rows.gram import Factor, input_factor
+from laplace_debiased.curvature.rows.parameters import BiasRows, MatrixRows
 
 
 class LinearRule(RuleDefaults):
@@ -41,14 +43,7 @@ class LinearRule(RuleDefaults):
         g = self.output_positions(call, columns[0])
         if slot == "bias":
             return BiasRows(g)
-        a = self.input_positions(call)
-        require_equal_positions(call, a, g)
-        return MatrixRows(a, g)
-
-    def column_rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
-        """Rows without what was read."""
-        g = self.output_positions(call, columns[0])
-        return BiasRows(g) if slot == "bias" else MatrixRows(None, g)
+        return MatrixRows(lambda: fitting(call, self.input_positions(call), g), g)
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -57,17 +52,18 @@ class LinearRule(RuleDefaults):
         return None if slot == "bias" else input_factor(self.input_positions(call), counts)
 
 
-def require_equal_positions(call: OperationCall, a: Tensor, g: Tensor) -> None:
-    """Check that inputs [..., m, T, D_in] fit columns [..., m, R, T, D_out].
+def fitting(call: OperationCall, a: Tensor, g: Tensor) -> Tensor:
+    """Inputs [..., m, T, D_in], checked to fit columns [..., m, R, T, D_out].
 
     Raises:
-        ValueError: if not.
+        ValueError: if they do not.
     """
     if (a.shape[-3], a.shape[-2]) != (g.shape[-4], g.shape[-2]):
         raise ValueError(
             f"{call.operation} read {a.shape[-2]} positions of {a.shape[-3]} samples and wrote "
             f"{g.shape[-2]} of {g.shape[-4]}; is the first dimension of its input the batch?"
         )
+    return a
 
 
 class AddmmRule(LinearRule):

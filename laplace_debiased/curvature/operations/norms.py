@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from laplace_debiased.curvature.operations.call import OperationCall, Reading, RuleDefaults
-from laplace_debiased.curvature.rows import BlockRows, VectorRows
+from laplace_debiased.curvature.rows.base import BlockRows
+from laplace_debiased.curvature.rows.parameters import VectorRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +36,17 @@ class Normalisation:
 
 
 class NormRule(RuleDefaults):
-    """Rows of x̂ ⊙ w + b: columns times x̂ for the scale, as they are for the shift."""
+    """Rows of x̂ ⊙ w + b: columns times x̂ for the scale, as they are for the shift.
+
+    Args:
+        readings: how a call is read, with the arguments of torch's function.
+    """
+
+    def __init__(self, readings: Callable[..., tuple[Reading, ...]]) -> None:
+        self.readings = readings
 
     def matrix(self, slot: str, argument: Tensor, settings: Any) -> None:
         """Scales and shifts are vectors."""
-
-    def readings(self, *args: Any, **kwargs: Any) -> tuple[Reading, ...]:
-        """Given by a subclass."""
-        raise NotImplementedError
 
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
         """Inputs [m, ...], columns [m, R, ...] of the same shape."""
@@ -61,106 +65,74 @@ class NormRule(RuleDefaults):
         return VectorRows(values.flatten(3).sum(3) if values.ndim > 3 else values)
 
 
-class LayerNormRule(NormRule):
-    """``layer_norm``."""
-
-    def readings(
-        self,
-        input: Tensor,
-        normalized_shape: Any,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
-        shape = tuple(normalized_shape)
-        run = partial(functional.layer_norm, normalized_shape=shape, eps=eps)
-        return _reading(input, weight, bias, run, channels=False)
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Reading, ...]:
+    shape = tuple(normalized_shape)
+    run = partial(functional.layer_norm, normalized_shape=shape, eps=eps)
+    return _reading(input, weight, bias, run, channels=False)
 
 
-class RmsNormRule(NormRule):
-    """``rms_norm``."""
-
-    def readings(
-        self,
-        input: Tensor,
-        normalized_shape: Any,
-        weight: Tensor | None = None,
-        eps: float | None = None,
-    ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
-        shape = tuple(normalized_shape)
-        run = partial(functional.rms_norm, normalized_shape=shape, eps=eps)
-        return _reading(input, weight, None, run, channels=False)
+def _rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> tuple[Reading, ...]:
+    shape = tuple(normalized_shape)
+    run = partial(functional.rms_norm, normalized_shape=shape, eps=eps)
+    return _reading(input, weight, None, run, channels=False)
 
 
-class GroupNormRule(NormRule):
-    """``group_norm``."""
-
-    def readings(
-        self,
-        input: Tensor,
-        num_groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
-        run = partial(functional.group_norm, num_groups=num_groups, eps=eps)
-        return _reading(input, weight, bias, run, channels=True)
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Reading, ...]:
+    run = partial(functional.group_norm, num_groups=num_groups, eps=eps)
+    return _reading(input, weight, bias, run)
 
 
-def _standardised(
-    inputs: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float
-) -> Tensor:
-    assert mean is not None
-    assert variance is not None
+def _standardised(inputs: Tensor, mean: Any, variance: Any, eps: float) -> Tensor:
     shape = (1, -1, *(1,) * (inputs.ndim - 2))
     scale = (variance.to(inputs) + eps).rsqrt()
     return (inputs - mean.to(inputs).reshape(shape)) * scale.reshape(shape)
 
 
-class BatchNormRule(NormRule):
-    """``batch_norm``, in evaluation mode."""
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Reading, ...]:
+    if training or running_mean is None or running_var is None:
+        refused = "a batch norm without running statistics mixes the samples"
+        return _reading(input, weight, bias, None, refused=refused)
+    run = partial(_standardised, mean=running_mean, variance=running_var, eps=eps)
+    return _reading(input, weight, bias, run)
 
-    def readings(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
-        if training or running_mean is None or running_var is None:
-            refused = "a batch norm without running statistics mixes the samples"
-            return _reading(input, weight, bias, None, channels=True, refused=refused)
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Reading, ...]:
+    run: Any = partial(functional.instance_norm, eps=eps)
+    if not use_input_stats:
         run = partial(_standardised, mean=running_mean, variance=running_var, eps=eps)
-        return _reading(input, weight, bias, run, channels=True)
-
-
-class InstanceNormRule(NormRule):
-    """``instance_norm``, with the instance's statistics or with running ones."""
-
-    def readings(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        use_input_stats: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
-        run: Any = partial(functional.instance_norm, eps=eps)
-        if not use_input_stats:
-            run = partial(_standardised, mean=running_mean, variance=running_var, eps=eps)
-        return _reading(input, weight, bias, run, channels=True)
+    return _reading(input, weight, bias, run)
 
 
 def _reading(
@@ -169,7 +141,7 @@ def _reading(
     bias: Tensor | None,
     normalised: Any,
     *,
-    channels: bool,
+    channels: bool = True,
     refused: str | None = None,
 ) -> tuple[Reading, ...]:
     scale = weight if weight is not None else bias
@@ -181,10 +153,11 @@ def _reading(
 
 def rules() -> dict[Any, NormRule]:
     """Rules of this file by torch function."""
-    return {
-        functional.layer_norm: LayerNormRule(),
-        functional.rms_norm: RmsNormRule(),
-        functional.group_norm: GroupNormRule(),
-        functional.batch_norm: BatchNormRule(),
-        functional.instance_norm: InstanceNormRule(),
+    found: dict[Any, Callable[..., tuple[Reading, ...]]] = {
+        functional.layer_norm: _layer_norm,
+        functional.rms_norm: _rms_norm,
+        functional.group_norm: _group_norm,
+        functional.batch_norm: _batch_norm,
+        functional.instance_norm: _instance_norm,
     }
+    return {function: NormRule(readings) for function, readings in found.items()}

@@ -13,14 +13,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn.functional import pad
 
-from laplace_debiased.curvature.rows import (
-    BiasRows,
-    BlockRows,
-    Factor,
-    MatrixRows,
-    RowsFactor,
-    VectorRows,
-)
+from laplace_debiased.curvature.rows.base import BlockRows
+from laplace_debiased.curvature.rows.gram import Factor, RowsFactor
+from laplace_debiased.curvature.rows.parameters import MatrixRows, VectorRows
 
 
 @dataclass(frozen=True)
@@ -53,15 +48,16 @@ class Place:
         Raises:
             TypeError: for parts of a parameter in rows that have no parts.
         """
-        if isinstance(rows, MatrixRows) and self.transposed:
-            rows = replace(rows, transposed=not rows.transposed)
+        if isinstance(rows, MatrixRows):
+            transposed = rows.transposed != self.transposed
+            if self.whole:
+                return replace(rows, transposed=transposed)
+            outs, ins = (1, 0) if transposed else (0, 1)
+            columns, around = pad(rows.columns, self._around(outs)), self._around(ins)
+            return MatrixRows(lambda: pad(rows.read, around), columns, transposed)
         if self.whole:
             return rows
-        if isinstance(rows, MatrixRows):
-            outs, ins = (1, 0) if rows.transposed else (0, 1)
-            inputs = None if rows.inputs is None else pad(rows.inputs, self._around(ins))
-            return replace(rows, inputs=inputs, columns=pad(rows.columns, self._around(outs)))
-        if isinstance(rows, BiasRows | VectorRows):
+        if isinstance(rows, VectorRows):
             return replace(rows, columns=pad(rows.columns, self._around(0)))
         raise TypeError("a part of this parameter cannot be told from the rest.")
 

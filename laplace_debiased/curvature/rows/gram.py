@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from laplace_debiased.curvature import kernels
+from laplace_debiased.network.transforms import vmap
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +42,6 @@ class RowsFactor:
         """Rᵀ R."""
         return self.rows.mT @ self.rows
 
-    def scaled(self, scale: float) -> RowsFactor:
-        """The factor times a number ≥ 0."""
-        return RowsFactor(self.rows * scale**0.5)
-
 
 Factor = Tensor | RowsFactor
 
@@ -58,14 +58,9 @@ def dense(factor: Factor) -> Tensor:
 
 def scaled(factor: Factor, scale: float) -> Factor:
     """The factor times a number ≥ 0."""
-    return factor.scaled(scale) if isinstance(factor, RowsFactor) else scale * factor
-
-
-def divided(factor: Factor, divisor: float) -> Factor:
-    """The factor over a number > 0."""
     if isinstance(factor, RowsFactor):
-        return RowsFactor(factor.rows / divisor**0.5)
-    return factor / divisor
+        return RowsFactor(factor.rows * scale**0.5)
+    return scale * factor
 
 
 class FactorSum:
@@ -85,15 +80,13 @@ class FactorSum:
             factor = _diagonal_rows(dense(factor))
         if self._dense is None and isinstance(factor, RowsFactor):
             self._parts.append(factor.rows)
-            if sum(part.shape[-2] for part in self._parts) >= factor.shape[-1]:
-                whole = torch.cat(self._parts, dim=-2)
-                self._dense, self._parts = whole.mT @ whole, []
-            return
+            if sum(part.shape[-2] for part in self._parts) < factor.shape[-1]:
+                return
+            factor, self._parts = RowsFactor(torch.cat(self._parts, dim=-2)), []
         total = dense(factor)
         if self._parts:
-            total = total + RowsFactor(torch.cat(self._parts, dim=-2)).dense()
+            total, self._parts = total + dense(self.value()), []
         self._dense = total if self._dense is None else self._dense + total
-        self._parts = []
 
     def value(self) -> Factor:
         """The sum so far; something was added."""
@@ -128,3 +121,39 @@ def factor_to_state(factor: Factor) -> Tensor | dict[str, Tensor]:
 def factor_from_state(state: Tensor | dict[str, Tensor]) -> Factor:
     """Of :func:`factor_to_state`."""
     return state if isinstance(state, Tensor) else RowsFactor(state["rows"])
+
+
+def input_factor(a: Tensor, counts: Tensor | None = None) -> Factor:
+    """Input factor [D_in, D_in] of inputs [m, T, D_in], summed over samples.
+
+    Every position counts as a sample of its own (K-FAC "expand", Eschenhagen et al. 2023).
+
+    Args:
+        a: the inputs; of G groups [G, m, T, D_in], which have a factor each.
+        counts: multiplicity of every sample [m]; None for ones.
+
+    Returns:
+        The factor, as its rows where they are fewer than D_in.
+    """
+    m, positions, width = a.shape[-3:]
+    if m * positions < width:
+        scales = a.new_ones(m) if counts is None else counts.to(a)
+        rows = a * (scales / positions).sqrt().reshape(m, 1, 1)
+        return RowsFactor(rows.flatten(-3, -2))
+    if a.ndim == 3:
+        return kernels.input_covariance(a, counts)
+    return vmap(lambda part: kernels.input_covariance(part, counts))(a)
+
+
+def column_gram(columns: Tensor) -> Factor:
+    """Σ g gᵀ [D, D] of columns g [m, R, T, D]; of G groups [G, m, R, T, D], one each."""
+    return gram_of_rows(columns.flatten(-4, -2))
+
+
+def stacked(factors: Sequence[Factor]) -> Factor:
+    """Factors of one side each, as those of the groups of one parameter [G, D, D]."""
+    parts = [factor.rows for factor in factors if isinstance(factor, RowsFactor)]
+    if len(parts) < len(factors):
+        return torch.stack([dense(factor) for factor in factors])
+    length = max(part.shape[-2] for part in parts)
+    return RowsFactor(torch.stack([pad(part, (0, 0, 0, length - len(part))) for part in parts]))

@@ -17,11 +17,13 @@ stands for the identity, which is never thin.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 
-def is_thin(basis: Tensor | None) -> bool:
+def is_thin(basis: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a side has a complement."""
     return basis is not None and basis.shape[-1] < basis.shape[-2]
 
@@ -50,25 +52,23 @@ def from_coordinates(c: Tensor, basis: Tensor | None) -> Tensor:
     return outside + (inside - outside @ basis) @ basis.mT
 
 
+def repeat_last(values: Tensor, times: int, dim: int = -1) -> Tensor:
+    """Values with the last along an axis so many times."""
+    shape = list(values.shape)
+    shape[dim] = times - 1
+    return torch.cat([values, values.narrow(dim, -1, 1).expand(shape)], dim=dim)
+
+
 def spread(values: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
     """Values of a side, as values per column of E: the complement's D times."""
-    return values if basis is None else _repeated(values, basis, basis.shape[-2], dim)
+    return repeat_last(values, basis.shape[-2], dim) if is_thin(basis) else values
 
 
 def per_direction(values: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
     """Values of a side, as D values of as many directions: the complement's D − r times."""
-    if basis is None:
-        return values
-    return _repeated(values, basis, basis.shape[-2] - basis.shape[-1], dim)
-
-
-def _repeated(values: Tensor, basis: Tensor, times: int, dim: int) -> Tensor:
     if not is_thin(basis):
         return values
-    head, last = values.split([basis.shape[-1], 1], dim=dim)
-    shape = list(last.shape)
-    shape[dim] = times
-    return torch.cat([head, last.expand(shape)], dim=dim)
+    return repeat_last(values, basis.shape[-2] - basis.shape[-1], dim)
 
 
 def energies(x: Tensor, basis: Tensor | None) -> Tensor:
@@ -99,17 +99,17 @@ def table_multiplicities(
 ) -> Tensor:
     """Number of directions that every entry of a table stands for."""
     counts = torch.ones_like(table)
-    if output_basis is not None and is_thin(output_basis):
+    if is_thin(output_basis):
         own = multiplicities(output_basis)
         counts = counts * (own if counts.ndim == 1 else own.unsqueeze(-1))
-    if input_basis is not None and is_thin(input_basis):
+    if is_thin(input_basis):
         counts = counts * multiplicities(input_basis).unsqueeze(-2)
     return counts
 
 
 def mean_energies(sums: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
     """Sums of energies per value of a side as means per direction."""
-    if basis is None or not is_thin(basis):
+    if not is_thin(basis):
         return sums
     values, counts = sums.movedim(dim, -1), multiplicities(basis)
     if counts.ndim < values.ndim:

@@ -87,7 +87,7 @@ class _Side:
 
     @classmethod
     def of(cls, size: int, basis: Tensor | None) -> _Side:
-        return cls(size, basis.shape[-1] if basis is not None and is_thin(basis) else size)
+        return cls(size, basis.shape[-1] if is_thin(basis) else size)
 
     @property
     def is_thin(self) -> bool:
@@ -101,8 +101,9 @@ class _Side:
 
 def largest_basis(bases: Sequence[Basis]) -> Basis:
     """The one of a block's bases that takes the most memory."""
-    return max(bases, key=lambda basis: _rank(basis.output_basis) + _rank(basis.input_basis))
 
+    def columns(basis: Basis) -> int:
+        sides = (basis.output_basis, basis.input_basis)
+        return sum(side.shape[-1] for side in sides if side is not None)
 
-def _rank(basis: Tensor | None) -> int:
-    return 0 if basis is None else basis.shape[-1]
+    return max(bases, key=columns)
