@@ -1,24 +1,16 @@
-"""Checks that the operators share: what comes in is real, finite, of the right shape."""
+"""Checks that the operators share: a TypeError for a wrong kind or dtype, else a ValueError."""
 
-import math
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-OPERATOR_DTYPES = (torch.float32, torch.float64)
-
 
 def require_floating(name: str, value: object) -> Tensor:
-    """Return `value` if it is a float32 or float64 tensor.
-
-    Raises:
-        TypeError: it is something else. Half precision is refused: eigenvalues span more decades
-            than it has digits.
-    """
+    """`value` if it is a float32 or float64 tensor; eigenvalues span more decades than half has."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
-    if value.dtype not in OPERATOR_DTYPES:
+    if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} must be float32 or float64, got {value.dtype}; convert it with "
             f"{name}.to(torch.float32)."
@@ -27,11 +19,7 @@ def require_floating(name: str, value: object) -> Tensor:
 
 
 def require_finite(name: str, value: Tensor) -> Tensor:
-    """Return `value` if all its entries are finite.
-
-    Raises:
-        ValueError: it holds NaN or inf.
-    """
+    """`value` if all its entries are finite."""
     # NaN and inf survive a sum, which needs no temporary of the size of `value`. The entries are
     # looked at only where it is not finite, since finite ones may overflow it.
     if bool(torch.isfinite(value.detach().sum())):
@@ -47,12 +35,7 @@ def require_finite(name: str, value: Tensor) -> Tensor:
 
 
 def require_same_kind(name: str, value: Tensor, like_name: str, like: Tensor) -> Tensor:
-    """Return `value` if it has the dtype and the device of `like`.
-
-    Raises:
-        TypeError: the dtypes differ.
-        ValueError: the devices differ.
-    """
+    """`value` if it has the dtype and the device of `like`."""
     if value.dtype != like.dtype:
         raise TypeError(
             f"{name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}; convert "
@@ -67,12 +50,7 @@ def require_same_kind(name: str, value: Tensor, like_name: str, like: Tensor) ->
 
 
 def require_vectors(name: str, value: object, n_params: int, like: Tensor) -> Tensor:
-    """Return `value` if it is [..., n_params] of the dtype and device of `like`.
-
-    Raises:
-        TypeError: not a tensor, or of another dtype.
-        ValueError: of another trailing size or device.
-    """
+    """`value` if it is [..., n_params] of the dtype and device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
     if value.ndim == 0 or value.shape[-1] != n_params:
@@ -84,13 +62,7 @@ def require_vectors(name: str, value: object, n_params: int, like: Tensor) -> Te
 
 
 def as_scalar(name: str, value: object, like: Tensor) -> Tensor:
-    """Return a real number or a one-element tensor as a 0-d tensor of the kind of `like`.
-
-    The graph of a tensor is kept, so that gradients reach it.
-
-    Raises:
-        ValueError: not one finite real number.
-    """
+    """A finite real number or a one-element tensor as a 0-d tensor of the kind of `like`."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.ndim > 1 or value.is_complex():
             raise ValueError(
@@ -103,15 +75,3 @@ def as_scalar(name: str, value: object, like: Tensor) -> Tensor:
     else:
         raise ValueError(f"{name} must be one real number, got {type(value).__name__}.")
     return require_finite(name, scalar)
-
-
-def as_exponent(value: float) -> float:
-    """Return `value` as a finite float.
-
-    Raises:
-        ValueError: not a finite real number.
-    """
-    exponent = float(value)
-    if not math.isfinite(exponent):
-        raise ValueError(f"exponent must be finite, got {exponent}.")
-    return exponent

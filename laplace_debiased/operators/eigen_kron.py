@@ -1,6 +1,7 @@
 """A block-diagonal posterior precision in a Kronecker eigenbasis."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.operators._validate import (
-    as_exponent,
     as_scalar,
     require_finite,
     require_same_kind,
@@ -210,7 +210,9 @@ class EigenKron:
         return [b.eigenvalues + delta for b, delta in zip(self.blocks, self.deltas, strict=True)]
 
     def _powers(self, exponent: float) -> list[Tensor]:
-        exponent = as_exponent(exponent)
+        exponent = float(exponent)
+        if not math.isfinite(exponent):
+            raise ValueError(f"exponent must be finite, got {exponent}.")
         tables = self.tables()
         if exponent < 0:
             _require_sign(tables, f"the exponent {exponent:g}", strict=True)

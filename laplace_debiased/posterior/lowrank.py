@@ -64,7 +64,7 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     def _host_curvature(self, fit: Fit, predictor: LowRankPredictor) -> dict[str, Any]:
         basis = predictor.pairs.basis
         summed = (predictor.pairs.eigenvalues * fit.n_data).to(basis)
-        operator = LowRank(basis, summed, 1.0, predictor.layer_sizes)
+        operator = LowRank(basis, summed, torch.ones(()), predictor.layer_sizes)
         return {"H": (basis, summed), "_operator": operator}
 
     @property
@@ -86,8 +86,7 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     def precision_operator(self) -> LowRank:
         """The posterior precision (a sum over the training set, prior added) as an operator."""
         self._check_H_init()
-        prior = self._checked_prior().to(self._operator.dtype)
-        return self._operator.scaled(self._H_factor).with_prior(prior)
+        return self._operator.scaled(self._H_factor).with_prior(self._checked_prior())
 
     @property
     def log_det_posterior_precision(self) -> Tensor:
@@ -124,8 +123,8 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
             noise = torch.randn(
                 n_samples,
                 self.n_params,
-                device=operator.device,
-                dtype=operator.dtype,
+                device=operator.basis.device,
+                dtype=operator.basis.dtype,
                 generator=generator,
             )
             return self.mean + operator.sqrt_solve(noise)
