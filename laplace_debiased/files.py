@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from laplace_debiased._version import __version__
 from laplace_debiased.errors import StoredFileError
@@ -160,6 +162,108 @@ def resolved_path(path: PathLike) -> Path:
             "use torch.save(la.state_dict(), file)."
         )
     return Path(os.path.realpath(path))
+
+
+_ESCAPED = "~/[({"
+_STEP = re.compile(r"/[^/\[({]*|\[\d*\]|\(\d*\)|\{\}")
+
+
+class _Node(dict[str, Any]):
+    """A container while it is put together: entries by the last step of their keys."""
+
+
+def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, lists and tuples as one mapping, whose values are no containers.
+
+    A key is the way to a value: ``a/b`` is entry "b" of mapping "a", ``a[0]`` the first of a list,
+    ``a(0)`` of a tuple. ``a[]`` and ``a()`` hold all of a list or tuple of numbers, a tensor [n]
+    (of none: [0]), and ``a{}`` stands for a mapping without entries. Names are escaped in the
+    manner of JSON pointers: ~0 to ~4 are "~", "/", "[", "(" and "{".
+    """
+    return {key: value for name in tree for key, value in _leaves(_escaped(name), tree[name])}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`flattened` had; of names and containers, as earlier versions wrote, the same.
+
+    Raises:
+        ValueError: if a key is none, or contradicts another.
+    """
+    root = _Node()
+    for key, value in flat.items():
+        steps = _STEP.findall(f"/{key}")
+        try:
+            if not isinstance(key, str) or "".join(steps) != f"/{key}":
+                raise ValueError
+            if steps[-1] in ("[]", "()", "{}"):
+                value = {} if steps[-1] == "{}" else value.tolist()
+                value = tuple(value) if steps.pop() == "()" else value
+            node = root
+            for step in steps[:-1]:
+                node = node.setdefault(step, _Node())
+            if not isinstance(node, _Node) or steps[-1] in node:
+                raise ValueError
+            node[steps[-1]] = value
+        except (ValueError, AttributeError, TypeError):
+            raise _edited(key) from None
+    return _container("", root)
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    match value:
+        case Mapping():
+            for name, entry in value.items():
+                yield from _leaves(f"{key}/{_escaped(name)}", entry)
+            if not value:
+                yield f"{key}{{}}", None
+        case list() | tuple():
+            start, end = "[]" if isinstance(value, list) else "()"
+            numbers = _numbers(value)
+            if numbers is not None:
+                yield f"{key}{start}{end}", numbers
+                return
+            for place, entry in enumerate(value):
+                yield from _leaves(f"{key}{start}{place}{end}", entry)
+        case _:
+            yield key, value
+
+
+def _numbers(values: list[Any] | tuple[Any, ...]) -> Tensor | None:
+    """Integers that 64 bits hold, or floats, in a tensor."""
+    if all(type(v) is int and -(2**63) <= v < 2**63 for v in values):
+        return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.float64) if {float} == set(map(type, values)) else None
+
+
+def _container(key: str, value: Any) -> Any:
+    if not isinstance(value, _Node):
+        return value
+    entries = {step: _container(f"{key}{step}", entry) for step, entry in value.items()}
+    kinds = {step[0] for step in entries}
+    if kinds <= {"/"}:
+        return {
+            re.sub("~([0-4])", lambda found: _ESCAPED[int(found[1])], step[1:]): entry
+            for step, entry in entries.items()
+        }
+    start, end = "[]" if kinds == {"["} else "()"
+    try:
+        in_order = [entries[f"{start}{place}{end}"] for place in range(len(entries))]
+    except KeyError:
+        raise _edited(key[1:]) from None
+    return in_order if start == "[" else tuple(in_order)
+
+
+def _escaped(name: str) -> str:
+    for code, character in enumerate(_ESCAPED):
+        name = name.replace(character, f"~{code}")
+    return name
+
+
+def _edited(key: object) -> ValueError:
+    return ValueError(
+        f"the state's entry {key!r} is none of ours or contradicts another one: it is damaged or "
+        "was edited; save the posterior again."
+    )
 
 
 def _check_archive(source: Path, kind: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from laplace_debiased import files
 from laplace_debiased.errors import StoredFileError
-from laplace_debiased.files import read_record, remove_file, write_record
+from laplace_debiased.files import flattened, nested, read_record, remove_file, write_record
 
 KIND = "test record"
 
@@ -177,3 +179,81 @@ def test_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
             continue
         assert found.keys() == expected.keys()
         assert torch.equal(found["value"], expected["value"])
+
+
+NAMES = st.text(st.sampled_from("a~/[](){}0.\n"), max_size=4)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+TREES = st.dictionaries(
+    NAMES,
+    st.recursive(
+        LEAVES,
+        lambda inner: (
+            st.dictionaries(NAMES, inner, max_size=3)
+            | st.lists(inner, max_size=3)
+            | st.lists(inner, max_size=3).map(tuple)
+        ),
+        max_leaves=12,
+    ),
+)
+
+
+def typed(tree: object) -> object:
+    """A tree that tells 1 from 1.0 and True."""
+    if isinstance(tree, dict):
+        return {name: typed(entry) for name, entry in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(typed, tree))
+    return type(tree), tree
+
+
+@settings(max_examples=200, deadline=None)
+@given(TREES)
+def test_a_flat_tree_holds_no_container_and_comes_back(tree: dict[str, object]) -> None:
+    flat = flattened(tree)
+    assert not any(isinstance(value, dict | list | tuple) for value in flat.values())
+    assert typed(nested(flat)) == typed(tree)
+
+
+def test_keys_are_ways_to_values() -> None:
+    tree = {"a": {"x/[y]": [None, (1.5, "b")]}, "n": [3, 4], "t": (2.5,), "e": {}, "l": []}
+    flat = flattened(tree)
+    numbers = {key: flat.pop(key).tolist() for key in ("n[]", "t()", "l[]")}
+    assert numbers == {"n[]": [3, 4], "t()": [2.5], "l[]": []}
+    assert flat == {
+        "a/x~1~2y][0]": None,
+        "a/x~1~2y][1](0)": 1.5,
+        "a/x~1~2y][1](1)": "b",
+        "e{}": None,
+    }
+
+
+def test_containers_of_earlier_versions_pass() -> None:
+    tree = {"a": {"b/c": [1, (2,)]}, "d": [], "e": {}}
+    assert nested(tree) == tree
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"a[0]": 1, "a": None},
+        {"a": None, "a[0]": 1},
+        {"a/b": 1, "a[0]": 1},
+        {"a[0]": 1, "a(1)": 1},
+        {"a[0]": 1, "a[2]": 1},
+        {"a[1]": 1},
+        {"a[00]": 1},
+        {"a[]": torch.zeros(1), "a[0]": 1},
+        {"a[]": 3},
+        {"a()": torch.tensor(3)},
+        {"a{}": None, "a/b": 1},
+        {"a{}/b": 1},
+        {"a[]/b": 1},
+        {"a[x]": 1},
+        {"a[": 1},
+        {"a": {"b": 1}, "a/c": 1},
+        {3: 1},
+    ],
+)
+def test_keys_that_are_none_or_contradict_each_other_are_refused(entries: dict) -> None:
+    with pytest.raises(ValueError, match="damaged or was edited"):
+        nested(entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,10 +93,10 @@ class ModelFingerprint:
                 shown = (kind.replace("|", " ").strip() for kind in (two, one))
                 yield f"module {name!r} is {' and not '.join(shown)}"
 
-    def to_state(self) -> dict[str, list[Any]]:
-        """Plain values: name → [shape, dtype, digest]."""
+    def to_state(self) -> dict[str, str]:
+        """Plain values: name → "digest dtype shape"."""
         return {
-            name: [list(entry.shape), entry.dtype, entry.digest]
+            name: f"{entry.digest} {entry.dtype} {list(entry.shape)}"
             for name, entry in self.entries.items()
         }
 
@@ -110,19 +111,20 @@ class ModelFingerprint:
     def from_state(
         cls, state: Mapping[str, Any], modules: Sequence[str] | None = None
     ) -> ModelFingerprint:
-        """Read :meth:`to_state` and :attr:`modules`.
+        """Read :meth:`to_state` and :attr:`modules`; up to version 5 [shape, dtype, digest].
 
         Raises:
             ValueError: if it is something else.
         """
+        entries = {}
         try:
-            return cls(
-                {
-                    str(name): TensorPrint(tuple(int(n) for n in shape), str(dtype), str(digest))
-                    for name, (shape, dtype, digest) in state.items()
-                },
-                None if modules is None else dict(line.split("\t") for line in modules),
-            )
+            for name, entry in state.items():
+                if isinstance(entry, str):
+                    digest, dtype, shape = entry.split(" ", 2)
+                    entry = json.loads(shape), dtype, digest
+                shape, dtype, digest = entry
+                entries[name] = TensorPrint(tuple(map(int, shape)), str(dtype), str(digest))
+            return cls(entries, None if modules is None else dict(m.split("\t") for m in modules))
         except (AttributeError, TypeError, ValueError):
             raise ValueError(
                 "the state's model fingerprint is damaged; save the posterior again."

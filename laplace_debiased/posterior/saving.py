@@ -11,23 +11,22 @@ import torch
 from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
-from laplace_debiased.errors import StoredFileError
+from laplace_debiased.errors import ArgumentTypeError, StoredFileError
 from laplace_debiased.estimation.keywords import RESIDUAL
-from laplace_debiased.files import PathLike, read_record, write_record
+from laplace_debiased.files import PathLike, flattened, nested, read_record, write_record
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.substitution import substituted
 from laplace_debiased.network.wrappers import plain_network
 from laplace_debiased.parallel import Ranks
-from laplace_debiased.posterior import state
 from laplace_debiased.posterior.shell import Shell
+from laplace_debiased.posterior.state import from_state, to_state
 
 KIND = "laplace_debiased posterior"
-FORMAT_VERSION = 1
-"""Version of the file around a state; states count their own versions."""
+FORMAT_VERSION = 2
+"""Version of the file around a state; states count their own versions. 1: nested."""
 
 Kind = TypeVar("Kind")
-
 
 RETIRED = {"ratio_step": False, "weight_sharing": "expand"}
 """Options that files of earlier versions hold, with the one value that means what is done now."""
@@ -35,22 +34,25 @@ RETIRED = {"ratio_step": False, "weight_sharing": "expand"}
 
 @public_call
 def state_dict(self: Shell) -> dict[str, Any]:
-    """Everything that a posterior needs beside its model: tensors and plain values only.
+    """Everything that a posterior needs beside its model: flat, of tensors and plain values only.
+
+    ``mean``, ``loss``, ``prior_mean``, ``prior_precision``, ``sigma_noise``, ``n_data``,
+    ``n_outputs``, ``likelihood``, ``temperature``, ``enable_backprop`` and ``cls_name`` are
+    laplace-torch's. Of its ``H``, the curvature is kept as eigenbases: ``H[0]/output_basis`` of the
+    first covered tensor, with its *per-sample mean* curvatures in ``tables[0]``; low rank: basis
+    [P, k] in ``H[0]``, *per-sample mean* eigenvalues [k] in ``H[1]``. Keys of what is nested are
+    those of :func:`~laplace_debiased.files.flattened`; its ``nested`` gives containers, which
+    ``load_state_dict`` takes too.
 
     Raises:
         NotFittedError: before ``fit``.
     """
-    owner = {
-        "cls_name": type(self).__name__,
-        "likelihood": self.likelihood,
-        **{name: getattr(self, name) for name in state.HYPER_PARAMETERS},
-    }
-    return state.to_state(self.fitted, self._structure, owner)
+    return flattened(to_state(self))
 
 
 @public_call
 def load_state_dict(self: Shell, state_dict: dict[str, Any], *, check_weights: bool = True) -> None:
-    """Restore :meth:`state_dict`.
+    """Restore :meth:`state_dict`, of this or an earlier version.
 
     Args:
         self: a posterior.
@@ -58,23 +60,20 @@ def load_state_dict(self: Shell, state_dict: dict[str, Any], *, check_weights: b
         check_weights: refuse a model with other weights; False checks names and shapes only.
 
     Raises:
-        ValueError: if it belongs to another class, likelihood, model or set of parameters.
-            Nothing is changed then.
+        ValueError: if it belongs to another class, likelihood, model or set of parameters, or was
+            edited. Nothing is changed then.
     """
-    found = state.from_state(
-        state_dict,
-        self._structure,
-        self._target,
-        type(self).__name__,
-        self.likelihood,
-        check_weights=check_weights,
-    )
+    if not isinstance(state_dict, Mapping):
+        raise ArgumentTypeError(
+            f"state_dict must be what la.state_dict() gives; got {type(state_dict).__name__}."
+        )
+    fit, model, hyper_parameters = from_state(self, nested(state_dict), check_weights=check_weights)
     before = dict(vars(self))
     with uninterrupted():
         try:
-            self._adopt(found.fit, found.model)
+            self._adopt(fit, model)
             self._fitted_on = None
-            for name, value in found.hyper_parameters.items():
+            for name, value in hyper_parameters.items():
                 setattr(self, name, value)
         except BaseException:  # a prior of another shape, say
             vars(self).clear()
@@ -100,19 +99,21 @@ def save(self: Shell, path: PathLike) -> None:
         OSError: as the file system says; an earlier file is then as it was.
     """
     arguments = {name: _plain(name, value) for name, value in constructor_arguments(self).items()}
-    payload = {"posterior": type(self).__name__, "arguments": arguments, "state": self.state_dict()}
+    payload = {"posterior": type(self).__name__, "arguments": arguments, "state": to_state(self)}
     if Ranks.present(self._target.device).is_first:
         with uninterrupted():  # torch's writer, cut off, may end the process when it is collected
-            write_record(path, KIND, FORMAT_VERSION, payload)
+            write_record(path, KIND, FORMAT_VERSION, flattened(payload))
 
 
 def reduced(self: Shell) -> tuple[Any, ...]:
     """How a posterior is copied and pickled."""
-    kind, model, arguments = type(self), self._target.model, constructor_arguments(self)
+    arguments, state = constructor_arguments(self), None
     if self._fit is not None:
-        return rebuilt, (kind, model, arguments, self.state_dict())
-    start = {n: getattr(self, n) for n in ("prior_precision", "prior_mean", "sigma_noise")}
-    return unfitted, (kind, model, start | arguments)
+        state = to_state(self)
+    else:
+        start = {n: getattr(self, n) for n in ("prior_precision", "prior_mean", "sigma_noise")}
+        arguments = start | arguments
+    return rebuilt, (type(self), self._target.model, arguments, state)
 
 
 def constructor_arguments(self: Shell) -> dict[str, Any]:
@@ -159,9 +160,13 @@ def read_posterior(
         StoredFileError: if it holds another class.
     """
     record = read_record(path, KIND, FORMAT_VERSION, map_location)
-    missing = {"posterior", "arguments", "state"} - set(record)
-    if missing:
-        raise StoredFileError(f"{path} has no {sorted(missing)[0]!r}; save the posterior again.")
+    try:
+        record = nested(record)
+    except ValueError as error:
+        raise StoredFileError(f"{path}: {error}") from error
+    for name, kind_of_entry in (("arguments", dict), ("posterior", str), ("state", dict)):
+        if not isinstance(record.get(name), kind_of_entry):
+            raise StoredFileError(f"{path} has no {name!r}; save the posterior again.")
     found = record["posterior"]
     if kind not in (None, found):
         raise StoredFileError(
@@ -172,71 +177,45 @@ def read_posterior(
 
 
 def restored(
-    kind: type[Kind], record: Mapping[str, Any], model: nn.Module, *, check_weights: bool = True
+    kind: type[Kind], record: Mapping[str, Any], model: nn.Module, *, check_weights: bool
 ) -> Kind:
     """A posterior of a class from its record.
 
     Raises:
-        ValueError: if the model is not the one that the record was made with.
+        ValueError: if the model is not the one that the record was made with, or the record has an
+            option that is no more.
     """
-    arguments = _without_retired(record["arguments"])
+    arguments = dict(record["arguments"])
+    for name, default in RETIRED.items():
+        if name in arguments and arguments[name] == default:
+            del arguments[name]
     if "backend" in arguments:
         arguments["backend"] = _backend_named(arguments["backend"])
     return rebuilt(kind, model, arguments, record["state"], check_weights=check_weights)
 
 
-def _without_retired(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored arguments without those options that are no more.
-
-    Raises:
-        StoredFileError: naming one that held another value than its old default.
-    """
-    kept = dict(arguments)
-    for name, default in RETIRED.items():
-        value = kept.pop(name, default)
-        if value != default:
-            raise StoredFileError(
-                f"the posterior was made with {name}={value!r}, an option that this version no "
-                "longer has: fit it anew, or read it with the version that wrote it."
-            )
-    if kept.get("magnitudes") == "rayleigh_ritz":
-        raise StoredFileError(
-            "the posterior was made with magnitudes='rayleigh_ritz', which this version no longer "
-            "has: fit it anew, or read it with the version that wrote it."
-        )
-    return kept
-
-
 def rebuilt(
-    kind: type[Kind],
+    kind: Callable[..., Kind],
     model: nn.Module,
     arguments: Mapping[str, Any],
-    state: Mapping[str, Any],
+    state: dict[str, Any] | None,
     *,
     check_weights: bool = True,
 ) -> Kind:
-    """A posterior of a class from its arguments and its state."""
+    """A posterior of a class from its arguments and its nested state; None before its fit."""
+    if state is None:
+        return kind(model, **arguments)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     # What is covered is the state's to say: a network may be frozen by the time it is served.
+    named = dict(plain_network(model).named_parameters())
+    frozen = [named[n] for n in state.get("covered", ()) if n in named]
     construct: Callable[..., Any] = kind
-    with substituted(_trainable(plain_network(model), state.get("covered", ()))):
+    with substituted({p: p.detach().requires_grad_() for p in frozen if not p.requires_grad}):
         posterior = construct(model, **{**arguments, "strict": False})
         posterior.load_state_dict(state, check_weights=check_weights)
     posterior._arguments = replace(posterior._arguments, strict=arguments.get("strict", False))
     return posterior
-
-
-def unfitted(kind: Callable[..., Kind], model: nn.Module, arguments: Mapping[str, Any]) -> Kind:
-    """A posterior of a class before its fit."""
-    return kind(model, **arguments)
-
-
-def _trainable(model: nn.Module, names: Any) -> dict[Tensor, Tensor]:
-    """Stand-ins that require gradients for those of the named parameters that do not."""
-    named = dict(model.named_parameters())
-    frozen = (named[name] for name in names if name in named and not named[name].requires_grad)
-    return {parameter: parameter.detach().requires_grad_() for parameter in frozen}
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature.rows.gram import RowsFactor
+from laplace_debiased.files import nested
 from laplace_debiased.parallel import from_triangle, triangle_of
 from tests.untouched import equal
 
@@ -51,7 +52,7 @@ def test_triangles_come_back_as_their_matrices(shape):
 
 def test_factors_are_symmetric_to_the_bit_and_kept_by_their_triangles():
     la, _ = posterior()
-    state = la.state_dict()
+    state = nested(la.state_dict())
     found = matrices(la)
     assert {factor.ndim for factor in found.values()} == {2, 3}, "groups are among them"
     for (k, n, side), factor in found.items():
@@ -65,17 +66,17 @@ def test_a_state_comes_back_to_the_bit():
     la, loader = posterior()
     again = DebiasedLaplace(network())
     again.load_state_dict(copy.deepcopy(la.state_dict()))
-    assert equal(again.state_dict()["folds"], la.state_dict()["folds"])
+    assert equal(nested(again.state_dict())["folds"], nested(la.state_dict())["folds"])
     for key, factor in matrices(la).items():
         assert torch.equal(matrices(again)[key], factor)
     for one in (la, again):
         one.fit(loader, n_samples=50, seed=5, override=False)
-    assert equal(again.state_dict()["tables"], la.state_dict()["tables"])
+    assert equal(nested(again.state_dict())["tables"], nested(la.state_dict())["tables"])
 
 
 def test_states_of_version_4_hold_whole_matrices_and_load():
     la, loader = posterior()
-    state = copy.deepcopy(la.state_dict())
+    state = nested(copy.deepcopy(la.state_dict()))
     state["version"] = 4
     for (k, n, side), factor in matrices(la).items():
         # Those were symmetric up to rounding.
@@ -84,12 +85,12 @@ def test_states_of_version_4_hold_whole_matrices_and_load():
     again.load_state_dict(state)
     inputs = next(iter(loader))[0]
     assert torch.equal(again(inputs), la(inputs))
-    assert equal(again.state_dict()["folds"], la.state_dict()["folds"])
+    assert equal(nested(again.state_dict())["folds"], nested(la.state_dict())["folds"])
 
 
 def test_a_triangle_that_was_cut_is_named_as_damage():
     la, _ = posterior()
-    state = copy.deepcopy(la.state_dict())
+    state = nested(copy.deepcopy(la.state_dict()))
     entry = state["folds"][0]["blocks"][0]["output"]
     assert not isinstance(la.fitted.curvature.folds[0].blocks[0].output, RowsFactor)
     entry["triangle"] = entry["triangle"][..., :-1]

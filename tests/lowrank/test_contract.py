@@ -104,7 +104,7 @@ def test_state_survives_a_safe_load(subset):
     assert torch.equal(loaded.log_marginal_likelihood(), la.log_marginal_likelihood())
     loaded.fit(c.loader(), n_samples=2, override=False)  # what was drawn is known
     assert loaded.fitted.drawn == frozenset(range(8))
-    state = la.state_dict() | {"H": [torch.zeros(2, 1), torch.zeros(1)]}
+    state = la.state_dict() | {"H[0]": torch.zeros(2, 1), "H[1]": torch.zeros(1)}
     with pytest.raises(ValueError, match="basis"):
         low_rank(c, subset).load_state_dict(state)
 
@@ -178,14 +178,14 @@ def test_a_failing_refit_leaves_everything_as_it_was():
     c = case()
     la = low_rank(c)
     la.fit(c.loader(), n_samples=6)
-    before = la(c.x), la.state_dict()["H"]
+    before = la(c.x), la.state_dict()["H[0]"]
     with untouched(c.model), pytest.raises(OSError, match="disk"):
         la.fit(Failing(c), n_samples=None)
     bad = Case(c.model, c.x * torch.nan, c.y, "classification")
     with untouched(c.model), pytest.raises(NumericalError):
         la.fit(bad.loader(), n_samples=6)
     assert torch.equal(la(c.x), before[0])
-    assert torch.equal(la.state_dict()["H"][0], before[1][0])
+    assert torch.equal(la.state_dict()["H[0]"], before[1])
 
 
 def test_an_automatic_budget_takes_what_fits():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.network.inputs import tensors_of
 from laplace_debiased.network.probe import Probe, _made_up
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -131,8 +130,8 @@ def test_a_file_holds_the_made_up_sample_alone_in_tensors_of_its_own() -> None:
     la: Any = DebiasedLaplace(model)
     la.fit(DataLoader(TensorDataset(x, torch.arange(12) % 3), batch_size=6))
     state, kept = la.state_dict(), la.fitted.probe.for_file
-    assert torch.equal(state["probe"][0], kept.inputs)
-    for tensor in tensors_of(state["probe"]):
+    assert torch.equal(state["probe[0]"], kept.inputs)
+    for tensor in (state["probe[0]"], state["probe[1]"]):
         tensor.zero_()
     assert bool(kept.inputs.any())
     assert bool(kept.outputs.any())

@@ -1,6 +1,6 @@
 """Write the files that later versions must read: ``python -m tests.posterior.make_fixtures``.
 
-Run once per format version; what is checked in is never written again.
+Run once per version of states; what is checked in is never written again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(version: int) -> None:
     for structure in STRUCTURES:
         target = FOLDER / f"{structure}_v{version}.pt"
         if target.exists():
-            raise SystemExit(f"{target.name} is there already; count the format version up.")
+            raise SystemExit(f"{target.name} is there already; count STATE_VERSION up.")
         la = fitted(structure, model, scheme="cross_fit", temperature=1.5)
         la.optimize_prior_precision(
             val_loader=[(INPUTS, la(INPUTS).argmax(-1))],
@@ -38,6 +38,6 @@ def main(version: int) -> None:
 
 
 if __name__ == "__main__":
-    from laplace_debiased.posterior.saving import FORMAT_VERSION
+    from laplace_debiased.posterior.state import STATE_VERSION
 
-    main(FORMAT_VERSION)
+    main(STATE_VERSION)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace, ModelChangedError
+from laplace_debiased.files import nested
 
 X, Y = torch.randn(12, 4), torch.arange(12) % 3
 
@@ -135,7 +136,7 @@ def test_a_file_says_which_modules_it_was_made_with(tmp_path: Path) -> None:
 
 def test_a_state_of_before_does_not_say() -> None:
     model = network()
-    state = fitted(model, "all").state_dict()
+    state = nested(fitted(model, "all").state_dict())
     del state["modules"], state["probe"]
     other_activation(model)
     DebiasedLaplace(model).load_state_dict(state)

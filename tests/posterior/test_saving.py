@@ -14,6 +14,7 @@ import laplace_debiased
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature.rows.gram import dense
 from laplace_debiased.errors import NotFittedError, StoredFileError
+from laplace_debiased.files import nested
 from tests.posterior.cases import (
     INPUTS,
     STRUCTURES,
@@ -86,19 +87,35 @@ def test_backend_comes_back_by_its_name(tmp_path: Path) -> None:
     again = DebiasedLaplace.load(tmp_path / "la.pt", network())
     assert again.arguments.backend.kind is CurvlinopsEF
     record = torch.load(tmp_path / "la.pt", weights_only=True)
-    record["arguments"]["backend"] = "os.system"
+    record["arguments/backend"] = "os.system"
     torch.save(record, tmp_path / "la.pt")
     with pytest.raises(StoredFileError, match=r"os\.system"):
+        DebiasedLaplace.load(tmp_path / "la.pt", network())
+    torch.save({**record, "state/H": 3}, tmp_path / "la.pt")
+    with pytest.raises(StoredFileError, match=r"la\.pt.*'state/H'.*damaged or was edited"):
         DebiasedLaplace.load(tmp_path / "la.pt", network())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_version_1_files_are_read(structure: str) -> None:
-    """Files that version 1 of the format wrote; never written again."""
+def test_states_and_files_hold_no_containers(structure: str, tmp_path: Path) -> None:
+    la = fitted(structure, **OPTIONS[structure])
+    la.optimize_prior_precision(val_loader=loader(), grid_size=3, n_samples=5)
+    la.save(tmp_path / "la.pt")
+    state, record = la.state_dict(), torch.load(tmp_path / "la.pt", weights_only=True)
+    for value in (*state.values(), *record.values()):
+        assert value is None or isinstance(value, torch.Tensor | str | int | float)
+    host = {"mean", "loss", "prior_mean", "prior_precision", "sigma_noise", "n_data", "n_outputs"}
+    assert host | {"likelihood", "temperature", "enable_backprop", "cls_name"} <= set(state)
+
+
+@pytest.mark.parametrize("version", [1, 5, 6])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_files_of_earlier_versions_are_read(structure: str, version: int) -> None:
+    """Files that earlier versions of the format wrote; never written again."""
     model = network()
-    model.load_state_dict(torch.load(FIXTURES / "model_v1.pt", weights_only=True))
-    la = DebiasedLaplace.load(FIXTURES / f"{structure}_v1.pt", model)
-    expected = json.loads((FIXTURES / "expected_v1.json").read_text())[structure]
+    model.load_state_dict(torch.load(FIXTURES / f"model_v{version}.pt", weights_only=True))
+    la = DebiasedLaplace.load(FIXTURES / f"{structure}_v{version}.pt", model)
+    expected = json.loads((FIXTURES / f"expected_v{version}.json").read_text())[structure]
     actual = la(INPUTS[:5], link_approx="probit")
     assert torch.allclose(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-8)
     assert la.tuned_link_approx.value == "mc"
@@ -109,7 +126,9 @@ def test_version_1_files_are_read(structure: str) -> None:
 @pytest.mark.parametrize("structure", ["kron", "lowrank"])
 def test_states_of_version_1_load_with_a_warning(structure: str) -> None:
     la = fitted(structure)
-    state = {k: v for k, v in la.state_dict().items() if k not in ("model", "tuning_result")}
+    state = {
+        k: v for k, v in nested(la.state_dict()).items() if k not in ("model", "tuning_result")
+    }
     state["version"] = 1
     if structure == "kron":
         state["H"] = [[t for t in block.values() if t is not None] for block in state["H"]]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from laplace_debiased import DebiasedLaplace
+from laplace_debiased.files import nested
 from tests.posterior.cases import INPUTS, STRUCTURES, fitted, network
 
 
@@ -86,7 +87,7 @@ def test_a_file_of_a_wrapped_model_is_one_of_the_model(
 @pytest.mark.parametrize("inside", ["_orig_mod", "module", "module._orig_mod"])
 def test_a_state_with_a_wrappers_names_loads(inside: str, wrap: Wrap, structure: str) -> None:
     model, la = wrapped_fit(wrap, structure)
-    old = la.state_dict()
+    old = nested(la.state_dict())
     for part in reversed(inside.split(".")):
         old = of_wrapped(old, part)
     kind = type(la)
