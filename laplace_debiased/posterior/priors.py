@@ -28,9 +28,13 @@ from laplace_debiased.parallel import Ranks
 from laplace_debiased.posterior.predicting import selection_of
 from laplace_debiased.posterior.shell import Shell
 from laplace_debiased.predictive.call import checked_link, checked_positions, checked_pred_type
-from laplace_debiased.tuning import PriorGrid, Subject, Validation
-from laplace_debiased.tuning.call import TuningCall, by_evidence, tuning_method
-from laplace_debiased.tuning.training import N_SAMPLES, warn_if_harmful
+from laplace_debiased.tuning import GridSearch, PriorGrid, Subject, Validation
+from laplace_debiased.tuning.marglik import (
+    N_SAMPLES,
+    by_evidence,
+    tuning_method,
+    warn_if_harmful,
+)
 
 
 def check_kron_prior(value: object, coverage: Coverage) -> None:
@@ -253,8 +257,11 @@ def optimize_prior_precision(
                 _warn_if_harmful(self, best)
         else:
             links = _links(self, link_approx, pred)
-            call = TuningCall(val_loader, pred, links, loss, n_samples, progress_bar, refine, seed)
-            result = call.search(subject_of(self, at), PriorGrid(*grid), ranks)
+            validation = Validation(subject_of(self, at), val_loader, loss, ranks)
+            search = GridSearch(validation, PriorGrid(*grid), pred, links, n_samples, refine, seed)
+            result = search.run(progress_bar and ranks.is_first)
+            if ranks.is_first:
+                result.warn()
             link = links[0] if result.link is None else LinkApprox(result.link)
             best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
         ranks.meet("the end of the tuning")

@@ -1,6 +1,5 @@
 """Moments of the linearised network's outputs, without Jacobians; probabilities from them."""
 
-from laplace_debiased.predictive.interpolation import CovarianceCurve
 from laplace_debiased.predictive.kron import KronPredictor
 from laplace_debiased.predictive.last_layer import LastLayerKronPredictor
 from laplace_debiased.predictive.lowrank import LowRankPredictor
@@ -9,7 +8,6 @@ from laplace_debiased.predictive.probabilities import OutputsReport, Predictive,
 from laplace_debiased.predictive.selection import OutputSelection, resolved
 
 __all__ = [
-    "CovarianceCurve",
     "KronPredictor",
     "LastLayerKronPredictor",
     "LowRankPredictor",

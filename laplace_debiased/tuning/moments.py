@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from laplace_debiased.predictive import CovarianceCurve
-from laplace_debiased.tuning.validation import Link, Validation
-
 _RESOLVED = 1e-3
 """Largest rounding error of a covariance, relative to what a softmax sees of it."""
+
+_MARGIN = 3
+"""Nodes kept on either side of an interval, so that the ends of a spline do not matter."""
 
 Loss = Callable[[float], float]
 """From a log prior precision to a validation loss."""
@@ -26,27 +28,21 @@ class Moments:
 
     Attributes:
         mean: outputs [m, C].
-        covariances: at every node, [K, m, C] or [K, m, C, C].
-        prior_only: without curvature at δ = 1, [m, C] or [m, C, C].
+        covariances: at every node, and last without curvature at δ = 1, [K + 1, m, C] or
+            [K + 1, m, C, C].
         targets: of the samples that count.
         chosen: which outputs the covariances are of, where that is not all.
     """
 
     mean: Tensor
     covariances: Tensor
-    prior_only: Tensor
     targets: Tensor
-    chosen: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size in memory."""
-        return int(self.covariances.nbytes + self.prior_only.nbytes)
+    chosen: Tensor | None
 
     @property
     def diagonal(self) -> bool:
         """Whether covariances are variances."""
-        return self.prior_only.ndim == self.mean.ndim
+        return self.covariances.ndim == self.mean.ndim + 1
 
 
 def rounding(covariances: Tensor) -> Tensor:
@@ -66,51 +62,55 @@ def rounded_away(sums: Tensor) -> Tensor:
     return sums[0] > _RESOLVED * sums[1]
 
 
-def curved_loss(
-    validation: Validation,
-    batches: Sequence[Moments],
-    log_nodes: Tensor,
-    ends: tuple[float, float],
-    link: Link,
-    n_points: int | None,
-) -> Loss:
-    """Loss between two log prior precisions, from covariances interpolated between nodes."""
-    curves = [
-        CovarianceCurve.fit(log_nodes, batch.covariances, *ends, diagonal=batch.diagonal)
-        for batch in batches
-    ]
-    return _loss(validation, batches, link, n_points, lambda k, log_prior: curves[k](log_prior))
+@dataclass(frozen=True, eq=False)
+class CovarianceCurve:
+    """Covariance of the outputs as a function of log prior precision, by cubic splines.
 
+    Variances are interpolated in their logarithm and covariances as correlations, so that
+    variances stay positive. Between nodes half a decade apart the relative error is of order 1e-4
+    (a ResNet-20, all weights; 2.4e-3 at worst), between nodes a decade apart 4e-3 (1.5e-2): less
+    than 4e-6 nats of a prediction. Between nodes 0.2 apart in the logarithm it is 1e-6.
+    """
 
-def prior_only_loss(
-    validation: Validation, batches: Sequence[Moments], link: Link, n_points: int | None
-) -> Loss:
-    """Loss without curvature at any log prior precision."""
-    return _loss(
-        validation,
-        batches,
-        link,
-        n_points,
-        lambda k, log_prior: batches[k].prior_only / math.exp(log_prior),
-    )
+    log_deviations: CubicSpline
+    correlations: CubicSpline | None
+    like: Tensor
 
+    @staticmethod
+    def fit(
+        log_nodes: Tensor, covariances: Tensor, low: float, high: float, *, diagonal: bool
+    ) -> CovarianceCurve:
+        """Interpolate between ``low`` and ``high``.
 
-def _loss(
-    validation: Validation,
-    batches: Sequence[Moments],
-    link: Link,
-    n_points: int | None,
-    covariance: Callable[[int, float], Tensor],
-) -> Loss:
-    def loss(log_prior: float) -> float:
-        scorer = validation.fresh_scorer()
-        for index, batch in enumerate(batches):
-            at = covariance(index, log_prior)
-            found = validation.predict(batch.mean, at, link, n_points, batch.chosen)
-            scorer.update(found, batch.targets)
-        return validation.losses([scorer])[0]
+        Args:
+            log_nodes: log prior precisions [G], ascending.
+            covariances: [G, m, C] if ``diagonal``, else [G, m, C, C].
+            low: lower end of the interval.
+            high: upper end of the interval.
+            diagonal: whether ``covariances`` are variances.
+        """
+        nodes = log_nodes.cpu().numpy()
+        first = max(0, int(np.searchsorted(nodes, low)) - _MARGIN)
+        last = min(len(nodes), int(np.searchsorted(nodes, high, side="right")) + _MARGIN)
+        window = covariances[first:last].double().cpu()
+        variances = window if diagonal else window.diagonal(dim1=-2, dim2=-1)
+        deviations = variances.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        correlations = None
+        if not diagonal:
+            scaled = window / (deviations.unsqueeze(-1) * deviations.unsqueeze(-2))
+            correlations = CubicSpline(nodes[first:last], scaled.numpy())
+        return CovarianceCurve(
+            CubicSpline(nodes[first:last], deviations.log().numpy()), correlations, covariances[0]
+        )
 
-    return loss
+    def __call__(self, log_prior: float) -> Tensor:
+        """Covariance [m, C] or [m, C, C] at a log prior precision."""
+        deviations = torch.from_numpy(np.exp(self.log_deviations(log_prior)))
+        if self.correlations is None:
+            return deviations.square().to(self.like)
+        correlations = torch.from_numpy(self.correlations(log_prior))
+        covariance = correlations * deviations.unsqueeze(-1) * deviations.unsqueeze(-2)
+        return covariance.to(self.like)
 
 
 def lowest(loss: Loss, centre: float, ends: tuple[float, float]) -> tuple[float, float]:

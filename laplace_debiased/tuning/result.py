@@ -53,19 +53,16 @@ class TuningResult:
         ends = (self.prior_precisions[0], self.prior_precisions[-1])
         return len(self.losses) > 1 and self.best_grid_point in ends
 
-    def warn_on_edge(self) -> None:
-        """Warn if the optimum may lie beyond the grid."""
+    def warn(self) -> None:
+        """Warn if the optimum may lie beyond the grid, or is no better than the MAP model."""
         if self.on_edge:
             warnings.warn(
                 f"the best prior precision {self.best_grid_point:.3g} is an end of the grid; the "
                 "optimum may lie beyond. Leave out log_prior_prec_min and log_prior_prec_max: the "
                 "search then goes as far as the loss asks.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
-
-    def warn_if_worse(self) -> None:
-        """Warn if no prior predicts the validation data better than the MAP model does."""
         if self.map_loss is not None and self.loss > self.map_loss - _MATTERS:
             worse = self.loss > self.map_loss + _MATTERS
             warnings.warn(
@@ -75,5 +72,5 @@ class TuningResult:
                 "beats it. Scale the temperature instead (fit_temperature), or take more data for "
                 "the curvature and for validation.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )

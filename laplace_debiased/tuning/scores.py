@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torchmetrics
@@ -17,86 +19,72 @@ Prediction = tuple[Tensor, ...]
 """(probabilities [m, C],) in classification; (mean [m, C], variance) in regression."""
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """A running validation loss."""
 
+    @abstractmethod
     def update(self, prediction: Prediction, targets: Tensor) -> None:
         """Add a batch."""
 
+    @abstractmethod
     def value(self) -> float:
         """The loss over all batches."""
 
+    @abstractmethod
     def state(self) -> Any:
         """What the batches so far come to: plain values and CPU tensors."""
 
+    @abstractmethod
     def add(self, state: Any) -> None:
         """Add another's :meth:`state`."""
 
 
-class _Mean:
-    """A sum over samples, and their number."""
+class MeanScorer(Scorer):
+    """The mean of a loss of every sample [m]."""
 
-    def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
+    def __init__(self, losses: Callable[[Prediction, Tensor], Tensor]) -> None:
+        self._losses, self._sum, self._count = losses, 0.0, 0
+
+    def update(self, prediction: Prediction, targets: Tensor) -> None:
+        self.add((float(self._losses(prediction, targets).sum()), len(targets)))
 
     def value(self) -> float:
-        """The mean so far."""
         return self._sum / self._count if self._count else math.nan
 
     def state(self) -> tuple[float, int]:
-        """The sum and the number."""
         return self._sum, self._count
 
     def add(self, state: tuple[float, int]) -> None:
-        """Add another's."""
         self._sum, self._count = self._sum + state[0], self._count + state[1]
 
 
-class CategoricalNLL(_Mean):
-    """Mean negative log probability of the label, in nats."""
-
-    def update(self, prediction: Prediction, targets: Tensor) -> None:
-        """Add a batch."""
-        chosen = prediction[0].gather(-1, targets.unsqueeze(-1)).double()
-        self._sum -= float(chosen.log().sum())
-        self._count += len(targets)
+def categorical_nll(prediction: Prediction, targets: Tensor) -> Tensor:
+    """Negative log probability of the label [m], in nats."""
+    return -prediction[0].gather(-1, targets.unsqueeze(-1)).squeeze(-1).double().log()
 
 
-class BinaryNLL(_Mean):
-    """Mean over samples of the negative log probability of all their binary labels, in nats."""
-
-    def update(self, prediction: Prediction, targets: Tensor) -> None:
-        """Add a batch."""
-        p = prediction[0].double()
-        y = targets.reshape(p.shape).double()
-        # xlogy: a label of probability zero that does not occur costs nothing.
-        self._sum -= float((torch.xlogy(y, p) + torch.xlogy(1 - y, 1 - p)).sum())
-        self._count += len(targets)
+def binary_nll(prediction: Prediction, targets: Tensor) -> Tensor:
+    """Negative log probability of all binary labels of a sample [m], in nats."""
+    p = prediction[0].double()
+    y = targets.reshape(p.shape).double()
+    # xlogy: a label of probability zero that does not occur costs nothing.
+    return -(torch.xlogy(y, p) + torch.xlogy(1 - y, 1 - p)).sum(-1)
 
 
-class GaussianNLL(_Mean):
-    """Mean over samples of −log N(y | f, var + σ²), summed over outputs, in nats.
+def gaussian_nll(prediction: Prediction, targets: Tensor, noise_variance: float) -> Tensor:
+    """−log N(y | f, var + σ²) [m], summed over outputs, in nats; var is epistemic only.
 
-    Args:
-        noise_variance: σ²; the prediction's variance is epistemic only.
+    The variance is [m, C] or a covariance [m, C, C].
     """
-
-    def __init__(self, noise_variance: float) -> None:
-        super().__init__()
-        self._noise = noise_variance
-
-    def update(self, prediction: Prediction, targets: Tensor) -> None:
-        """Add a batch; the variance is [m, C] or a covariance [m, C, C]."""
-        mean, variance = prediction
-        if variance.ndim == 3:
-            variance = variance.diagonal(dim1=-2, dim2=-1)
-        total = variance.double() + self._noise
-        squares = (targets.double() - mean.double()).square()
-        self._sum += float(0.5 * (squares / total + (2 * math.pi * total).log()).sum())
-        self._count += len(targets)
+    mean, variance = prediction
+    if variance.ndim == 3:
+        variance = variance.diagonal(dim1=-2, dim2=-1)
+    total = variance.double() + noise_variance
+    squares = (targets.double() - mean.double()).square()
+    return 0.5 * (squares / total + (2 * math.pi * total).log()).sum(-1)
 
 
-class MetricScorer:
+class MetricScorer(Scorer):
     """A torchmetrics metric, cloned and reset; vector-valued metrics are summed.
 
     Args:
@@ -112,7 +100,6 @@ class MetricScorer:
         self._parts: list[tuple[Tensor, ...]] | None = [] if is_part else None
 
     def update(self, prediction: Prediction, targets: Tensor) -> None:
-        """Add a batch; metrics that take no variance get the mean only."""
         if self._parts is not None:
             self._parts.append((*prediction, targets))
             return
@@ -121,27 +108,24 @@ class MetricScorer:
     def _see(self, prediction: Prediction, targets: Tensor) -> None:
         try:
             self._metric.update(*prediction, targets)
-        except TypeError:
+        except TypeError:  # a metric that takes no variance
             self._metric.update(prediction[0], targets)
 
     def value(self) -> float:
-        """The metric so far."""
         for *prediction, targets in self._parts or ():
             self._see(tuple(prediction), targets)
         value = self._metric.compute()
         return as_number(value.sum() if isinstance(value, Tensor) else value)
 
     def state(self) -> list[tuple[Tensor, ...]]:
-        """The batches."""
         return [tuple(tensor.cpu() for tensor in part) for part in self._parts or ()]
 
     def add(self, state: list[tuple[Tensor, ...]]) -> None:
-        """Add another's batches."""
         assert self._parts is not None
         self._parts += [tuple(t.to(self._metric.device) for t in part) for part in state]
 
 
-class CallableScorer:
+class CallableScorer(Scorer):
     """A function of all predictions and targets, called once at the end."""
 
     def __init__(self, function: Callable[..., Tensor | float]) -> None:
@@ -149,21 +133,17 @@ class CallableScorer:
         self._parts: list[tuple[Tensor, ...]] = []
 
     def update(self, prediction: Prediction, targets: Tensor) -> None:
-        """Keep a batch."""
         self._parts.append((*prediction, targets))
 
     def value(self) -> float:
-        """The function of everything."""
         parts = (torch.cat(part) for part in zip(*self._parts, strict=True))
         return as_number(self._function(*parts))
 
     def state(self) -> list[tuple[Tensor, ...]]:
-        """The batches."""
         return [tuple(tensor.cpu() for tensor in part) for part in self._parts]
 
     def add(self, state: list[tuple[Tensor, ...]]) -> None:
-        """Add another's batches; they stay on the CPU."""
-        self._parts += state
+        self._parts += state  # stays on the CPU
 
 
 def as_number(value: object) -> float:
@@ -204,11 +184,11 @@ def scorer_factory(
         raise TypeError(f"loss is the class {loss.__name__}; pass an instance, {loss.__name__}().")
     match loss:
         case None if likelihood == LikelihoodName.REGRESSION:
-            return lambda: GaussianNLL(noise_variance)
+            return lambda: MeanScorer(partial(gaussian_nll, noise_variance=noise_variance))
         case None if likelihood == LikelihoodName.BERNOULLI:
-            return BinaryNLL
+            return lambda: MeanScorer(binary_nll)
         case None:
-            return CategoricalNLL
+            return lambda: MeanScorer(categorical_nll)
         case torchmetrics.Metric(higher_is_better=True):
             raise ValueError(
                 f"loss={type(loss).__name__} is better the higher it is, but the grid search "

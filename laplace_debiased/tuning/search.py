@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from laplace.utils.enums import LinkApprox, PredType
 from torch import Tensor
+from tqdm import tqdm
 
-from laplace_debiased.checks import checked_integer, generator_seed
+from laplace_debiased.checks import checked_flag, checked_integer, generator_seed
+from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import NumericalError
+from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.likelihoods.points import POINTS
-from laplace_debiased.network.inputs import batch_length, row_slices, select_rows
+from laplace_debiased.network.inputs import (
+    batch_length,
+    invoke,
+    row_slices,
+    select_rows,
+    to_device,
+)
+from laplace_debiased.network.modes import evaluation_mode
+from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.predictive.call import NETWORKS
+from laplace_debiased.predictive.predictor import Ask, OutputCovariance
 from laplace_debiased.predictive.selection import last_labels
 from laplace_debiased.tuning.grid import PriorGrid
 from laplace_debiased.tuning.moments import (
+    CovarianceCurve,
     Loss,
     Moments,
-    curved_loss,
     lowest,
-    prior_only_loss,
     rounded_away,
     rounding,
 )
 from laplace_debiased.tuning.result import TuningResult
-from laplace_debiased.tuning.sampled import network_map_loss, sampled_losses
-from laplace_debiased.tuning.scores import Scorer
+from laplace_debiased.tuning.scores import Prediction, Scorer
 from laplace_debiased.tuning.validation import Link, Validation
 
 _MAX_STORED_BYTES = 2 * 2**30
@@ -73,16 +84,6 @@ class _Pass:
 
 
 @dataclass(frozen=True, eq=False)
-class _Optimum:
-    """The lowest loss under one link."""
-
-    link: Link
-    grid_point: float
-    prior_precision: float
-    loss: float
-
-
-@dataclass(frozen=True, eq=False)
 class GridSearch:
     """A search over scalar prior precisions and links, refined around the best of them.
 
@@ -108,34 +109,75 @@ class GridSearch:
     seed: int
 
     def __post_init__(self) -> None:
+        checked_flag("refine", self.refine)
         object.__setattr__(self, "seed", generator_seed(self.seed))
         if self.n_samples is not None:
             object.__setattr__(self, "n_samples", checked_integer("n_samples", self.n_samples))
 
     def run(self, progress_bar: bool = False) -> TuningResult:
-        """Search.
+        """Search; every random number generator is left as it was.
 
         Raises:
             ValueError: if the validation set is empty.
             NumericalError: if no grid point has a finite loss.
         """
-        if self.pred_type is PredType.NN:
-            return self._result(self._sampled(progress_bar))
-        grid = self.grid
-        for _ in range(_MAX_PASSES):
-            found = self._walk(grid, progress_bar)
-            wider = found.wider()
-            if wider is None:
-                break
-            grid = wider
-        return self._result(found)
+        generators = loader_generators(self.validation.loader)
+        with (
+            preserved_rng(generators=generators),
+            exact_arithmetic(self.validation.subject.device),
+        ):
+            if self.pred_type is PredType.NN:
+                return self._result(self._sampled(progress_bar))
+            grid = self.grid
+            for _ in range(_MAX_PASSES):
+                found = self._walk(grid, progress_bar)
+                wider = found.wider()
+                if wider is None:
+                    break
+                grid = wider
+            return self._result(found)
+
+    # -- sampled networks: one pass per grid point ------------------------------------------
 
     def _sampled(self, progress_bar: bool) -> _Pass:
-        grid, n_samples = self.grid.bounded(), self.n_samples or NETWORKS
-        points = grid.points().tolist()
-        losses = sampled_losses(self.validation, points, n_samples, self.seed, progress_bar)
-        link = None if self.validation.regression else LinkApprox.MC
-        return _Pass(grid, {link: losses}, {}, network_map_loss(self.validation), None)
+        """Losses at all prior precisions with the same random numbers, and the MAP model's."""
+        validation, subject = self.validation, self.validation.subject
+        n_samples, device = self.n_samples or NETWORKS, subject.device
+
+        def sampled(prior: float) -> float:
+            generator = torch.Generator(device).manual_seed(self.seed)
+
+            def predict(inputs: Any, targets: Tensor) -> tuple[Prediction, Tensor]:
+                found: Any = subject.sampled(prior, inputs, n_samples, generator)
+                outputs = found[0] if isinstance(found, tuple) else found
+                subject.loss.check_targets(outputs, targets)
+                if isinstance(found, tuple):
+                    return found, targets
+                probabilities, targets, *_ = validation.counted(found, targets)
+                return (probabilities,), targets
+
+            return self._loss_of(predict)
+
+        def map_model(inputs: Any, targets: Tensor) -> tuple[Prediction, Tensor]:
+            with evaluation_mode(subject.network), torch.no_grad():
+                outputs = invoke(subject.network, to_device(inputs, device))
+            outputs, targets, *_ = validation.counted(outputs, targets)
+            return validation.map_prediction(outputs), targets
+
+        grid = self.grid.bounded()
+        points = tqdm(grid.points().tolist(), disable=not progress_bar, desc="[Grid search]")
+        losses = [sampled(prior) for prior in points]
+        # Sampled rewards have no likelihood to compare.
+        compared = validation.loss is None and subject.likelihood != LikelihoodName.REWARD_MODELING
+        map_loss = self._loss_of(map_model) if compared else None
+        link = None if validation.regression else LinkApprox.MC
+        return _Pass(grid, {link: losses}, {}, map_loss, None)
+
+    def _loss_of(self, predict: Callable[[Any, Tensor], tuple[Prediction, Tensor]]) -> float:
+        scorer = self.validation.fresh_scorer()
+        for inputs, targets in self.validation.batches(progress_bar=False):
+            scorer.update(*predict(inputs, targets))
+        return self.validation.losses([scorer])[0]
 
     # -- one pass for the linearised network -----------------------------------------------
 
@@ -159,12 +201,13 @@ class GridSearch:
             if not (batch.diagonal or self.validation.regression):
                 rounded += rounding(batch.covariances[on_grid])
             if compared:
-                points = priors[on_grid].reshape(-1, *[1] * batch.prior_only.ndim)
-                self._score(alone, batch, batch.prior_only / points)
+                prior_only = batch.covariances[-1]
+                points = priors[on_grid].reshape(-1, *[1] * prior_only.ndim)
+                self._score(alone, batch, prior_only / points)
                 map_scorer.update(self.validation.map_prediction(batch.mean), batch.targets)
             if kept is not None:
                 kept.append(batch)
-                if sum(part.nbytes for part in kept) > _MAX_STORED_BYTES:
+                if sum(part.covariances.nbytes for part in kept) > _MAX_STORED_BYTES:
                     kept = None
         everyones = self.validation.block.everyones("moments", (rounded, kept is not None))
         hidden = rounded_away(torch.stack([theirs for theirs, _ in everyones]).sum(0))
@@ -210,17 +253,16 @@ class GridSearch:
     def _moments(self, inputs: Any, targets: Tensor, priors: Tensor) -> Moments:
         """Moments of what has a label that counts; the positions of sequences as samples."""
         subject = self.validation.subject
-        swept = subject.predictor.sweep(
-            inputs, subject.h, priors, subject.selection, diagonal=self._diagonal
-        )
+        kind = OutputCovariance.DIAGONAL if self._diagonal else OutputCovariance.PER_SAMPLE
+        precision = subject.predictor.precision(subject.h, torch.zeros(1))
+        found = subject.predictor.under(Ask(inputs, kind, subject.selection), precision, priors)
         if subject.selection.last_position:
             targets = last_labels(inputs, targets)
-        subject.loss.check_targets(swept.outputs, targets)
-        together = torch.cat([swept.covariances, swept.prior_only.unsqueeze(0)])
-        mean, together, targets, chosen = self.validation.counted(
-            swept.outputs, together, targets, swept.chosen
+        subject.loss.check_targets(found.mean, targets)
+        mean, targets, covariances, chosen = self.validation.counted(
+            found.mean, targets, found.covariance, found.chosen
         )
-        return Moments(mean, together[:-1], together[-1], targets, chosen)
+        return Moments(mean, covariances, targets, chosen)
 
     def _score(
         self, scorers: dict[Link, list[Scorer]], batch: Moments, covariances: Tensor
@@ -252,23 +294,30 @@ class GridSearch:
                 "validation loss. Check the validation data and the loss for NaN; the prior "
                 "precision is unchanged."
             )
+        loss, link, grid_point, prior = best
         alone = self._optimum(found, found.prior_only, prior_only=True)
+        alone_loss, alone_link, _, alone_prior = alone or (None, None, None, None)
         return TuningResult(
             tuple(found.grid.points().tolist()),
-            tuple(found.losses[best.link]),
-            best.grid_point,
-            best.prior_precision,
-            best.loss,
+            tuple(found.losses[link]),
+            grid_point,
+            prior,
+            loss,
             found.map_loss,
-            _name(best.link),
-            {str(_name(link)): tuple(row) for link, row in found.losses.items() if link},
-            None if alone is None else alone.loss,
-            None if alone is None else alone.prior_precision,
-            None if alone is None else _name(alone.link),
+            link and link.value,
+            {link.value: tuple(row) for link, row in found.losses.items() if link},
+            alone_loss,
+            alone_prior,
+            alone_link and alone_link.value,
         )
 
-    def _optimum(self, found: _Pass, curves: Curves, *, prior_only: bool) -> _Optimum | None:
-        """The lowest loss of all links, refined; the first link of equals."""
+    def _optimum(
+        self, found: _Pass, curves: Curves, *, prior_only: bool
+    ) -> tuple[float, Link, float, float] | None:
+        """The lowest loss of all links, refined, with link, grid point and prior precision.
+
+        Of equals the first link's.
+        """
         points, optima = found.grid.points(), []
         for link, losses in curves.items():
             index = found.grid.best(losses)
@@ -279,24 +328,39 @@ class GridSearch:
             if found.batches is not None and len(points) > 1:
                 around = points[max(0, index - 1)], points[min(len(points) - 1, index + 1)]
                 ends = float(around[0].log()), float(around[1].log())
-                between = self._between(found, found.batches, link, ends, prior_only)
+                between = self._between(found.grid, found.batches, link, ends, prior_only)
                 prior, loss = lowest(between, centre, ends)
-            optima.append(_Optimum(link, centre, prior, loss))
-        return min(optima, key=lambda optimum: optimum.loss, default=None)
+            optima.append((loss, link, centre, prior))
+        return min(optima, key=lambda optimum: optimum[0], default=None)
 
     def _between(
         self,
-        found: _Pass,
+        grid: PriorGrid,
         batches: list[Moments],
         link: Link,
         ends: tuple[float, float],
         prior_only: bool,
     ) -> Loss:
-        if prior_only:
-            return prior_only_loss(self.validation, batches, link, self.n_samples)
-        log_nodes, _ = found.grid.nodes()
-        return curved_loss(self.validation, batches, log_nodes, ends, link, self.n_samples)
+        """Loss between two log prior precisions: covariances are interpolated between nodes."""
+        validation, curves = self.validation, []
+        if not prior_only:
+            nodes = grid.nodes()[0]
+            curves = [
+                CovarianceCurve.fit(nodes, batch.covariances[:-1], *ends, diagonal=batch.diagonal)
+                for batch in batches
+            ]
 
+        def loss(log_prior: float) -> float:
+            scorer = validation.fresh_scorer()
+            for index, batch in enumerate(batches):
+                if prior_only:
+                    covariance = batch.covariances[-1] / math.exp(log_prior)
+                else:
+                    covariance = curves[index](log_prior)
+                predicted = validation.predict(
+                    batch.mean, covariance, link, self.n_samples, batch.chosen
+                )
+                scorer.update(predicted, batch.targets)
+            return validation.losses([scorer])[0]
 
-def _name(link: Link) -> str | None:
-    return None if link is None else link.value
+        return loss

@@ -9,15 +9,76 @@ from typing import Any, TypeAlias
 import torch
 import torchmetrics
 from laplace.utils.enums import LinkApprox
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.data import Block, split_batch
-from laplace_debiased.likelihoods import LikelihoodName
+from laplace_debiased.likelihoods import InverseLink, LikelihoodName, LossModel, softmax
 from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.predictive import OutputSelection, Predictor
 from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
 from laplace_debiased.tuning.scores import Prediction, Scorer, scorer_factory
-from laplace_debiased.tuning.subject import Subject
+
+_COPIES = 6
+"""How often moments at all priors are held: parts and whole, scaled by priors, as roots."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A fitted predictor, and what its losses depend on beside the prior.
+
+    Attributes:
+        predictor: the fitted curvature.
+        likelihood: a :class:`LikelihoodName`'s value.
+        loss: the loss model.
+        h: likelihood factor 1/(σ²·temperature).
+        noise_variance: σ².
+        device: the network's.
+        dtype: of the posterior.
+        label_key: key of the labels in mapping batches.
+        network: the network, for the MAP model's loss beside sampled networks'.
+        sampled: (prior precision, inputs, n_samples, generator) to the prediction of sampled
+            networks.
+        selection: of which outputs predictions need moments.
+        n_outputs: C.
+        byte_budget: what moments of a whole grid may take at a time.
+    """
+
+    predictor: Predictor
+    likelihood: str
+    loss: LossModel
+    h: Tensor
+    noise_variance: float
+    device: torch.device
+    dtype: torch.dtype
+    label_key: str
+    network: nn.Module
+    sampled: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    selection: OutputSelection
+    n_outputs: int
+    byte_budget: int
+
+    @property
+    def inverse_link(self) -> InverseLink:
+        """From outputs to probabilities."""
+        return torch.sigmoid if self.likelihood == LikelihoodName.BERNOULLI else softmax
+
+    def samples_at_a_time(self, n_nodes: int, targets: Tensor, *, diagonal: bool) -> int:
+        """Of how many samples the moments under every prior precision fit the byte budget.
+
+        Args:
+            n_nodes: prior precisions.
+            targets: of a batch; class labels [m, T] say how many positions a sample has.
+            diagonal: variances only.
+        """
+        width = min(self.selection.n_outputs or self.n_outputs, self.n_outputs)
+        positions = 1
+        if self.likelihood == LikelihoodName.CLASSIFICATION and not self.selection.last_position:
+            positions = targets.shape[1] if targets.ndim == 2 else 1
+        each = (n_nodes + 1) * positions * width * (1 if diagonal else width)
+        size = torch.finfo(self.dtype).bits // 8
+        return max(1, self.byte_budget // max(1, _COPIES * each * size))
+
 
 Link: TypeAlias = LinkApprox | None
 """How probabilities are approximated; None where predictions are moments."""
@@ -88,28 +149,37 @@ class Validation:
         return [total.value() for total in totals]
 
     def counted(
-        self, mean: Tensor, covariances: Tensor, targets: Tensor, chosen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self,
+        mean: Tensor,
+        targets: Tensor,
+        covariances: Tensor | None = None,
+        chosen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
         """Only what has a label that counts; the positions of sequences as samples.
 
-        ``chosen`` says which outputs the covariances are of, where that is not all.
-
         Class indices come out in int64, which lookups need and a user's loss may rely on.
+
+        Args:
+            mean: [m, ...] or [m, T, ...].
+            targets: [m, ...] or [m, T].
+            covariances: [G, m, ...] or [G, m, T, ...].
+            chosen: which outputs the covariances are of [m, K] or [m, T, K], where not all.
         """
-        n_lead = targets.ndim if mean.ndim == 3 else 1
         mask = self.subject.loss.label_mask(targets)
         if self.subject.likelihood == LikelihoodName.CLASSIFICATION and not (
             targets.is_floating_point() or targets.is_complex()
         ):
             targets = targets.long()
-        if n_lead == 2:
-            mean, covariances = mean.flatten(0, 1), covariances.flatten(1, 2)
-            targets, mask = targets.flatten(), None if mask is None else mask.flatten()
+        if mean.ndim == 3 and targets.ndim == 2:
+            mean, targets = mean.flatten(0, 1), targets.flatten()
+            mask = None if mask is None else mask.flatten()
+            covariances = None if covariances is None else covariances.flatten(1, 2)
             chosen = None if chosen is None else chosen.flatten(0, 1)
-        if mask is None:
-            return mean, covariances, targets, chosen
-        kept = None if chosen is None else chosen[mask]
-        return mean[mask], covariances[:, mask], targets[mask], kept
+        if mask is not None:
+            mean, targets = mean[mask], targets[mask]
+            covariances = None if covariances is None else covariances[:, mask]
+            chosen = None if chosen is None else chosen[mask]
+        return mean, targets, covariances, chosen
 
     def predict(
         self,

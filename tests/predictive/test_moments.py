@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.posterior import DebiasedKronLaplace
-from laplace_debiased.predictive import CovarianceCurve
+from laplace_debiased.tuning.moments import CovarianceCurve
 from tests import oracles
 from tests.moments import sweep as sweep_of
 from tests.tolerances import (

@@ -111,13 +111,13 @@ def test_a_posterior_that_is_better_or_as_good_says_nothing():
 def test_nothing_to_compare_with_is_no_warning(map_loss):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        TuningResult((1.0,), (1.0,), 1.0, 1.0, 1.0, map_loss).warn_if_worse()
+        TuningResult((1.0,), (1.0,), 1.0, 1.0, 1.0, map_loss).warn()
 
 
 @pytest.mark.parametrize(("map_loss", "word"), [(1.0, "no better"), (0.999, "worse")])
 def test_a_gain_that_means_nothing_is_none(map_loss, word):
     with pytest.warns(UserWarning, match=f"of 1, {word} than the {map_loss:.4g} of the MAP model"):
-        TuningResult((1.0,), (1.0,), 1.0, 1.0, 1.0, map_loss).warn_if_worse()
+        TuningResult((1.0,), (1.0,), 1.0, 1.0, 1.0, map_loss).warn()
 
 
 def test_a_loss_of_ones_own_is_not_compared():

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.tuning import training
+from laplace_debiased.tuning import marglik
 from tests.likelihoods.problems import NAMES, case
 from tests.untouched import untouched
 from tests.zoo import Problem, problem
@@ -45,7 +45,7 @@ def test_harm_is_told_once_with_figures_and_remedy(
     kind: str, structure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p, limit = certain(), 0.1 if kind == "kron" else 1e-4
-    monkeypatch.setattr(training, "_HARM", limit)
+    monkeypatch.setattr(marglik, "_HARM", limit)
     la = fitted(p, hessian_structure=kind)
     with untouched(p.model, p.loader()), pytest.warns(UserWarning, match=HARM) as caught:
         la.optimize_prior_precision(n_steps=0, init_prior_prec=1e-7, prior_structure=structure)
@@ -96,7 +96,7 @@ def test_every_likelihood_is_compared(name: str, monkeypatch: pytest.MonkeyPatch
     c = case(name)
     la = c.posterior()
     la.fit(c.loader())
-    monkeypatch.setattr(training, "_HARM", -torch.inf)
+    monkeypatch.setattr(marglik, "_HARM", -torch.inf)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         la.optimize_prior_precision(n_steps=1)
