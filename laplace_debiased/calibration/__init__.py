@@ -2,9 +2,13 @@
 
 from laplace_debiased.calibration.comparing import compare
 from laplace_debiased.calibration.comparison import ComparedRow, Comparison
-from laplace_debiased.calibration.evaluation import Evaluation, evaluate
+from laplace_debiased.calibration.evaluation import (
+    Evaluation,
+    PredictiveReport,
+    evaluate,
+    predictive_report,
+)
 from laplace_debiased.calibration.reliability import IntervalCurve, ReliabilityBins
-from laplace_debiased.calibration.report import PredictiveReport, predictive_report
 from laplace_debiased.calibration.temperature import (
     TemperatureScaling,
     collect_logits,

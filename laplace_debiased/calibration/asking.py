@@ -11,11 +11,10 @@ from torch import nn
 from laplace_debiased.calibration.batches import (
     FloatArray,
     Targets,
-    block_of,
     collect_targets,
     concatenate,
     inputs_only,
-    iterate_block,
+    over_batches,
     positions_as_samples,
     split_batch,
     to_device,
@@ -28,14 +27,9 @@ from laplace_debiased.calibration.predictions import (
     Values,
     class_rows,
     gaussian_predictions,
-    gaussian_rows,
     joined,
     likelihood_name,
 )
-from laplace_debiased.data import Block
-from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.network.modes import undisturbed
-from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.options import Positions
 from laplace_debiased.parallel import ALONE, Ranks
 from laplace_debiased.posterior.host import DebiasedPosterior
@@ -106,20 +100,32 @@ def predict(
             "take the last position's probabilities and labels yourself."
         )
     if isinstance(source, Values):
-        with preserved_rng(generators=loader_generators(loader)):
-            targets = collect_targets(loader)
-        return class_rows(source, targets, options.likelihood or "classification")
+        likelihood = options.likelihood or "classification"
+        return class_rows(source, collect_targets(loader), likelihood)
     if isinstance(source, tuple):
-        with preserved_rng(generators=loader_generators(loader)):
-            targets = collect_targets(loader)
-        return gaussian_rows(source, targets)
-    likelihood = _likelihood(source)
-    ask = _ask(source, likelihood, options)
-    with undisturbed(_model(source), generators=loader_generators(loader)):
-        block = block_of(loader, "loader", ranks)
-        if likelihood in _WITH_LABELS:
-            return _classify(source, ask, block, options)
-        return _regress(source, ask, block, options)
+        if len(source) != 2 or not all(isinstance(part, Values) for part in source):
+            raise TypeError(
+                "la_or_probs as a tuple must be (mean, variance) tensors, got "
+                f"({', '.join(type(part).__name__ for part in source)})."
+            )
+        return gaussian_predictions(*source, collect_targets(loader), noise=None)
+    ask, has_labels = _ask(source, options), _likelihood(source) in _WITH_LABELS
+    key, device = getattr(source, "dict_key_y", "labels"), getattr(source, "_device", None)
+
+    def of_batch(batch: Any) -> Any:
+        x, y = split_batch(batch, key)
+        answer, y = ask(to_device(x, device)), torch.as_tensor(y)
+        if not has_labels:
+            # Batch by batch: only the diagonals of n K×K covariances are worth keeping.
+            noise = to_numpy(torch.as_tensor(source.sigma_noise)).astype(np.float64)
+            mean, variance = map(_detached, answer)
+            added = np.square(np.atleast_1d(noise))
+            return gaussian_predictions(mean, variance, to_numpy(y), added)
+        return answer, last_labels(x, y) if options.positions is Positions.LAST else y
+
+    bar = options.progress_bar
+    found = over_batches(of_batch, loader, "loader", _model(source), ranks, bar)
+    return classified(source, *zip(*found, strict=True)) if has_labels else joined(found)
 
 
 @dataclass(frozen=True)
@@ -140,33 +146,19 @@ def predict_unlabelled(
     source: Any, loader: Iterable[Any], options: Options, ranks: Ranks = ALONE
 ) -> Unlabelled:
     """Predictions of a posterior for a loader whose targets do not matter."""
-    ask = _ask(source, _likelihood(source), options)
-    device = getattr(source, "_device", None)
-    with undisturbed(_model(source), generators=loader_generators(loader)):
-        block = block_of(loader, "ood_loader", ranks)
-        parts = [
-            ask(to_device(inputs_only(batch), device))
-            for batch in iterate_block(block, "ood_loader", options.progress_bar)
-        ]
-    [parts] = block.joined("answers", parts)
-    return unlabelled(parts)
+    ask, device = _ask(source, options), getattr(source, "_device", None)
+
+    def of_batch(batch: Any) -> Any:
+        return ask(to_device(inputs_only(batch), device))
+
+    bar = options.progress_bar
+    return unlabelled(over_batches(of_batch, loader, "ood_loader", _model(source), ranks, bar))
 
 
 def unlabelled(answers: Sequence[Any]) -> Unlabelled:
     """A posterior's answers, batch by batch, to inputs whose labels do not matter."""
     probs, information = zip(*map(_with_information, answers), strict=True)
     return Unlabelled(torch.cat(probs), _known(information))
-
-
-def _classify(la: Any, ask: Call, block: Block, options: Options) -> ClassPredictions:
-    key, device = getattr(la, "dict_key_y", "labels"), getattr(la, "_device", None)
-    answers, targets = [], []
-    for batch in iterate_block(block, "loader", options.progress_bar):
-        x, y = split_batch(batch, key)
-        answers.append(ask(to_device(x, device)))
-        last = options.positions is Positions.LAST
-        targets.append(last_labels(x, torch.as_tensor(y)) if last else y)
-    return classified(la, *block.joined("answers", answers, targets))
 
 
 def classified(la: Any, answers: Sequence[Any], targets: Sequence[Any]) -> ClassPredictions:
@@ -205,19 +197,6 @@ def _known(parts: Sequence[torch.Tensor | None]) -> FloatArray | None:
     return to_numpy(torch.cat(known)).astype(np.float64) if len(known) == len(parts) else None
 
 
-def _regress(la: Any, ask: Call, block: Block, options: Options) -> GaussianPredictions:
-    key, device = getattr(la, "dict_key_y", "labels"), getattr(la, "_device", None)
-    noise = np.square(np.atleast_1d(to_numpy(torch.as_tensor(la.sigma_noise)).astype(np.float64)))
-    parts = []
-    for batch in iterate_block(block, "loader", options.progress_bar):
-        x, y = split_batch(batch, key)
-        mean, variance = (_detached(part) for part in ask(to_device(x, device)))
-        targets = to_numpy(torch.as_tensor(y))
-        # Batch by batch: only the diagonals of n K×K covariances are worth keeping.
-        parts.append(gaussian_predictions(mean, variance, targets, noise))
-    return joined(*block.joined("answers", parts))
-
-
 def _likelihood(source: Any) -> str:
     """The posterior's likelihood by name.
 
@@ -254,14 +233,14 @@ def _check_likelihood(source: Any, likelihood: str | None) -> None:
         )
 
 
-def _ask(la: Any, likelihood: str, options: Options) -> Call:
+def _ask(la: Any, options: Options) -> Call:
     """The posterior's predictive under the options."""
     kwargs: dict[str, Any] = {}
     if options.pred_type is not None:
         kwargs["pred_type"] = options.pred_type
     if options.positions is Positions.LAST:
         kwargs["positions"] = options.positions
-    if likelihood in _WITH_LABELS:
+    if _likelihood(la) in _WITH_LABELS:
         link = options.link_approx
         if isinstance(la, DebiasedPosterior) and options.pred_type in (None, "glm"):
             return lambda x: informed_probabilities(la, x, link, positions=options.positions)

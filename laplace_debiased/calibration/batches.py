@@ -1,11 +1,12 @@
 """What loaders give: inputs, targets and the order in which they come."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -16,26 +17,21 @@ from torch.utils.data import (
 
 from laplace_debiased.checks import check_key, checked_flag
 from laplace_debiased.data import Block
-from laplace_debiased.data.loaders import refuse_unshifted
+from laplace_debiased.data.loaders import loader_generators, refuse_unshifted
 from laplace_debiased.network import inputs
+from laplace_debiased.network.modes import undisturbed
 from laplace_debiased.parallel import ALONE, Ranks
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Targets = Iterable[Any] | torch.Tensor | np.ndarray
+T = TypeVar("T")
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def split_batch(batch: Any, dict_key_y: str) -> tuple[Any, Any]:
-    """Inputs and targets of one batch.
-
-    Args:
-        batch: `(x, y)`, or a mapping that holds the targets beside the inputs.
-        dict_key_y: Where a mapping holds its targets.
-
-    Returns:
-        Inputs (the mapping itself, if the batch is one) and targets.
+    """Inputs (the mapping itself, if the batch is one) and targets of one batch.
 
     Raises:
         ValueError: If a mapping has no such key.
@@ -85,34 +81,36 @@ def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
     return values
 
 
-def block_of(loader: object, name: str, ranks: Ranks) -> Block:
-    """What this rank walks of a loader.
+def over_batches(
+    of_batch: Callable[[Any], T],
+    loader: Iterable[Any],
+    name: str,
+    model: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+    progress_bar: bool = False,
+) -> list[T]:
+    """What ``of_batch`` makes of every batch of a loader, of all ranks, in order.
+
+    Model and random number generators are left as they were.
 
     Raises:
         TypeError: If `loader` cannot be iterated over.
+        ValueError: If it yields nothing, on any rank.
     """
-    if isinstance(loader, torch.Tensor | str | bytes) or not isinstance(loader, Iterable):
-        raise TypeError(f"{name} must be a loader, got {_describe(loader)}.")
-    return Block(loader, ranks, name)
+    checked_flag("progress_bar", progress_bar)
+    with undisturbed(model, generators=loader_generators(loader)):
+        if isinstance(loader, torch.Tensor | str | bytes) or not isinstance(loader, Iterable):
+            raise TypeError(f"{name} must be a loader, got {_describe(loader)}.")
+        block = Block(loader, ranks, name)
+        batches: Iterable[Any] = block
+        if progress_bar:
+            from tqdm.auto import tqdm
 
-
-def iterate_block(block: Block, name: str, progress_bar: bool) -> Iterator[Any]:
-    """Batches of a block, under a progress bar if one is wanted.
-
-    Raises:
-        ValueError: If all ranks' blocks yield nothing.
-    """
-    batches: Iterable[Any] = block
-    if checked_flag("progress_bar", progress_bar):
-        from tqdm.auto import tqdm
-
-        batches = tqdm(block, desc=f"Predicting {name}")
-    n_batches = 0
-    for batch in batches:
-        n_batches += 1
-        yield batch
-    if not sum(block.everyones(f"batches of {name}", n_batches)):
+            batches = tqdm(block, desc=f"Predicting {name}")
+        [found] = block.joined("answers", [of_batch(batch) for batch in batches])
+    if not found:
         raise ValueError(f"{name} yields no batch; pass one with at least one sample.")
+    return found
 
 
 def check_unshuffled(loader: object) -> None:
@@ -143,10 +141,11 @@ def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
     if isinstance(source, torch.Tensor | np.ndarray):
         return to_numpy(source)
     check_unshuffled(source)
-    batches = iterate_block(block_of(source, "loader", ALONE), "loader", progress_bar=False)
-    return concatenate(
-        [to_numpy(torch.as_tensor(split_batch(batch, dict_key_y)[1])) for batch in batches]
-    )
+
+    def targets_of(batch: Any) -> np.ndarray:
+        return to_numpy(torch.as_tensor(split_batch(batch, dict_key_y)[1]))
+
+    return concatenate(over_batches(targets_of, source, "loader"))
 
 
 def concatenate(parts: list[np.ndarray]) -> np.ndarray:

@@ -51,7 +51,7 @@ def probabilities(values: torch.Tensor | np.ndarray, name: str = "probs") -> Flo
             f"{tuple(values.shape)}; for one probability p per sample stack (1 - p, p)."
         )
     array = finite(values, name)
-    tolerance = max(SUM_TOLERANCE, _resolution(values))
+    tolerance = max(SUM_TOLERANCE, float(resolution_of(values).eps))
     sums = array.sum(axis=1)
     in_range = (array >= 0.0) & (array <= 1.0 + tolerance)
     row = first_bad_row(in_range & (np.abs(sums - 1.0) <= tolerance)[:, None])
@@ -117,16 +117,7 @@ def binary_labels(values: torch.Tensor | np.ndarray, shape: tuple[int, ...]) -> 
     Raises:
         ValueError: If they do not have the probabilities' shape, or one is neither 0 nor 1.
     """
-    labels = to_numpy(values)
-    if labels.ndim > 0:
-        _same_length("labels", len(labels), shape[0])
-    if labels.ndim == 1 and shape[1] == 1:
-        labels = labels[:, None]
-    if labels.shape != shape:
-        raise ValueError(
-            f"binary labels must have the shape of the predictions {shape}, got {labels.shape}; "
-            "give one label per output."
-        )
+    labels = _shaped("binary labels", to_numpy(values), shape, "give one label per output")
     row = first_bad_row((labels == 0) | (labels == 1))
     if row is not None:
         raise ValueError(
@@ -141,16 +132,19 @@ def regression_targets(values: torch.Tensor | np.ndarray, shape: tuple[int, ...]
     Raises:
         ValueError: If they are not finite or do not have the shape of the predictive mean.
     """
-    targets = finite(values, "targets")
-    _same_length("targets", len(targets), shape[0])
-    if targets.ndim == 1 and shape[1] == 1:
-        targets = targets[:, None]
-    if targets.shape != shape:
+    return _shaped("targets", finite(values, "targets"), shape, "they are not broadcast")
+
+
+def _shaped(name: str, values: np.ndarray, shape: tuple[int, ...], hint: str) -> np.ndarray:
+    if values.ndim > 0:
+        _same_length(name, len(values), shape[0])
+    if values.ndim == 1 and shape[1] == 1:
+        values = values[:, None]
+    if values.shape != shape:
         raise ValueError(
-            f"targets must have the shape of the predictive mean {shape}, got {targets.shape}; "
-            "they are not broadcast."
+            f"{name} must have the shape of the predictions {shape}, got {values.shape}; {hint}."
         )
-    return targets
+    return values
 
 
 def count(value: Any, name: str) -> int:
@@ -168,16 +162,8 @@ def count(value: Any, name: str) -> int:
     return number
 
 
-def smallest_probability(values: torch.Tensor | np.ndarray) -> float:
-    """Smallest positive normal number of the dtype; what a probability of zero stands for."""
-    return float(_finfo(values).tiny)
-
-
-def _resolution(values: torch.Tensor | np.ndarray) -> float:
-    return float(_finfo(values).eps)
-
-
-def _finfo(values: torch.Tensor | np.ndarray) -> Any:
+def resolution_of(values: torch.Tensor | np.ndarray) -> Any:
+    """``finfo`` of the dtype: its ``tiny`` is what a probability of zero stands for."""
     if isinstance(values, torch.Tensor):
         return torch.finfo(values.dtype if values.dtype.is_floating_point else torch.float64)
     floating = np.issubdtype(values.dtype, np.floating)

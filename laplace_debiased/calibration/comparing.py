@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from laplace_debiased.calibration.asking import (
     unlabelled,
 )
 from laplace_debiased.calibration.batches import (
-    block_of,
     inputs_only,
-    iterate_block,
+    over_batches,
     split_batch,
     to_device,
+    to_numpy,
 )
 from laplace_debiased.calibration.comparison import ComparedRow, Comparison
 from laplace_debiased.calibration.evaluation import score_classification
@@ -123,7 +124,7 @@ def ways_to_predict(
         progress_bar=progress_bar,
         ranks=ranks,
     )
-    scaling = scaling_of(logits, labels, la.ignore_index)
+    scaling = scaling_of(logits, to_numpy(labels), la.ignore_index)
     prior, link = _prior_only(la, val_loader, progress_bar, ranks)
     last_layer = _last_layer(la, train_loader, val_loader, seed, progress_bar)
     return Ways(la, scaling, prior, link, last_layer)
@@ -221,18 +222,19 @@ class Ways:
     link: LinkApprox
     last_layer: DebiasedKronLLLaplace | None
 
-    def settings(self, key: str) -> dict[str, float | str]:
-        """What was chosen on validation data for a row."""
-        match key:
-            case "temperature":
-                return {"temperature": self.scaling.temperature}
-            case "prior_only":
-                return {"prior precision": self.prior, "link": self.link.value}
-            case "last_layer":
-                return _hyper_parameters(self.last_layer)
-            case "posterior":
-                return _hyper_parameters(self.la)
-        return {}
+    @property
+    def settings(self) -> dict[str, dict[str, float | str]]:
+        """What was chosen on validation data, by row."""
+        chosen: dict[str, dict[str, float | str]] = {
+            "temperature": {"temperature": self.scaling.temperature},
+            "prior_only": {"prior precision": self.prior, "link": self.link.value},
+        }
+        for key, la in (("last_layer", self.last_layer), ("posterior", self.la)):
+            if la is not None:
+                priors, link = la.prior_precision, la.tuned_link_approx or LinkApprox.MC
+                scalar = {"prior precision": float(priors)} if len(priors) == 1 else {}
+                chosen[key] = {**scalar, "link": link.value}
+        return chosen
 
     def answers(self, inputs: Any) -> Answers:
         """Predictions of one batch; one pass serves the posterior and its prior alone."""
@@ -262,13 +264,6 @@ class Ways:
         return found
 
 
-def _hyper_parameters(la: Any) -> dict[str, float | str]:
-    link = la.tuned_link_approx or LinkApprox.MC
-    priors = la.prior_precision
-    known = {"prior precision": float(priors)} if len(priors) == 1 else {}
-    return {**known, "link": link.value}
-
-
 def _scored(
     ways: Ways,
     test_loader: Any,
@@ -278,48 +273,41 @@ def _scored(
     progress_bar: bool,
     ranks: Ranks,
 ) -> Comparison:
-    la, device, key_y = ways.la, ways.la._device, ways.la.dict_key_y
-    targets: list[Any] = []
+    la, device = ways.la, ways.la._device
 
-    def labelled(batch: Any) -> Any:
-        inputs, y = split_batch(batch, key_y)
-        targets.append(y)
-        return inputs
+    def walk(loader: Any, name: str, split: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """By row its answers to every batch, and the batches' targets."""
 
-    def walk(loader: Any, name: str, inputs_of: Callable[[Any], Any]) -> dict[str, list[Any]]:
-        found: list[Answers] = []
-        with undisturbed(la._target.model, generators=loader_generators(loader)):
-            block = block_of(loader, name, ranks)
-            for batch in iterate_block(block, name, progress_bar):
-                found.append(ways.answers(to_device(inputs_of(batch), device)))
-        found, targets[:] = block.joined("answers", found, targets)
-        return {key: [answers[key] for answers in found] for key in found[0]}
+        def of_batch(batch: Any) -> tuple[Answers, Any]:
+            inputs, y = split(batch)
+            return ways.answers(to_device(inputs, device)), y
 
-    inside, labels = walk(test_loader, "test_loader", labelled), list(targets)
-    targets.clear()
-    outside = {} if ood_loader is None else walk(ood_loader, "ood_loader", inputs_only)
+        walked = over_batches(of_batch, loader, name, la._target.model, ranks, progress_bar)
+        answers, targets = zip(*walked, strict=True)
+        return {key: [found[key] for found in answers] for key in answers[0]}, targets
+
+    inside, labels = walk(
+        test_loader, "test_loader", partial(split_batch, dict_key_y=la.dict_key_y)
+    )
+    outside: dict[str, list[Any]] = {}
+    if ood_loader is not None:
+        outside, _ = walk(ood_loader, "ood_loader", lambda batch: (inputs_only(batch), None))
+    predictions = {key: classified(la, answers, labels) for key, answers in inside.items()}
+    baseline, settings = predictions["temperature"].nll, ways.settings
     rows = []
-    for key, answers in inside.items():
-        predictions = classified(la, answers, labels)
+    for key, found in predictions.items():
         elsewhere = unlabelled(outside[key]) if key in outside else None
-        probs = predictions.probs
-        correct = probs.argmax(axis=1) == predictions.labels
+        confidence, correct = found.probs.max(axis=1), found.probs.argmax(axis=1) == found.labels
+        same = key == "temperature"
         rows.append(
             ComparedRow(
                 key,
                 _NAMES[key],
-                score_classification(predictions, elsewhere, n_bins),
-                predictions.nll,
-                metrics.risk_coverage(probs.max(axis=1), correct),
-                ways.settings(key),
+                score_classification(found, elsewhere, n_bins),
+                found.nll,
+                metrics.risk_coverage(confidence, correct),
+                settings.get(key, {}),
+                None if same else metrics.paired_interval(found.nll, baseline, seed),
             )
         )
-    baseline = next(row.nlls for row in rows if row.key == "temperature")
-    return Comparison(
-        tuple(
-            row
-            if row.key == "temperature"
-            else replace(row, interval=metrics.paired_interval(row.nlls, baseline, seed))
-            for row in rows
-        )
-    )
+    return Comparison(tuple(rows))

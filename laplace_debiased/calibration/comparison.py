@@ -75,14 +75,22 @@ class Comparison:
     @property
     def table(self) -> str:
         """One row for every way to predict, in Markdown, aligned."""
-        columns = [c for c in COLUMNS if any(_score(row, c[1]) is not None for row in self.rows)]
-        head = ["", "NLL", "against temperature scaling", *(c[0] for c in columns[1:])]
+        scores = {row.key: row.evaluation.to_dict() for row in self.rows}
+
+        def cell(row: ComparedRow, field: str, digits: int, factor: float) -> str:
+            value = scores[row.key][field]
+            return "–" if value is None else f"{factor * value:.{digits}f}"
+
+        shown = [c for c in COLUMNS[1:] if any(s[c[1]] is not None for s in scores.values())]
+        head = ["", "NLL", "against temperature scaling", *(column[0] for column in shown)]
         body = [
             [
                 row.name,
-                _cell(row, *columns[0][1:]),
-                self._difference(row),
-                *(_cell(row, *column[1:]) for column in columns[1:]),
+                cell(row, *COLUMNS[0][1:]),
+                "–"
+                if row.interval is None
+                else f"{self._gain(row):+.4f} [{row.interval[0]:+.4f}, {row.interval[1]:+.4f}]",
+                *(cell(row, *column[1:]) for column in shown),
             ]
             for row in self.rows
         ]
@@ -94,12 +102,6 @@ class Comparison:
             + " |"
             for cells in (head, rule, *body)
         )
-
-    def _difference(self, row: ComparedRow) -> str:
-        if row.interval is None:
-            return "–"
-        low, high = row.interval
-        return f"{self._gain(row):+.4f} [{low:+.4f}, {high:+.4f}]"
 
     def _gain(self, row: ComparedRow) -> float:
         return row.evaluation.nll - self["temperature"].evaluation.nll
@@ -121,12 +123,14 @@ class Comparison:
                 f"AUROC and FPR95 against {outside} other inputs, by entropy and by "
                 "mutual information (MI)."
             )
-        chosen = [
-            f"{row.name}: {', '.join(f'{k} {_short(v)}' for k, v in row.settings.items())}."
-            for row in self.rows
-            if row.settings
-        ]
-        return "\n".join([*text, *chosen])
+        for row in self.rows:
+            if row.settings:
+                chosen = (
+                    f"{k} {v if isinstance(v, str) else f'{v:.3g}'}"
+                    for k, v in row.settings.items()
+                )
+                text.append(f"{row.name}: {', '.join(chosen)}.")
+        return "\n".join(text)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """All numbers as plain values, by row."""
@@ -166,16 +170,3 @@ class Comparison:
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
         return figure
-
-
-def _score(row: ComparedRow, field: str) -> float | None:
-    return row.evaluation.to_dict()[field]
-
-
-def _cell(row: ComparedRow, field: str, digits: int, factor: float) -> str:
-    value = _score(row, field)
-    return "–" if value is None else f"{factor * value:.{digits}f}"
-
-
-def _short(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3g}"

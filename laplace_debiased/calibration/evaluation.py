@@ -1,8 +1,8 @@
-"""`evaluate`: how good and how calibrated are predictions, in one record."""
+"""How good and how calibrated are predictions, together and sample by sample."""
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from laplace_debiased.calibration.asking import (
     predict_unlabelled,
     ranks_for,
 )
-from laplace_debiased.calibration.batches import FloatArray, Targets
+from laplace_debiased.calibration.batches import FloatArray, IntArray, Targets
 from laplace_debiased.calibration.predictions import ClassPredictions, GaussianPredictions, rows_of
 from laplace_debiased.calibration.reliability import (
     IntervalCurve,
@@ -34,91 +34,55 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MEANINGS = {
-    "nll": "negative log-likelihood, nats, mean over samples",
-    "ece": "expected calibration error of the top label",
-    "adaptive_ece": "the same, bins of equally many samples",
-    "mce": "maximum calibration error over bins",
-    "brier": "squared error summed over classes, mean over samples",
-    "accuracy": "share of correct predictions",
-    "aurc": "area under the risk-coverage curve",
-    "entropy": "predictive entropy, nats, mean over samples",
-    "mutual_information": "epistemic part of the entropy, nats, mean over samples",
-    "auroc": "entropy separates in from out of distribution",
-    "fpr95": "out-of-distribution share kept at 95 % true positives",
-    "auroc_information": "mutual information separates in from out of distribution",
-    "fpr95_information": "out-of-distribution share kept, by mutual information",
-    "rmse": "root of the squared error's mean over samples and outputs",
-    "ence": "expected normalized calibration error, mean over outputs",
-    "interval_coverage": "targets within their central 95 % interval",
-    "epistemic_std": "predictive std without noise, mean over samples and outputs",
-    "total_std": "predictive std with noise, mean over samples and outputs",
-    "n_bins": "bins of ECE and MCE, or of ENCE",
-    "n_samples": "samples",
-    "n_ood_samples": "out-of-distribution samples",
-}
+
+def _score(meaning: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Scores of predictions; None where a metric does not apply.
+    """Scores of predictions; None where a metric does not apply. ``repr`` says what each one is.
 
-    Shares and calibration errors lie in [0, 1] and are not in percent.
-
-    Attributes:
-        nll: Negative log-likelihood of the targets, in nats, mean over samples. In regression that
-            of the whole target vector [K] under the total predictive covariance; with K binary
-            labels, summed over them.
-        n_samples: Number of samples; of sequences, of positions whose label counts.
-        n_bins: Bins of `ece` and `mce`, or of `ence`.
-        ece: Expected calibration error of the top label.
-        adaptive_ece: The same with bins of equally many samples.
-        mce: Maximum calibration error over bins.
-        brier: Squared error summed over classes, mean over samples (in [0, 2]).
-        accuracy: Share of samples whose most probable class is the label.
-        aurc: Area under the risk-coverage curve: the share of errors among the most confident
-            predictions, mean over all coverages.
-        entropy: Predictive entropy, in nats, mean over samples; with K binary labels, summed over
-            them. `ece`, `mce`, `brier`, `accuracy` and `aurc` are then over all labels, two classes
-            each.
-        mutual_information: What a label would tell about the weights, the epistemic part of the
-            entropy, in nats, mean over samples; of a posterior of this library with `pred_type`
-            "glm".
-        auroc: Probability that an out-of-distribution sample has the higher entropy.
-        fpr95: Share of out-of-distribution samples that pass as in-distribution where at least
-            95 % of the in-distribution samples do, by entropy.
-        auroc_information: As `auroc`, by mutual information.
-        fpr95_information: As `fpr95`, by mutual information.
-        rmse: Root of the squared error's mean over samples and outputs.
-        ence: Expected normalized calibration error, mean over outputs.
-        interval_coverage: Share of targets within their central 95 % interval, noise included.
-        epistemic_std: Predictive standard deviation without noise, mean over samples and outputs.
-        total_std: The same with noise.
-        n_ood_samples: Number of out-of-distribution samples.
-        curve: What `plot_reliability` shows.
+    Shares and calibration errors lie in [0, 1] and are not in percent. Of sequences every position
+    whose label counts is a sample. In regression `nll` is that of the whole target vector [K] under
+    the total predictive covariance. With K binary labels `nll` and `entropy` are summed over them;
+    `ece`, `mce`, `brier`, `accuracy` and `aurc` are then over all labels, two classes each.
+    `mutual_information` is what a label would tell about the weights, of a posterior of this
+    library with `pred_type` "glm". `curve` is what `plot_reliability`
+    shows.
     """
 
-    nll: float
-    n_samples: int
-    n_bins: int
-    ece: float | None = None
-    adaptive_ece: float | None = None
-    mce: float | None = None
-    brier: float | None = None
-    accuracy: float | None = None
-    aurc: float | None = None
-    entropy: float | None = None
-    mutual_information: float | None = None
-    auroc: float | None = None
-    fpr95: float | None = None
-    auroc_information: float | None = None
-    fpr95_information: float | None = None
-    rmse: float | None = None
-    ence: float | None = None
-    interval_coverage: float | None = None
-    epistemic_std: float | None = None
-    total_std: float | None = None
-    n_ood_samples: int | None = None
+    nll: float = _score("negative log-likelihood, nats, mean over samples")
+    n_samples: int = _score("samples")
+    n_bins: int = _score("bins of ECE and MCE, or of ENCE")
+    ece: float | None = _score("expected calibration error of the top label", None)
+    adaptive_ece: float | None = _score("the same, bins of equally many samples", None)
+    mce: float | None = _score("maximum calibration error over bins", None)
+    brier: float | None = _score("squared error summed over classes, mean over samples", None)
+    accuracy: float | None = _score("share of correct predictions", None)
+    aurc: float | None = _score("area under the risk-coverage curve", None)
+    entropy: float | None = _score("predictive entropy, nats, mean over samples", None)
+    mutual_information: float | None = _score(
+        "epistemic part of the entropy, nats, mean over samples", None
+    )
+    auroc: float | None = _score("entropy separates in from out of distribution", None)
+    fpr95: float | None = _score("out-of-distribution share kept at 95 % true positives", None)
+    auroc_information: float | None = _score(
+        "mutual information separates in from out of distribution", None
+    )
+    fpr95_information: float | None = _score(
+        "out-of-distribution share kept, by mutual information", None
+    )
+    rmse: float | None = _score("root of the squared error's mean over samples and outputs", None)
+    ence: float | None = _score("expected normalized calibration error, mean over outputs", None)
+    interval_coverage: float | None = _score("targets within their central 95 % interval", None)
+    epistemic_std: float | None = _score(
+        "predictive std without noise, mean over samples and outputs", None
+    )
+    total_std: float | None = _score(
+        "predictive std with noise, mean over samples and outputs", None
+    )
+    n_ood_samples: int | None = _score("out-of-distribution samples", None)
     curve: ReliabilityBins | IntervalCurve | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -144,9 +108,14 @@ class Evaluation:
         raise ValueError("this record has no curve to plot; get one from evaluate().")
 
     def __repr__(self) -> str:
-        rows = [(key, self.to_dict()[key], text) for key, text in _MEANINGS.items()]
-        lines = [f"  {k:<18} {_number(v):>9}  {text}" for k, v, text in rows if v is not None]
-        return "\n".join([type(self).__name__, *lines])
+        lines, numbers = [type(self).__name__], self.to_dict()
+        # Counts come last.
+        for f in sorted(fields(self), key=lambda f: f.name.startswith("n_")):
+            value = numbers.get(f.name)
+            if value is not None:
+                shown = f"{value:d}" if isinstance(value, int) else f"{value:.4f}"
+                lines.append(f"  {f.name:<18} {shown:>9}  {f.metadata['meaning']}")
+        return "\n".join(lines)
 
 
 @public_call
@@ -206,7 +175,13 @@ def evaluate(
             likelihood,
             parse_choice(Positions, positions, "positions"),
         )
-        _check_ood(la_or_probs, ood_loader, ood_probs)
+        if ood_loader is not None and ood_probs is not None:
+            raise ValueError("got both ood_loader and ood_probs; pass one of them.")
+        if ood_loader is not None and isinstance(la_or_probs, torch.Tensor | np.ndarray):
+            raise ValueError(
+                "ood_loader needs a posterior to predict with; beside precomputed probabilities "
+                "pass ood_probs, the probabilities on the out-of-distribution data."
+            )
         ranks.agree("evaluate", {**described(la_or_probs, options), "n_bins": n_bins})
         predictions = predict(la_or_probs, loader, options, ranks)
         if isinstance(predictions, GaussianPredictions):
@@ -219,16 +194,6 @@ def evaluate(
         if ood_loader is not None:
             outside = predict_unlabelled(la_or_probs, ood_loader, options, ranks)
         return score_classification(predictions, outside, n_bins)
-
-
-def _check_ood(source: Any, ood_loader: Any, ood_probs: Any) -> None:
-    if ood_loader is not None and ood_probs is not None:
-        raise ValueError("got both ood_loader and ood_probs; pass one of them.")
-    if ood_loader is not None and isinstance(source, torch.Tensor | np.ndarray):
-        raise ValueError(
-            "ood_loader needs a posterior to predict with; beside precomputed probabilities pass "
-            "ood_probs, the probabilities on the out-of-distribution data."
-        )
 
 
 def score_classification(
@@ -312,5 +277,81 @@ def _mean_nll(predictions: ClassPredictions) -> float:
     return float(predictions.nll.mean())
 
 
-def _number(value: float | int) -> str:
-    return f"{value:d}" if isinstance(value, int) else f"{value:.4f}"
+@dataclass(frozen=True, eq=False)
+class PredictiveReport:
+    """Predictions sample by sample, in the loader's order; None where a column does not apply.
+
+    Attributes:
+        prediction: Most probable class ([n], of K > 1 binary labels [n, K]), or predictive mean
+            [n, K].
+        target: Label, in the same shape.
+        nll: Negative log-likelihood of each sample's target [n], in nats, summed over its labels.
+        confidence: Probability of the predicted class, in the labels' shape.
+        entropy: Predictive entropy [n], in nats, summed over a sample's labels.
+        mutual_information: Epistemic part of it [n]: what a label would tell about the weights.
+        correct: Whether the predicted class is the label, in the labels' shape.
+        epistemic_std: Predictive standard deviation without noise [n, K].
+        total_std: The same with noise [n, K].
+    """
+
+    prediction: IntArray | FloatArray
+    target: IntArray | FloatArray
+    nll: FloatArray
+    confidence: FloatArray | None = None
+    entropy: FloatArray | None = None
+    mutual_information: FloatArray | None = None
+    correct: np.ndarray | None = None
+    epistemic_std: FloatArray | None = None
+    total_std: FloatArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.nll)
+
+    def __repr__(self) -> str:
+        columns = ", ".join(self.to_dict())
+        return f"{type(self).__name__}({len(self)} samples: {columns})"
+
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """The columns that apply, by name; `pandas.DataFrame` takes them for K = 1."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: column for name, column in columns.items() if column is not None}
+
+
+@public_call
+def predictive_report(
+    la_or_probs: Any,
+    loader: Targets,
+    *,
+    link_approx: str | None = None,
+    pred_type: str | None = None,
+    progress_bar: bool = False,
+    likelihood: str | None = None,
+) -> PredictiveReport:
+    """Predictions and their uncertainty for each sample; arguments and errors as in `evaluate`."""
+    ranks = ranks_for(la_or_probs)
+    with ranks.together("predictive_report"):
+        options = Options(
+            link_approx, pred_type, progress_bar if ranks.is_first else False, likelihood
+        )
+        ranks.agree("predictive_report", described(la_or_probs, options))
+        predictions = predict(la_or_probs, loader, options, ranks)
+    if isinstance(predictions, ClassPredictions):
+        probs, labels = predictions.probs, predictions.labels
+        top = probs.argmax(axis=1)
+        return PredictiveReport(
+            prediction=predictions.by_sample(top),
+            target=predictions.by_sample(labels),
+            nll=predictions.nll,
+            confidence=predictions.by_sample(probs.max(axis=1)),
+            entropy=predictions.entropy,
+            mutual_information=predictions.information,
+            correct=predictions.by_sample(top == labels),
+        )
+    epistemic = predictions.epistemic_variance
+    return PredictiveReport(
+        prediction=predictions.mean,
+        target=predictions.targets,
+        nll=predictions.nll,
+        epistemic_std=None if epistemic is None else np.sqrt(epistemic),
+        total_std=np.sqrt(predictions.total_variance),
+    )

@@ -1,7 +1,9 @@
 """Scores of predictions, as pure functions of float64 arrays. Entropies and NLLs are in nats."""
 
 import numpy as np
+import torch
 from scipy.special import entr, erf
+from torch.distributions import Independent, MultivariateNormal, Normal
 
 from laplace_debiased.calibration.batches import FloatArray, IntArray
 from laplace_debiased.network.rng import preserved_rng
@@ -142,16 +144,15 @@ def gaussian_nll(error: FloatArray, covariance: FloatArray) -> FloatArray:
         covariance: Total predictive variances [n, K], or covariances [n, K, K].
 
     Raises:
-        numpy.linalg.LinAlgError: If a covariance is not positive definite.
+        torch.linalg.LinAlgError: If a covariance is not positive definite.
     """
-    constant = error.shape[1] * np.log(2.0 * np.pi)
+    values, scale = torch.from_numpy(error), torch.from_numpy(covariance)
+    density: torch.distributions.Distribution
     if covariance.ndim == 2:
-        per_output = np.log(covariance) + np.square(error) / covariance
-        return 0.5 * (per_output.sum(axis=1) + constant)
-    root = np.linalg.cholesky(covariance)
-    white = np.linalg.solve(root, error[..., None])[..., 0]
-    log_det = 2.0 * np.log(np.diagonal(root, axis1=1, axis2=2)).sum(axis=1)
-    return 0.5 * (np.square(white).sum(axis=1) + log_det + constant)
+        density = Independent(Normal(torch.zeros_like(values), scale.sqrt()), 1)
+    else:
+        density = MultivariateNormal(torch.zeros_like(values), scale, validate_args=False)
+    return -density.log_prob(values).numpy()
 
 
 def interval_level(error: FloatArray, std: FloatArray) -> FloatArray:

@@ -81,45 +81,25 @@ class GaussianPredictions:
 def rows_of(values: Values, binary: bool, name: str) -> FloatArray:
     """Checked probabilities as rows [n, C]: of each sample, position or binary label."""
     if binary:
-        return _two_classes(checks.label_probabilities(values, name))
+        one = checks.label_probabilities(values, name).reshape(-1)
+        return np.stack([1.0 - one, one], axis=1)  # [n, K] as rows [n · K, 2] of classes 0 and 1
     if values.ndim == 3:  # Sequences [n, T, C].
         values = values.reshape(-1, values.shape[-1])
     return checks.probabilities(values, name)
-
-
-def _two_classes(probs: FloatArray) -> FloatArray:
-    """Probabilities [n, K] of labels as rows [n · K, 2] of those of 0 and 1."""
-    one = probs.reshape(-1)
-    return np.stack([1.0 - one, one], axis=1)
 
 
 def class_rows(
     probs: Values, targets: np.ndarray, likelihood: Any, ignore_index: int | None = None
 ) -> ClassPredictions:
     """Predictions as rows; positions of sequences and labels that do not count are left out."""
-    floor = checks.smallest_probability(probs)
+    floor = float(checks.resolution_of(probs).tiny)
     if likelihood_name(likelihood) == "bernoulli":
-        checked = checks.label_probabilities(probs)
-        labels = checks.binary_labels(targets, checked.shape).reshape(-1)
-        return ClassPredictions(_two_classes(checked), labels, floor, checked.shape[1], True)
+        rows, n_labels = rows_of(probs, True, "probs"), 1 if probs.ndim == 1 else probs.shape[1]
+        labels = checks.binary_labels(targets, (len(probs), n_labels)).reshape(-1)
+        return ClassPredictions(rows, labels, floor, n_labels, True)
     probs, targets = positions_as_samples(probs, targets)
     rows, targets = without_ignored(rows_of(probs, False, "probs"), targets, ignore_index)
     return ClassPredictions(rows, checks.class_labels(targets, *rows.shape), floor)
-
-
-def gaussian_rows(source: tuple[Any, ...], targets: np.ndarray) -> GaussianPredictions:
-    """Predictions from a pair of means and total predictive variances.
-
-    Raises:
-        TypeError: if it is no such pair.
-        ValueError: for invalid numbers.
-    """
-    if len(source) != 2 or not all(isinstance(part, Values) for part in source):
-        raise TypeError(
-            "la_or_probs as a tuple must be (mean, variance) tensors, got "
-            f"({', '.join(type(part).__name__ for part in source)})."
-        )
-    return gaussian_predictions(*source, targets, noise=None)
 
 
 def gaussian_predictions(
@@ -144,7 +124,7 @@ def gaussian_predictions(
     full = total if covariance.ndim == 2 else covariance + np.eye(mu.shape[1]) * added
     try:
         nll = metrics.gaussian_nll(y - mu, full)
-    except np.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:
         raise ValueError(
             "variance must be positive definite for each sample with the observation noise added; "
             "pass variances (samples, outputs), or check prior_precision and sigma_noise."

@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.stats import binned_statistic
 
 from laplace_debiased.calibration.batches import FloatArray
 
@@ -56,18 +57,10 @@ class IntervalCurve:
 
 def reliability_bins(confidence: FloatArray, correct: np.ndarray, n_bins: int) -> ReliabilityBins:
     """Equal-width bins of confidence [n] and correctness [n]; a bin is closed on its left."""
-    edges = np.linspace(0.0, 1.0, n_bins + 1)
-    index = np.digitize(confidence, edges[1:-1])
-    counts = np.bincount(index, minlength=n_bins)
-
-    def bin_means(values: np.ndarray) -> tuple[float, ...]:
-        sums = np.bincount(index, weights=values, minlength=n_bins)
-        means = np.full(n_bins, np.nan)
-        return tuple(np.divide(sums, counts, out=means, where=counts > 0).tolist())
-
-    return ReliabilityBins(
-        tuple(edges.tolist()), tuple(counts.tolist()), bin_means(confidence), bin_means(correct)
-    )
+    both = [confidence, correct.astype(np.float64)]
+    means, edges, _ = binned_statistic(confidence, both, bins=n_bins, range=(0.0, 1.0))
+    counts, _ = np.histogram(confidence, edges)
+    return ReliabilityBins(*(tuple(part.tolist()) for part in (edges, counts, *means)))
 
 
 def interval_curve(levels: FloatArray, coverage_level: float) -> IntervalCurve:
@@ -80,12 +73,7 @@ def interval_curve(levels: FloatArray, coverage_level: float) -> IntervalCurve:
 
 
 def plot_reliability_bins(bins: ReliabilityBins, ax: "Axes | None" = None) -> "Figure":
-    """Accuracy against confidence, the gap between them, and where the confidences lie.
-
-    Args:
-        bins: What to show.
-        ax: Axes to draw into; a new figure without one. No pyplot state is touched.
-    """
+    """Accuracy against confidence, the gap between them, and where the confidences lie."""
     main = _new_axes() if ax is None else ax
     edges, counts = np.array(bins.edges), np.array(bins.counts)
     filled = counts > 0
@@ -102,7 +90,8 @@ def plot_reliability_bins(bins: ReliabilityBins, ax: "Axes | None" = None) -> "F
         label="gap to confidence",
     )
     main.plot([0, 1], [0, 1], color=_GRAY, linestyle="--", linewidth=1, label="calibrated")
-    _unit_square(main, ylabel="accuracy")
+    main.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    _despine(main)
     _head(main, f"ECE {100 * bins.expected_error:.2f} %, {counts.sum()} samples")
     main.tick_params(labelbottom=False)
     below = _axes_below(main)
@@ -114,19 +103,15 @@ def plot_reliability_bins(bins: ReliabilityBins, ax: "Axes | None" = None) -> "F
 
 
 def plot_interval_curve(curve: IntervalCurve, ax: "Axes | None" = None) -> "Figure":
-    """Observed coverage of central intervals against their nominal level.
-
-    Args:
-        curve: What to show.
-        ax: Axes to draw into; a new figure without one. No pyplot state is touched.
-    """
+    """Observed coverage of central intervals against their nominal level."""
     main = _new_axes() if ax is None else ax
     nominal, observed = np.array(curve.nominal), np.array(curve.observed)
     main.plot([0, 1], [0, 1], color=_GRAY, linestyle="--", linewidth=1, label="calibrated")
     main.fill_between(nominal, nominal, observed, color=_RED, alpha=0.2, linewidth=0, label="gap")
     main.plot(nominal, observed, color=_BLUE, marker="o", markersize=3.5, label="observed")
-    _unit_square(main, ylabel="share of targets inside")
+    main.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of targets inside")
     main.set(xlabel="nominal level of the central interval")
+    _despine(main)
     _head(main, f"95 % intervals hold {100 * curve.interval_coverage:.1f} % of targets")
     return _figure_of(main)
 
@@ -159,11 +144,6 @@ def _figure_of(ax: "Axes") -> "Figure":
     if not isinstance(figure, Figure):
         raise ValueError("ax must belong to a figure; create it with Figure().add_subplot().")
     return figure
-
-
-def _unit_square(ax: "Axes", ylabel: str) -> None:
-    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel=ylabel)
-    _despine(ax)
 
 
 def _head(ax: "Axes", title: str) -> None:

@@ -15,12 +15,10 @@ from torch import nn
 from laplace_debiased.calibration import checks
 from laplace_debiased.calibration.batches import (
     FloatArray,
-    IntArray,
     Targets,
-    block_of,
     collect_targets,
     concatenate,
-    iterate_block,
+    over_batches,
     positions_as_samples,
     split_batch,
     to_device,
@@ -28,10 +26,8 @@ from laplace_debiased.calibration.batches import (
     without_ignored,
 )
 from laplace_debiased.checks import as_integer
-from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.network.inputs import invoke
-from laplace_debiased.network.modes import public_call, undisturbed
-from laplace_debiased.network.rng import preserved_rng
+from laplace_debiased.network.modes import public_call
 from laplace_debiased.parallel import ALONE, Ranks
 
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
@@ -104,15 +100,13 @@ def fit_temperature(
         logits, labels = collect_logits(
             logits_or_model, val_loader, dict_key_y=dict_key_y, progress_bar=progress_bar
         )
-        return scaling_of(logits, labels, ignore_index)
+        return scaling_of(logits, to_numpy(labels), ignore_index)
     if not isinstance(logits_or_model, torch.Tensor | np.ndarray):
         raise TypeError(
             "logits_or_model must be a torch module or logits (samples, classes), got "
             f"{type(logits_or_model).__name__}; of a posterior pass its .model."
         )
-    with preserved_rng(generators=loader_generators(val_loader)):
-        targets = collect_targets(val_loader, dict_key_y)
-    return _fit(*_checked(logits_or_model, targets, ignore_index))
+    return scaling_of(logits_or_model, collect_targets(val_loader, dict_key_y), ignore_index)
 
 
 def collect_logits(
@@ -134,38 +128,27 @@ def collect_logits(
         ValueError: If the loader is empty, or the labels of sequences are not [batch, T].
     """
     device = next((parameter.device for parameter in model.parameters()), None)
-    logits, labels = [], []
-    with undisturbed(model, generators=loader_generators(loader)), torch.no_grad():
-        block = block_of(loader, "loader", ranks)
-        for batch in iterate_block(block, "loader", progress_bar):
-            x, y = split_batch(batch, dict_key_y)
-            output = _checked_output(invoke(model, to_device(x, device))).cpu()
-            rows, targets = positions_as_samples(output, to_numpy(torch.as_tensor(y)))
-            logits.append(rows)
-            labels.append(targets)
-    logits, labels = block.joined("logits", logits, labels)
+
+    def of_batch(batch: Any) -> tuple[torch.Tensor, np.ndarray]:
+        x, y = split_batch(batch, dict_key_y)
+        with torch.no_grad():
+            output = invoke(model, to_device(x, device))
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(
+                "logits_or_model must return a tensor of logits, or a record that holds one as "
+                f".logits; got {type(output).__name__}."
+            )
+        return positions_as_samples(output.cpu(), to_numpy(torch.as_tensor(y)))
+
+    found = over_batches(of_batch, loader, "loader", model, ranks, progress_bar)
+    logits, labels = zip(*found, strict=True)
     return torch.cat(logits), torch.from_numpy(concatenate(labels))
 
 
 def scaling_of(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int | None
-) -> TemperatureScaling:
-    """:func:`fit_temperature` of logits and labels that :func:`collect_logits` gave."""
-    return _fit(*_checked(logits, to_numpy(labels), ignore_index))
-
-
-def _checked_output(output: Any) -> torch.Tensor:
-    if not isinstance(output, torch.Tensor):
-        raise TypeError(
-            "logits_or_model must return a tensor of logits, or a record that holds one as "
-            f".logits; got {type(output).__name__}."
-        )
-    return output
-
-
-def _checked(
     logits: torch.Tensor | np.ndarray, labels: np.ndarray, ignore_index: int | None
-) -> tuple[FloatArray, IntArray]:
+) -> TemperatureScaling:
+    """:func:`fit_temperature` of logits and labels."""
     rows, labels = positions_as_samples(logits, labels)
     rows, labels = without_ignored(rows, labels, ignore_index)
     checked = checks.finite(rows, "logits")
@@ -181,12 +164,9 @@ def _checked(
             "logits are probabilities: those of every sample sum to one; pass their logarithms, or "
             "the model without the softmax at its end."
         )
-    return checked, checks.class_labels(labels, *checked.shape)
-
-
-def _fit(logits: FloatArray, labels: IntArray) -> TemperatureScaling:
+    labels = checks.class_labels(labels, *checked.shape)
     # The label's own logit subtracted: exact for the NLL, and it keeps tiny losses accurate.
-    margins = logits - np.take_along_axis(logits, labels[:, None], axis=1)
+    margins = checked - np.take_along_axis(checked, labels[:, None], axis=1)
 
     def nll(log_temperature: float) -> float:
         return float(logsumexp(margins * math.exp(-log_temperature), axis=1).mean())
@@ -210,17 +190,15 @@ def _optimal_log_temperature(margins: FloatArray) -> float:
     low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
     if not margins.any():
         return 0.0  # Constant logits: every temperature gives the same probabilities.
-    if slope(low) <= 0.0:
-        return _at_bound(low, "every label has the largest logit")
-    if slope(high) >= 0.0:
-        return _at_bound(high, "the logits do no better than chance")
+    for bound, beyond, reason in (
+        (low, slope(low) <= 0.0, "every label has the largest logit"),
+        (high, slope(high) >= 0.0, "the logits do no better than chance"),
+    ):
+        if beyond:
+            warnings.warn(
+                f"the optimal temperature lies beyond {math.exp(bound):g}, as it does when "
+                f"{reason}; fit it on more, or on other, validation data.",
+                stacklevel=5,
+            )
+            return bound
     return float(brentq(slope, low, high, xtol=1e-13, rtol=1e-13))
-
-
-def _at_bound(log_temperature: float, reason: str) -> float:
-    warnings.warn(
-        f"the optimal temperature lies beyond {math.exp(log_temperature):g}, as it does when "
-        f"{reason}; fit it on more, or on other, validation data.",
-        stacklevel=6,
-    )
-    return log_temperature
