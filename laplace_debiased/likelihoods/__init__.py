@@ -1,8 +1,6 @@
 """Loss-Hessian roots and their traces, and the links from outputs to probabilities."""
 
-from laplace_debiased.likelihoods.bernoulli import Bernoulli
-from laplace_debiased.likelihoods.categorical import BradleyTerry, SoftmaxCrossEntropy
-from laplace_debiased.likelihoods.gaussian import UnitGaussian, residual_noise
+from laplace_debiased.likelihoods.categorical import SoftmaxCrossEntropy
 from laplace_debiased.likelihoods.links import (
     InverseLink,
     gaussian_samples,
@@ -12,24 +10,16 @@ from laplace_debiased.likelihoods.links import (
     probit,
     softmax,
 )
-from laplace_debiased.likelihoods.losses import (
-    LikelihoodName,
-    LossModel,
-    curvature_columns,
-    loss_model,
-)
-from laplace_debiased.likelihoods.sketch import sketched_columns
+from laplace_debiased.likelihoods.losses import LikelihoodName, LossModel, residual_noise
+from laplace_debiased.likelihoods.models import curvature_columns, loss_model, sketched_columns
 from laplace_debiased.likelihoods.tail import ChosenMoments
 
 __all__ = [
-    "Bernoulli",
-    "BradleyTerry",
     "ChosenMoments",
     "InverseLink",
     "LikelihoodName",
     "LossModel",
     "SoftmaxCrossEntropy",
-    "UnitGaussian",
     "curvature_columns",
     "gaussian_samples",
     "laplace_bridge",

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from laplace_debiased.likelihoods.losses import LossModel
+
 
 @dataclass(frozen=True)
-class SoftmaxCrossEntropy:
+class SoftmaxCrossEntropy(LossModel):
     """Categorical likelihood with logits f: ℓ = −log softmax(f)_y, summed over positions.
 
     Attributes:
@@ -24,7 +26,6 @@ class SoftmaxCrossEntropy:
     allow_probabilities: bool = True
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise ValueError unless ``targets`` are class indices [m] ([m, T]) in 0..C−1."""
         if outputs.ndim != 2 and not (self.positions and outputs.ndim == 3):
             allowed = " or (batch, positions, classes)" if self.positions else ""
             raise ValueError(
@@ -83,11 +84,9 @@ class SoftmaxCrossEntropy:
             )
 
     def n_labels(self, targets: Tensor) -> Tensor:
-        """Labels that count of every sample [m]."""
         return _per_sample(self._counted(targets).double())
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of every sample, summed over its positions [m]."""
         counted = self._counted(targets)
         log_p = torch.log_softmax(outputs, dim=-1)
         chosen = log_p.gather(-1, _indices(targets, counted).unsqueeze(-1)).squeeze(-1)
@@ -132,7 +131,6 @@ class SoftmaxCrossEntropy:
         return _per_sample(traces)
 
     def output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """P − onehot(y) [m, C] ([m, T, C]), zero where a label does not count."""
         counted = self._counted(targets)
         p = torch.softmax(outputs, dim=-1)
         labels = _indices(targets, counted)
@@ -140,7 +138,6 @@ class SoftmaxCrossEntropy:
         return gradient * counted.unsqueeze(-1)
 
     def label_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Uniform numbers [m, draws] ([m, T, draws]), one per label."""
         return torch.rand((*shape[:-2], shape[-1]), generator=generator, dtype=torch.float64)
 
     def sampled_output_gradients(self, outputs: Tensor, noise: Tensor) -> Tensor:
@@ -152,7 +149,6 @@ class SoftmaxCrossEntropy:
         return p.unsqueeze(-1) - onehot.to(p.dtype).transpose(-1, -2)
 
     def label_mask(self, targets: Tensor) -> Tensor | None:
-        """Which labels count [m] ([m, T]); None where all do."""
         counted = self._counted(targets)
         return None if bool(counted.all()) else counted
 
@@ -167,7 +163,6 @@ class BradleyTerry(SoftmaxCrossEntropy):
     """Which of two is preferred: softmax over the pair's rewards f [m, 2]."""
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise ValueError unless outputs are [m, 2] and ``targets`` say which is preferred."""
         if outputs.ndim != 2 or outputs.shape[1] != 2:
             raise ValueError(
                 "reward_modeling is fitted on pairs: for inputs (batch, 2, ...) the model must "

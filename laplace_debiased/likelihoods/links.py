@@ -15,13 +15,13 @@ from torch import Tensor
 
 from laplace_debiased.checks import checked_integer
 from laplace_debiased.likelihoods.integrals import (
+    POINTS,
     mean_sigmoid,
     mean_softmax,
     sigmoid_information,
     softmax_information,
     variances,
 )
-from laplace_debiased.likelihoods.points import POINTS
 from laplace_debiased.likelihoods.roots import symmetric_root
 
 InverseLink = Callable[[Tensor], Tensor]
@@ -122,17 +122,15 @@ def gaussian_samples(
         ValueError: if ``n_samples`` is not positive.
     """
     _check_count(n_samples)
-    diagonal = root is None and covariance is not None and covariance.shape == mean.shape
-    if root is None and not diagonal:
-        assert covariance is not None
+    if root is None and covariance is not None and covariance.shape != mean.shape:
         root = symmetric_root(covariance)
     n_columns = mean.shape[-1] if root is None else root.shape[-1]
     noise = torch.randn(
         (n_columns, n_samples), generator=generator, device=mean.device, dtype=mean.dtype
     )
     if root is None:
-        assert covariance is not None
-        scaled = covariance.clamp_min(0.0).sqrt().unsqueeze(-1) * noise
+        deviations = variances(mean, covariance, None).clamp_min(0.0).sqrt()
+        scaled = deviations.unsqueeze(-1) * noise
     else:
         scaled = root @ noise
     return (mean.unsqueeze(-1) + scaled).movedim(-1, 0)

@@ -7,16 +7,17 @@ has outputs at T positions, f is [T, C], its loss is the sum over positions, and
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.likelihoods.bernoulli import Bernoulli
-from laplace_debiased.likelihoods.categorical import BradleyTerry, SoftmaxCrossEntropy
-from laplace_debiased.likelihoods.gaussian import UnitGaussian
-from laplace_debiased.options import Fisher
+_CERTAIN = 7.0
+"""Nats by which labels must be more probable under outputs taken for probabilities than under
+outputs taken for logits; if they are logits, that happens in fewer than e⁻⁷ of all batches."""
 
 
 class LikelihoodName(str, Enum):
@@ -35,120 +36,200 @@ class LikelihoodName(str, Enum):
     """Bradley-Terry: fitted on pairs as a classification, predicts rewards as a regression."""
 
 
-class LossModel(Protocol):
+class LossModel(ABC):
     """A negative log likelihood ℓ(f, y), per sample, and its curvature in the outputs f."""
 
+    @abstractmethod
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if ``targets`` do not fit ``outputs`` [m, C] (or [m, T, C])."""
 
     def n_labels(self, targets: Tensor) -> Tensor:
         """How many labels of every sample count [m]."""
+        return torch.ones(len(targets), device=targets.device)
 
     def label_mask(self, targets: Tensor) -> Tensor | None:
         """Which labels count [m] (or [m, T]), or None if all do."""
+        return None
 
+    @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of every sample [m], in nats, without normalising constants."""
 
+    @abstractmethod
     def hessian_root(self, outputs: Tensor) -> Tensor:
         """S [m, C, R] with S Sᵀ = ∇²_f ℓ of every sample; at each position of its own."""
 
+    @abstractmethod
     def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
         """S z [m, C, n] of vectors z [m, C, n] without forming S; more entries than R are not read.
 
         At each position of its own, [m, T, C, n].
         """
 
+    @abstractmethod
     def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Tr ∇²_f ℓ of every sample [m], at the labels that count (all, without ``targets``)."""
 
+    @abstractmethod
     def output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """∇_f ℓ of every sample [m, C]."""
 
+    @abstractmethod
     def label_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Randomness for the label draws of a batch; ``shape`` is (m, C, draws per sample)."""
 
+    @abstractmethod
     def sampled_output_gradients(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """∇_f ℓ [m, C, draws] at labels drawn from the model itself."""
 
 
-def loss_model(
-    likelihood: str,
-    *,
-    ignore_index: int | None = None,
-    positions: bool = False,
-    allow_probabilities: bool = True,
-) -> LossModel:
-    """The loss model of a likelihood's name.
+class UnitGaussian(LossModel):
+    """Gaussian likelihood of unit noise: ℓ = ½ ‖f − y‖². The noise enters as a factor later."""
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        if outputs.ndim != 2:
+            raise ValueError(
+                f"regression needs model outputs of shape (batch, outputs); got "
+                f"{tuple(outputs.shape)}."
+            )
+        if targets.shape != outputs.shape:
+            raise ValueError(
+                f"regression targets have shape {tuple(targets.shape)} but the model's outputs "
+                f"have shape {tuple(outputs.shape)}. Give both the same shape, e.g. with "
+                "`targets.unsqueeze(-1)`."
+            )
+        if not targets.is_floating_point():
+            raise ValueError(
+                f"regression needs floating-point targets; got {targets.dtype}. "
+                "Use `targets.float()`."
+            )
+        if not bool(torch.isfinite(targets).all()):
+            raise ValueError("regression targets contain NaN or infinite values.")
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * (outputs - targets.to(outputs.dtype)).square().sum(-1)
+
+    def hessian_root(self, outputs: Tensor) -> Tensor:
+        m, n_outputs = outputs.shape
+        eye = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
+        return eye.expand(m, -1, -1)
+
+    def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
+        return z
+
+    def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        return outputs.new_full((len(outputs),), float(outputs.shape[-1]))
+
+    def output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs - targets.to(outputs.dtype)
+
+    def label_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def sampled_output_gradients(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        return noise.to(outputs.device, outputs.dtype)
+
+
+def residual_noise(mean_loss: float, n_outputs: int) -> float:
+    """σ from training residuals: √(2ℓ/C), their root mean square over samples and outputs.
+
+    It is the maximum-likelihood estimate of one σ for all outputs at the network's weights, with
+    no correction for the degrees of freedom that training has used up: a network that interpolates
+    its data makes it too small.
 
     Args:
-        likelihood: one of :class:`LikelihoodName`.
-        ignore_index: label that does not count, for "classification".
+        mean_loss: mean over samples of ℓ = ½ ‖f − y‖².
+        n_outputs: C.
+
+    Raises:
+        ValueError: if the residuals are zero or not finite.
+    """
+    variance = 2.0 * mean_loss / n_outputs
+    if not (math.isfinite(variance) and variance > 0.0):
+        raise ValueError(
+            f"sigma_noise='residual' needs training residuals that are finite and not all zero; "
+            f"their mean square is {variance}. Pass a number for sigma_noise."
+        )
+    return math.sqrt(variance)
+
+
+@dataclass(frozen=True)
+class Bernoulli(LossModel):
+    """Independent binary labels with logits f: ℓ = Σ_c softplus(f_c) − y_c f_c.
+
+    One output is binary classification; C outputs are C labels that do not exclude each other.
+
+    Attributes:
         allow_probabilities: whether outputs that look like probabilities are taken for logits.
-        positions: whether "classification" may have outputs at several positions per sample.
-
-    Raises:
-        ValueError: for any other name.
     """
-    match str(getattr(likelihood, "value", likelihood)):
-        case "classification":
-            return SoftmaxCrossEntropy(ignore_index, positions, allow_probabilities)
-        case "reward_modeling":
-            return BradleyTerry()
-        case "regression":
-            return UnitGaussian()
-        case "bernoulli":
-            return Bernoulli(allow_probabilities)
-        case other:
-            names = ", ".join(repr(name.value) for name in LikelihoodName)
-            raise ValueError(f"likelihood must be one of {names}; got {other!r}.")
+
+    allow_probabilities: bool = True
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        if outputs.ndim != 2:
+            raise ValueError(
+                f"bernoulli needs model outputs (logits) of shape (batch, labels); got "
+                f"{tuple(outputs.shape)}."
+            )
+        flat_binary = targets.ndim == 1 and outputs.shape[1] == 1
+        if targets.shape != outputs.shape and not (flat_binary and len(targets) == len(outputs)):
+            raise ValueError(
+                f"bernoulli targets have shape {tuple(targets.shape)} but the model's outputs have "
+                f"shape {tuple(outputs.shape)}: give one label per logit. Class indices need "
+                "likelihood='classification', or torch.nn.functional.one_hot."
+            )
+        if targets.is_complex():
+            raise ValueError(f"bernoulli targets must be real labels; got {targets.dtype}.")
+        if len(targets) and not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise ValueError(
+                "bernoulli targets must be labels between 0 and 1 and no NaN; got values from "
+                f"{float(targets.min())} to {float(targets.max())}."
+            )
+        if not self.allow_probabilities:
+            self._require_logits(outputs.detach(), targets)
+
+    def _require_logits(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse outputs that all lie in [0, 1] and explain the labels as probabilities only."""
+        if not bool(((outputs >= 0) & (outputs <= 1)).all()):
+            return
+        p, labels = outputs.double(), _like(outputs, targets).double()
+        as_logits = float(self.losses(p, labels).sum())
+        as_probabilities = -float((torch.xlogy(labels, p) + torch.xlogy(1 - labels, 1 - p)).sum())
+        if as_logits - as_probabilities > _CERTAIN:
+            raise ValueError(
+                "the model's outputs are probabilities: all lie between 0 and 1, and taken for "
+                f"logits they explain the labels worse by {as_logits - as_probabilities:.0f} nats. "
+                "likelihood='bernoulli' takes logits; remove the sigmoid at the model's end. If "
+                "these are logits nevertheless, pass allow_probabilities=True."
+            )
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        labels = _like(outputs, targets)
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            outputs, labels, reduction="none"
+        ).sum(-1)
+
+    def hessian_root(self, outputs: Tensor) -> Tensor:
+        """Diag √(p (1 − p)) [m, C, C]; formed from both tails, so that no digit is lost."""
+        return torch.diag_embed((torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt())
+
+    def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
+        root = (torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt()
+        return root.unsqueeze(-1) * z
+
+    def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        return (torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sum(-1)
+
+    def output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.sigmoid(outputs) - _like(outputs, targets)
+
+    def label_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def sampled_output_gradients(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        p = torch.sigmoid(outputs).unsqueeze(-1)
+        return p - (noise.to(p.device) < p.double()).to(p.dtype)
 
 
-def curvature_columns(
-    model: LossModel,
-    outputs: Tensor,
-    targets: Tensor,
-    fisher: Fisher,
-    *,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """Columns S [m, C, R] whose outer products sum to the chosen curvature in the outputs.
-
-    Args:
-        model: the loss.
-        outputs: network outputs f [m, C], or [m, T, C] at T positions; columns are then
-            [m, T, C, R].
-        targets: labels or regression targets of the batch.
-        fisher: ``TYPE2`` gives a root of the loss Hessian, ``MC`` an unbiased estimate of it from
-            labels drawn from the model, ``EMPIRICAL`` the gradient at the true label (R = 1; of a
-            sequence, that of all its positions together).
-        noise: for ``MC``, the rows of ``model.label_noise`` that belong to these samples. Drawn
-            ahead for a whole batch, so that no result depends on how the batch is chunked.
-
-    Raises:
-        ValueError: if ``fisher`` is ``MC`` and no noise is given.
-    """
-    match fisher:
-        case Fisher.TYPE2:
-            return _expanded(masked(model, targets, model.hessian_root(outputs)))
-        case Fisher.EMPIRICAL:
-            return model.output_gradient(outputs, targets).unsqueeze(-1)
-        case Fisher.MC:
-            if noise is None:
-                raise ValueError("fisher='mc' needs the noise of its label draws.")
-            draws = model.sampled_output_gradients(outputs, noise)
-            return masked(model, targets, draws / draws.shape[-1] ** 0.5)
-
-
-def masked(model: LossModel, targets: Tensor, columns: Tensor) -> Tensor:
-    """Columns [m, (T,) C, R], zero where a label does not count."""
-    mask = model.label_mask(targets)
-    return columns if mask is None else columns * mask.unsqueeze(-1).unsqueeze(-1)
-
-
-def _expanded(root: Tensor) -> Tensor:
-    """Roots [m, T, C, R] of every position as columns [m, T, C, T·R] of the whole sample."""
-    if root.ndim == 3:
-        return root
-    eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
-    return torch.einsum("mtcr,ts->mtcsr", root, eye).flatten(-2)
+def _like(outputs: Tensor, targets: Tensor) -> Tensor:
+    return targets.reshape(outputs.shape).to(outputs.dtype)

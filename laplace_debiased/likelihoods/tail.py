@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from laplace_debiased.likelihoods.integrals import POINTS
 from laplace_debiased.likelihoods.links import (
     bridge_of_sums,
     monte_carlo,
     mutual_information,
     probit,
 )
-from laplace_debiased.likelihoods.points import POINTS
 from laplace_debiased.likelihoods.roots import PIVOTED_UP_TO, pivoted_root
 
 

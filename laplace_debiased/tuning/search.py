@@ -16,7 +16,7 @@ from laplace_debiased.checks import checked_flag, checked_integer, generator_see
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import LikelihoodName
-from laplace_debiased.likelihoods.points import POINTS
+from laplace_debiased.likelihoods.integrals import POINTS
 from laplace_debiased.network.inputs import (
     batch_length,
     invoke,

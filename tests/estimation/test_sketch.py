@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature import BackwardPass, operation_coverage
-from laplace_debiased.likelihoods import loss_model, sketch, sketched_columns
+from laplace_debiased.likelihoods import loss_model, models, sketched_columns
 from laplace_debiased.options import CurvatureOptions, Sampling
 from tests.likelihoods.problems import case
 from tests.tolerances import assert_exact, assert_same, relative_error
@@ -58,7 +58,7 @@ def test_the_mean_over_all_signs_is_the_loss_hessian(
     total = torch.zeros(4, 3, 3, dtype=torch.float64)
     for z in everything:
         monkeypatch.setattr(
-            sketch, "signs", lambda seeds, shape, z=z: z.reshape(shape).expand(4, *shape)
+            models, "signs", lambda seeds, shape, z=z: z.reshape(shape).expand(4, *shape)
         )
         columns = sketched_columns(model, outputs, targets, torch.arange(4), n_columns)
         assert columns.shape == (4, 3, n_columns)
@@ -78,7 +78,7 @@ def test_the_mean_over_all_signs_is_the_networks_ggn(name: str, monkeypatch) -> 
     for z in everything:
         padded = torch.cat([z.reshape(3, 2), torch.ones(3, 1, dtype=torch.int8)], 1)
         monkeypatch.setattr(
-            sketch,
+            models,
             "signs",
             lambda seeds, shape, z=padded: z.reshape(shape).expand(len(seeds), *shape),
         )

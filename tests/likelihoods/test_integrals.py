@@ -13,7 +13,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from laplace_debiased.likelihoods import gaussian_samples, monte_carlo, mutual_information, probit
-from laplace_debiased.likelihoods.points import normal_points
+from laplace_debiased.likelihoods.integrals import normal_points
 from laplace_debiased.likelihoods.roots import centred, pivoted_root, symmetric_root
 from tests.tolerances import assert_exact
 
