@@ -18,7 +18,10 @@ def ours(case: Case, batch: int, scheme: str, magnitudes: str) -> float:
     """Fit our posterior; the trace of its curvature, summed over data."""
     posterior = DebiasedLaplace(case.model, scheme=scheme, magnitudes=magnitudes)
     posterior.fit(case.fit_loader(batch), n_samples=None)
-    return sum(float(block.per_direction().double().sum()) for block in posterior.H.blocks)
+    return sum(
+        float((block.eigenvalues.double() * block.multiplicities()).sum())
+        for block in posterior.H.blocks
+    )
 
 
 def kron_laplace(case: Case, batch: int) -> float:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.rows import sides
@@ -74,15 +73,12 @@ class EigenBlock:
                 _check_basis(name, basis, table, axis)
 
     def __repr__(self) -> str:
-        names = [
-            f"{name}=identity" for name in ("output_basis", "input_basis") if self._implicit(name)
-        ]
+        sides_known = [("output_basis", self.output_basis)]
+        if self.eigenvalues.ndim > 1:
+            sides_known.append(("input_basis", self.input_basis))
+        names = [f"{name}=identity" for name, basis in sides_known if basis is None]
         shape = f"eigenvalues={list(self.eigenvalues.shape)}"
         return f"{type(self).__name__}({', '.join([shape, *names])}, {self.eigenvalues.dtype})"
-
-    def _implicit(self, name: str) -> bool:
-        has_factor = name == "output_basis" or self.eigenvalues.ndim > 1
-        return has_factor and getattr(self, name) is None
 
     @property
     def n_params(self) -> int:
@@ -117,11 +113,6 @@ class EigenBlock:
         table = sides.spread(table, self.output_basis, dim=self._output_axis)
         return sides.spread(table, self.input_basis).flatten()
 
-    def per_direction(self) -> Tensor:
-        """Eigenvalues of all directions in the parameter's shape, equal along a complement."""
-        table = sides.per_direction(self.eigenvalues, self.output_basis, dim=self._output_axis)
-        return sides.per_direction(table, self.input_basis)
-
     def to_eigenbasis(self, vectors: Tensor) -> Tensor:
         """Uᵀ v for each v [n_params] in `vectors` [..., n_params]; same shape out.
 
@@ -141,20 +132,16 @@ class EigenBlock:
         """U c for each c in `coordinates` [..., n]; parameters [..., n_params] out."""
         if self.eigenvalues.ndim == 1:
             return sides.from_coordinates(coordinates, self.output_basis)
-        matrices = coordinates.unflatten(-1, self._coordinate_shape)
+        shape = list(self.eigenvalues.shape)
+        for basis, axis in ((self.output_basis, -2), (self.input_basis, -1)):
+            if basis is not None and sides.is_thin(basis):
+                shape[axis] = basis.shape[-1] + basis.shape[-2]
+        matrices = coordinates.unflatten(-1, shape)
         if sides.is_thin(self.output_basis):
             matrices = sides.from_coordinates(matrices.mT, self.output_basis).mT
         elif self.output_basis is not None:
             matrices = self.output_basis @ matrices
         return sides.from_coordinates(matrices, self.input_basis).flatten(-self.eigenvalues.ndim)
-
-    @property
-    def _coordinate_shape(self) -> tuple[int, ...]:
-        shape = list(self.eigenvalues.shape)
-        for basis, axis in ((self.output_basis, self._output_axis), (self.input_basis, -1)):
-            if basis is not None and sides.is_thin(basis):
-                shape[axis] = basis.shape[-1] + basis.shape[-2]
-        return tuple(shape)
 
     def diagonal_of(self, table: Tensor) -> Tensor:
         """Return the diagonal [n_params] of U diag(vec T) Uᵀ for a T of the eigenvalues' shape."""
@@ -165,38 +152,14 @@ class EigenBlock:
             diagonal = diagonal @ sides.entry_squares(self.input_basis).mT
         return diagonal.flatten()
 
-    def dense_basis(self) -> Tensor:
-        """U = U_B ⊗ U_A as a dense [n_params, n_params] matrix, for tests and tiny models.
-
-        With thin sides it has one column per coordinate; U Uᵀ = I still.
-        """
-        identity = torch.eye(
-            math.prod(self._coordinate_shape),
-            dtype=self.eigenvalues.dtype,
-            device=self.eigenvalues.device,
-        )
-        return self.from_eigenbasis(identity).mT
-
     def scaled(self, scale: float | Tensor) -> "EigenBlock":
-        """Return the block with eigenvalues times `scale`; differentiable in `scale`.
-
-        Raises:
-            ValueError: `scale` is not one finite real number, or the product overflows.
-        """
+        """The block with eigenvalues times `scale`; differentiable in `scale`."""
         eigenvalues = as_scalar("scale", scale, self.eigenvalues) * self.eigenvalues
         return replace(self, eigenvalues=eigenvalues, _bases_checked=True)
 
     def detach(self) -> "EigenBlock":
-        """Return the block cut from the autograd graph; storage is shared."""
-        bases = (self.output_basis, self.input_basis)
-        output_basis, input_basis = (None if b is None else b.detach() for b in bases)
-        return replace(
-            self,
-            output_basis=output_basis,
-            input_basis=input_basis,
-            eigenvalues=self.eigenvalues.detach(),
-            _bases_checked=True,
-        )
+        """The block cut from the autograd graph; bases carry none, and storage is shared."""
+        return replace(self, eigenvalues=self.eigenvalues.detach(), _bases_checked=True)
 
 
 def _check_basis(name: str, basis: Tensor, table: Tensor, axis: int) -> None:

@@ -158,8 +158,7 @@ class EigenKron:
         """W_n P⁻¹ W_nᵀ for each n: with Jacobians W [n, C, P] the functional variance [n, C, C].
 
         Raises:
-            TypeError: W is no tensor, or of another dtype.
-            ValueError: W has another shape or device; an eigenvalue Λ + δ is not positive.
+            TypeError, ValueError: as `bmm`.
         """
         require_vectors("W", W, self.n_params, self.deltas)
         if W.ndim != 3:
@@ -173,26 +172,15 @@ class EigenKron:
         return variance
 
     def diag(self, exponent: float = 1) -> Tensor:
-        """Return the diagonal [P] of the operator to the power `exponent`.
-
-        Raises:
-            ValueError: as `bmm`.
-        """
+        """The diagonal [P] of the operator to the power `exponent`; see `bmm`."""
         powers = self._powers(exponent)
         diagonals = [b.diagonal_of(table) for b, table in zip(self.blocks, powers, strict=True)]
         return torch.cat(diagonals)
 
     def to_matrix(self, exponent: float = 1) -> Tensor:
-        """Return the operator to the power `exponent` as a dense [P, P], for tiny models.
-
-        Raises:
-            ValueError: as `bmm`.
-        """
-        dense = []
-        for block, table in zip(self.blocks, self._powers(exponent), strict=True):
-            basis = block.dense_basis()
-            dense.append((basis * block.per_coordinate(table)) @ basis.mT)
-        return torch.block_diag(*dense)
+        """The operator to the power `exponent` as a dense [P, P], for tiny models; see `bmm`."""
+        identity = torch.eye(self.n_params, dtype=self.dtype, device=self.device)
+        return self.bmm(identity, exponent)
 
     def clone(self) -> "EigenKron":
         """A copy that shares no memory, as laplace-torch's matrices have one."""

@@ -61,14 +61,12 @@ def repeat_last(values: Tensor, times: int, dim: int = -1) -> Tensor:
 
 def spread(values: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
     """Values of a side, as values per column of E: the complement's D times."""
-    return repeat_last(values, basis.shape[-2], dim) if is_thin(basis) else values
-
-
-def per_direction(values: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
-    """Values of a side, as D values of as many directions: the complement's D − r times."""
-    if not is_thin(basis):
+    if basis is None or not is_thin(basis):
         return values
-    return repeat_last(values, basis.shape[-2] - basis.shape[-1], dim)
+    head, last = values.split([basis.shape[-1], 1], dim=dim)
+    shape = list(last.shape)
+    shape[dim] = basis.shape[-2]
+    return torch.cat([head, last.expand(shape)], dim=dim)
 
 
 def energies(x: Tensor, basis: Tensor | None) -> Tensor:
