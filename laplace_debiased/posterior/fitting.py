@@ -19,7 +19,7 @@ from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.parallel import Ranks
-from laplace_debiased.posterior.priors import check_prior_mean
+from laplace_debiased.posterior.priors import check_prior, check_prior_mean
 from laplace_debiased.posterior.shell import Shell
 from laplace_debiased.predictive.call import MOMENTS
 
@@ -107,7 +107,7 @@ def fit(
 
 def _check_priors(self: Shell, coverage: Coverage) -> None:
     """Refuse a coverage that the present priors do not fit."""
-    self._check_prior(self._prior_precision, coverage)
+    check_prior(self._prior_precision, coverage, takes_diagonal=self._takes_diagonal_prior)
     check_prior_mean(self._prior_mean, coverage.n_covered)
 
 

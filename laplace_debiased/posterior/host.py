@@ -65,14 +65,13 @@ class DebiasedPosterior(_Host):
     def _structure_for(arguments: Arguments) -> Structure:
         """The structure of this posterior."""
 
-    @staticmethod
-    @abstractmethod
-    def _check_prior(value: object, coverage: Coverage) -> None:
-        """Refuse a prior precision that does not fit a coverage."""
-
     @abstractmethod
     def _host_curvature(self, fit: Fit, predictor: Any) -> dict[str, Any]:
         """What laplace-torch knows of a fit, by attribute: ``H`` and its like."""
+
+    @abstractmethod
+    def _decorrelated(self, noise: Tensor) -> Tensor:
+        """Standard normal numbers [..., P] with the posterior's covariance."""
 
     # -- construction ----------------------------------------------------------------------
 
@@ -201,7 +200,7 @@ class DebiasedPosterior(_Host):
             prior = torch.as_tensor(value, dtype=self._dtype).detach()
             self._prior_precision = prior.reshape(-1)
             return
-        self._check_prior(value, self._coverage)
+        priors.check_prior(value, self._coverage, takes_diagonal=self._takes_diagonal_prior)
         ParametricLaplace.prior_precision.fset(self, value)
 
     @property
@@ -369,6 +368,7 @@ class DebiasedPosterior(_Host):
     # -- prediction ------------------------------------------------------------------------
 
     __call__ = predicting.predict
+    sample = predicting.sample
     functional_samples = predicting.functional_samples
     predictive_samples = predicting.predictive_samples
     outputs_report = predicting.report_outputs
@@ -397,5 +397,4 @@ class DebiasedPosterior(_Host):
 
         Arguments and errors are the same; a file of another class is a StoredFileError.
         """
-        record = saving.read_posterior(path, map_location, cls.__name__)
-        return saving.restored(cls, record, model, check_weights=check_weights)
+        return saving.loaded([cls], path, model, map_location, check_weights=check_weights)

@@ -350,6 +350,21 @@ def _deviation(self: Shell, generator: torch.Generator | None) -> Tensor:
 
 
 @public_call
+def sample(self: Shell, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+    """Weight samples [n_samples, P] from the posterior.
+
+    Raises:
+        NotFittedError: before ``fit``; no random number is drawn then.
+    """
+    self._check_H_init()
+    check_generator(generator, self._device)
+    shape = checked_integer("n_samples", n_samples), self.n_params
+    with undrawn_on_failure(generator, self._device):
+        noise = torch.randn(shape, device=self._device, dtype=self._dtype, generator=generator)
+        return self.mean + self._decorrelated(noise)
+
+
+@public_call
 def predictive_samples(
     self: Shell,
     x: Inputs,

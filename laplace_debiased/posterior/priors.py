@@ -37,37 +37,27 @@ from laplace_debiased.tuning.marglik import (
 )
 
 
-def check_kron_prior(value: object, coverage: Coverage) -> None:
+def check_prior(value: object, coverage: Coverage, *, takes_diagonal: bool) -> None:
     """Check that a prior precision is scalar or has one entry per covered parameter tensor.
 
-    Raises:
-        ValueError: naming the tensors it would have to match.
-    """
-    names = coverage.covered
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1:
-        return
-    if value.ndim == 1 and len(value) == len(names):
-        return
-    raise ValueError(
-        f"prior_precision has shape {tuple(value.shape)}; a Kronecker posterior takes a scalar or "
-        f"one entry per covered parameter tensor, {len(names)} here: {', '.join(names)}."
-    )
-
-
-def check_low_rank_prior(value: object, coverage: Coverage) -> None:
-    """Check that a prior precision is scalar, per covered parameter tensor, or per entry.
+    Args:
+        value: the prior precision.
+        coverage: of the posterior.
+        takes_diagonal: whether there may be one entry per covered entry, too.
 
     Raises:
         ValueError: naming the tensors it would have to match.
     """
-    names = coverage.covered
     if not isinstance(value, Tensor) or value.numel() == 1:
         return
-    if value.ndim != 1 or len(value) not in (len(names), coverage.n_covered):
+    names = coverage.covered
+    lengths = (len(names), *((coverage.n_covered,) if takes_diagonal else ()))
+    if value.ndim != 1 or len(value) not in lengths:
+        other = f", or one per entry ({coverage.n_covered})" if takes_diagonal else ""
         raise ValueError(
-            f"prior_precision has shape {tuple(value.shape)}; a low-rank posterior takes a "
-            f"scalar, one entry per covered parameter tensor ({len(names)} here: "
-            f"{', '.join(names)}) or one per entry ({coverage.n_covered})."
+            f"prior_precision has shape {tuple(value.shape)}; this posterior takes a scalar or "
+            f"one entry per covered parameter tensor, {len(names)} here: "
+            f"{', '.join(names)}{other}."
         )
 
 
