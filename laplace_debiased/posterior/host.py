@@ -11,7 +11,7 @@ from laplace.curvature.curvature import CurvatureInterface
 from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 
-from laplace_debiased.checks import check_representable, checked_flag, one_number, positive_value
+from laplace_debiased.checks import checked_flag, positive_value
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NotFittedError
 from laplace_debiased.estimation import Arguments, Fit, FitReport, FitRequest, Structure, Target
@@ -178,9 +178,9 @@ class DebiasedPosterior(_Host):
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        value = torch.as_tensor(one_number("temperature", temperature), dtype=torch.float64)
-        check_representable("temperature", value, self._dtype)
-        self._temperature = float(value)
+        self._temperature = float(
+            positive_value("temperature", temperature, self._dtype, single=True)
+        )
 
     @property
     def ignore_index(self) -> int | None:
@@ -194,8 +194,7 @@ class DebiasedPosterior(_Host):
 
     @prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
-        value = positive_value("prior_precision", prior_precision)
-        check_representable("prior_precision", value, self._dtype)
+        value = positive_value("prior_precision", prior_precision, self._dtype)
         if self._coverage is None:  # under construction, or the last layer is not known yet
             prior = torch.as_tensor(value, dtype=self._dtype).detach()
             self._prior_precision = prior.reshape(-1)
@@ -210,8 +209,7 @@ class DebiasedPosterior(_Host):
 
     @sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
-        value = one_number("sigma_noise", sigma_noise)
-        check_representable("sigma_noise", value, self._dtype)
+        value = positive_value("sigma_noise", sigma_noise, self._dtype, single=True)
         scale = float(torch.as_tensor(value).detach().sum())
         if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
             raise ValueError("sigma_noise other than 1 is for likelihood='regression' only.")
