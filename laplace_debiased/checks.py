@@ -143,12 +143,20 @@ def checked_fractions(folds: int, fractions: Sequence[float] | None) -> tuple[fl
     return shares
 
 
-def positive_value(name: str, value: Any) -> float | Tensor:
+def positive_value(
+    name: str, value: Any, dtype: torch.dtype | None = None, *, single: bool = False
+) -> float | Tensor:
     """``value`` if it is a positive, finite real number or a tensor of such; arrays as tensors.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        dtype: that it is used in, where it must not under- or overflow.
+        single: refuse a tensor of several entries.
 
     Raises:
         ArgumentTypeError: if it is no real number or real tensor (a string or a bool is none).
-        ValueError: if an entry is not positive and finite.
+        ValueError: if an entry is not positive and finite, here or there.
     """
     number: float | Tensor
     try:
@@ -163,32 +171,20 @@ def positive_value(name: str, value: Any) -> float | Tensor:
         ) from None
     exact = None if isinstance(number, Tensor) else torch.float64
     entries = torch.as_tensor(number, dtype=exact).detach()
-    if entries.is_complex() or not bool((torch.isfinite(entries) & (entries > 0)).all()):
+    if entries.is_complex() or not _is_positive(entries):
         raise ValueError(f"{name} must be positive and finite; got {shortened(entries)}.")
-    return number
-
-
-def one_number(name: str, value: Any) -> float | Tensor:
-    """``positive_value`` of a single entry; of several a ValueError."""
-    number = positive_value(name, value)
-    if isinstance(number, Tensor) and number.numel() != 1:
-        raise ValueError(f"{name} must be one number; got shape {tuple(number.shape)}.")
-    return number
-
-
-def check_representable(name: str, value: float | Tensor, dtype: torch.dtype) -> None:
-    """Check that a positive number stays one in the dtype that it is used in.
-
-    Raises:
-        ValueError: if it under- or overflows there.
-    """
-    exact = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
-    cast = exact.detach().to(dtype)
-    if not bool((torch.isfinite(cast) & (cast > 0)).all()):
+    if single and entries.numel() != 1:
+        raise ValueError(f"{name} must be one number; got shape {tuple(entries.shape)}.")
+    if dtype is not None and not _is_positive(entries.to(dtype)):
         raise ValueError(
-            f"{name}={shortened(exact.detach())} is zero or infinite in the posterior's "
+            f"{name}={shortened(entries)} is zero or infinite in the posterior's "
             f"{dtype}; bring it closer to 1, or use a model in torch.float64."
         )
+    return number
+
+
+def _is_positive(entries: Tensor) -> bool:
+    return bool((torch.isfinite(entries) & (entries > 0)).all())
 
 
 def shortened(values: Tensor, digits: int | None = None) -> str:

@@ -27,15 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ``--help`` and ``--version``.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        # Imported here: help and version need neither data nor plots.
+        from laplace_debiased.demo import DemoOptions, run_demo
+
+        run_demo(
+            DemoOptions(given.output, given.samples, given.seed, given.quick, not given.no_progress)
+        )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _USAGE_ERROR
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,21 +69,4 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a smoke test in seconds; its numbers mean nothing"
     )
     demo.add_argument("--no-progress", action="store_true", help="no progress bars")
-    demo.set_defaults(run=_run_demo)
     return parser
-
-
-def _run_demo(arguments: argparse.Namespace) -> int:
-    # Imported here: other commands need neither data nor plots.
-    from laplace_debiased.demo import DemoOptions, run_demo
-
-    run_demo(
-        DemoOptions(
-            output=arguments.output,
-            n_samples=arguments.samples,
-            seed=arguments.seed,
-            quick=arguments.quick,
-            progress_bar=not arguments.no_progress,
-        )
-    )
-    return 0

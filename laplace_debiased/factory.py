@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from laplace_debiased.errors import StoredFileError
 from laplace_debiased.files import PathLike
 from laplace_debiased.options import HessianStructure, SubsetOfWeights, parse_choice
 from laplace_debiased.posterior import (
@@ -16,7 +16,7 @@ from laplace_debiased.posterior import (
     DebiasedLowRankLaplace,
     DebiasedLowRankLLLaplace,
 )
-from laplace_debiased.posterior.saving import read_posterior, restored
+from laplace_debiased.posterior.saving import loaded
 
 _CLASSES: dict[tuple[SubsetOfWeights, HessianStructure], type] = {
     (SubsetOfWeights.ALL, HessianStructure.KRON): DebiasedKronLaplace,
@@ -64,13 +64,7 @@ class DebiasedLaplace:
         """Dispatch to the posterior's class."""
         subset = parse_choice(SubsetOfWeights, subset_of_weights, "subset_of_weights")
         structure = parse_choice(HessianStructure, hessian_structure, "hessian_structure")
-        chosen = _CLASSES.get((subset, structure))
-        if chosen is None:
-            raise ValueError(
-                f"subset_of_weights={subset.value!r} with hessian_structure={structure.value!r} "
-                "is not available."
-            )
-        return chosen(model, likelihood, **kwargs)
+        return _CLASSES[subset, structure](model, likelihood, **kwargs)
 
     @classmethod
     def load(
@@ -98,10 +92,5 @@ class DebiasedLaplace:
             StoredFileError: if it is damaged, something else, or too new.
             ValueError: if the model is another one.
         """
-        record = read_posterior(path, map_location)
-        for chosen in _CLASSES.values():
-            if chosen.__name__ == record["posterior"]:
-                return restored(chosen, record, model, check_weights=check_weights)
-        raise StoredFileError(
-            f"{path} holds a {record['posterior']}, which is a class of its own: use its load."
-        )
+        kinds: Iterable[type] = _CLASSES.values()
+        return loaded(kinds, path, model, map_location, check_weights=check_weights)

@@ -35,28 +35,9 @@ _TOKEN_LENGTH = 12
 
 PathLike = str | os.PathLike[str]
 
-_UNREADABLE = (
-    RuntimeError,
-    UnpicklingError,
-    EOFError,
-    KeyError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    IndexError,
-)
-
-_DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    OverflowError,
-    OSError,
-)
+_PYTHONS = RuntimeError, EOFError, ValueError
+_UNREADABLE = *_PYTHONS, UnpicklingError, LookupError, TypeError, AttributeError
+_DAMAGED = *_PYTHONS, zipfile.BadZipFile, zlib.error, struct.error, OverflowError, OSError
 """What ``zipfile`` raises on flipped bytes: names (UnicodeDecodeError), sizes, offsets, flags."""
 
 
@@ -79,7 +60,11 @@ def write_record(path: PathLike, kind: str, version: int, payload: Mapping[str, 
             file is then as it was.
     """
     target = resolved_path(path)
-    mode = _mode_to_keep(target)
+    mode = _mode(target)
+    if mode is not None and not mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            errno.EACCES, "the file is read-only: make it writable or save elsewhere", str(target)
+        )
     _remove_leftovers(target)
     record = {
         "format": kind,
@@ -123,12 +108,8 @@ def read_record(
         StoredFileError: if it is damaged, something else, or of a newer version.
     """
     source = resolved_path(path)
-    if not source.exists():
+    if _mode(source) is None:  # opening a pipe would wait for a writer
         raise FileNotFoundError(errno.ENOENT, f"no {kind} file here", str(source))
-    if source.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"a {kind} file is needed, not a folder", str(source))
-    if not source.is_file():  # opening a pipe would wait for a writer
-        raise OSError(errno.EINVAL, f"a {kind} file is needed, not a device or pipe", str(source))
     _check_archive(source, kind)
     location = "cpu" if map_location is None else map_location
     try:
@@ -302,26 +283,20 @@ def _check_header(source: Path, record: object, kind: str, newest: int) -> None:
         )
 
 
-def _mode_to_keep(target: Path) -> int | None:
-    """Permissions of the file that is to be replaced; None if there is none.
+def _mode(path: Path) -> int | None:
+    """Permissions of a file; None if there is none.
 
     Raises:
-        OSError: if something else than a writable regular file is there.
+        OSError: if something else than a regular file is there.
     """
     try:
-        found = os.stat(target).st_mode
-    except FileNotFoundError:
+        found = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if stat.S_ISDIR(found):
-        raise IsADirectoryError(errno.EISDIR, "a file is to be written, not a folder", str(target))
+        raise IsADirectoryError(errno.EISDIR, "a file is needed here, not a folder", str(path))
     if not stat.S_ISREG(found):
-        raise OSError(
-            errno.EINVAL, "only a regular file can be replaced, no device or pipe", str(target)
-        )
-    if not found & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            errno.EACCES, "the file is read-only: make it writable or save elsewhere", str(target)
-        )
+        raise OSError(errno.EINVAL, "a regular file is needed, no device or pipe", str(path))
     return stat.S_IMODE(found)
 
 

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from laplace_debiased.demo import DemoOptions, DemoResult, measure, run_demo
-from laplace_debiased.demo.data import HELD_OUT_DIGITS, DigitSplits, load_splits, rotate
-from laplace_debiased.demo.network import build_network, train_network
+from laplace_debiased.demo.digits import (
+    HELD_OUT_DIGITS,
+    build_network,
+    load_splits,
+    rotate,
+    train_network,
+)
 
 ROWS = ["map", "temperature", "prior_only", "last_layer", "posterior"]
 SPLITS = ["clean", "noisy", "rotated"]
@@ -30,11 +36,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
     output, texts = tmp_path_factory.mktemp("demo") / "new" / "folder", []
     result = run_demo(DemoOptions(output=output, **OPTIONS), echo=texts.append)
     return QuickRun(output, result, texts)
-
-
-@pytest.fixture(scope="module")
-def splits() -> DigitSplits:
-    return load_splits(1).truncated(96, 24)
 
 
 def test_a_run_prints_and_writes_the_tables_of_compare(quick: QuickRun) -> None:
@@ -84,19 +85,19 @@ def test_options_out_of_range_are_refused(change: dict[str, int], message: str) 
 
 def test_splits_are_disjoint_and_hold_two_digits_out() -> None:
     splits = load_splits(0)
-    for part in (splits.train, splits.validation, splits.test, splits.noisy, splits.rotated):
-        assert set(part.labels.tolist()) == set(range(8))
-    assert set(splits.ood.labels.tolist()) == set(HELD_OUT_DIGITS)
+    for name in ("train", "validation", "clean", "noisy", "rotated"):
+        assert set(splits[name].tensors[1].tolist()) == set(range(8))
+    assert set(splits["ood"].tensors[1].tolist()) == set(HELD_OUT_DIGITS)
     # The noise of every image is its own, so equal images would mean one sample in two splits.
-    parts = (splits.train, splits.validation, splits.test, splits.ood)
-    images = torch.cat([part.inputs.flatten(1) for part in parts])
+    parts = (splits[name] for name in ("train", "validation", "clean", "ood"))
+    images = torch.cat([part.tensors[0].flatten(1) for part in parts])
     assert len(torch.unique(images, dim=0)) == len(images) == 1797
 
 
 def test_splits_follow_their_seed() -> None:
     first, again, other = load_splits(0), load_splits(0), load_splits(1)
-    assert torch.equal(first.rotated.inputs, again.rotated.inputs)
-    assert not torch.equal(first.train.labels, other.train.labels)
+    assert torch.equal(first["rotated"].tensors[0], again["rotated"].tensors[0])
+    assert not torch.equal(first["train"].tensors[1], other["train"].tensors[1])
 
 
 def test_rotation_by_a_right_angle_is_exact() -> None:
@@ -110,9 +111,11 @@ def test_rotation_by_a_right_angle_is_exact() -> None:
 # -- the network -------------------------------------------------------------------------
 
 
-def test_training_follows_its_seed_alone(splits: DigitSplits) -> None:
+def test_training_follows_its_seed_alone() -> None:
+    train = TensorDataset(*load_splits(1)["train"][:96])
+
     def weights() -> torch.Tensor:
-        model = train_network(splits.train, epochs=1, seed=4, progress_bar=False)
+        model = train_network(train, epochs=1, seed=4, progress_bar=False)
         return torch.nn.utils.parameters_to_vector(model.parameters())
 
     torch.manual_seed(1)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common.models import PublicCifarResNet
-from laplace_debiased.demo.data import load_splits
-from laplace_debiased.demo.network import train_network
+from laplace_debiased.demo.digits import batches, load_splits, train_network
 
 CIFAR_TRAIN_SIZE = 50_000
 _MEAN = (0.4914, 0.4822, 0.4465)
@@ -120,17 +119,18 @@ def public_resnet(depth: int, weights: Path, images: Path, limit: int | None = N
 def digits(limit: int | None = None, seed: int = 0, epochs: int = 50) -> Problem:
     """The demo's over-confident network."""
     splits = load_splits(seed)
-    model = train_network(splits.train, epochs=epochs, seed=seed, progress_bar=False)
-    sets = {"clean": splits.test, "noise": splits.noisy, "turned": splits.rotated}
+    train, labels = splits["train"], splits["clean"].tensors[1][:limit]
+    model = train_network(train, epochs=epochs, seed=seed, progress_bar=False)
+    sets = {"clean": splits["clean"], "noise": splits["noisy"], "turned": splits["rotated"]}
     return Problem(
         "digits, the demo's network",
         model,
-        splits.train.loader(),
-        len(splits.train),
-        {name: split.inputs[:limit] for name, split in sets.items()},
-        splits.test.labels[:limit],
-        splits.ood.inputs[:limit],
-        f"{len(splits.test.labels[:limit])} test images; {len(splits.train)} training images. "
+        batches(train),
+        len(train),
+        {name: split.tensors[0][:limit] for name, split in sets.items()},
+        labels,
+        splits["ood"].tensors[0][:limit],
+        f"{len(labels)} test images; {len(train)} training images. "
         "noise and turned: the demo's shifted splits; other inputs: the two digits left out.",
     )
 

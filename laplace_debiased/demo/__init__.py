@@ -10,29 +10,26 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import TensorDataset
 
 from laplace_debiased.calibration import Comparison, compare
-from laplace_debiased.demo.data import (
+from laplace_debiased.demo.digits import (
     HEAVY_NOISE_STD,
     HELD_OUT_DIGITS,
     N_TRAIN,
     ROTATION_DEGREES,
-    DigitSplits,
+    batches,
     load_splits,
+    train_network,
 )
-from laplace_debiased.demo.network import train_network
 from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.network.rng import preserved_rng
 
-__all__ = ["DemoOptions", "DemoResult", "measure", "run_demo"]
-
-_EPOCHS, _QUICK_EPOCHS = 50, 10
 _QUICK_TRAIN, _QUICK_OTHERS = 160, 32
 
 
@@ -66,11 +63,6 @@ class DemoOptions:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie between 0 and 2**32 - 1; got {self.seed}.")
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of training."""
-        return _QUICK_EPOCHS if self.quick else _EPOCHS
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,52 +128,46 @@ def measure(options: DemoOptions) -> DemoResult:
     Everything depends on the options alone, and the global random number generators are left as
     they were.
     """
-    with preserved_rng(options.seed), _one_thread(), warnings.catch_warnings():
-        # Of the last layer, where its prior helps nothing: the table shows it.
-        warnings.filterwarnings("ignore", "the best prior precision", UserWarning)
-        splits = load_splits(options.seed)
-        if options.quick:
-            splits = splits.truncated(_QUICK_TRAIN, _QUICK_OTHERS)
-        model = train_network(
-            splits.train,
-            epochs=options.epochs,
-            seed=options.seed,
-            progress_bar=options.progress_bar,
-        )
-        la = DebiasedLaplace(model)
-        la.fit(splits.train.loader(), n_samples=options.n_samples, seed=options.seed)
-        validation = splits.validation.loader()
-        la.optimize_prior_precision(val_loader=validation)
-        comparisons = {
-            name: compare(
-                la,
-                validation,
-                split.loader(),
-                ood_loader=splits.ood.loader() if name == "clean" else None,
-                seed=options.seed,
-                progress_bar=options.progress_bar,
-            )
-            for name, split in splits.shifts.items()
-        }
-        return DemoResult(comparisons, str(la.bias_report()), _about(options, splits))
-
-
-def _about(options: DemoOptions, splits: DigitSplits) -> str:
-    held_out = " and ".join(map(str, HELD_OUT_DIGITS))
-    return (
-        f"A small CNN, over-trained on {len(splits.train)} noisy digits 0 to 7; a posterior from "
-        f"{options.n_samples} of them, tuned on {len(splits.validation)} others. Inputs from "
-        f"elsewhere: the digits {held_out}. Noisy: standard deviation {HEAVY_NOISE_STD:g} of 16 "
-        f"grey levels. Rotated: by {ROTATION_DEGREES:g} degrees to either side."
-    )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: on tensors this small, several mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on tensors this small, several mostly wait for each other
     try:
-        yield
+        with preserved_rng(options.seed), warnings.catch_warnings():
+            # Of the last layer, where its prior helps nothing: the table shows it.
+            warnings.filterwarnings("ignore", "the best prior precision", UserWarning)
+            return _measured(options)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+
+
+def _measured(options: DemoOptions) -> DemoResult:
+    seed, progress_bar = options.seed, options.progress_bar
+    splits = load_splits(seed)
+    if options.quick:
+        for name, split in splits.items():
+            first = slice(_QUICK_TRAIN if name == "train" else _QUICK_OTHERS)
+            splits[name] = TensorDataset(*split[first])
+    train, validation = splits["train"], batches(splits["validation"])
+    epochs = 10 if options.quick else 50
+    model = train_network(train, epochs=epochs, seed=seed, progress_bar=progress_bar)
+    la = DebiasedLaplace(model)
+    la.fit(batches(train), n_samples=options.n_samples, seed=seed)
+    la.optimize_prior_precision(val_loader=validation)
+    comparisons = {
+        name: compare(
+            la,
+            validation,
+            batches(splits[name]),
+            ood_loader=batches(splits["ood"]) if name == "clean" else None,
+            seed=seed,
+            progress_bar=progress_bar,
+        )
+        for name in ("clean", "noisy", "rotated")
+    }
+    about = (
+        f"A small CNN, over-trained on {len(train)} noisy digits 0 to 7; a posterior from "
+        f"{options.n_samples} of them, tuned on {len(splits['validation'])} others. Inputs from "
+        f"elsewhere: the digits {' and '.join(map(str, HELD_OUT_DIGITS))}. Noisy: standard "
+        f"deviation {HEAVY_NOISE_STD:g} of 16 grey levels. Rotated: by {ROTATION_DEGREES:g} "
+        "degrees to either side."
+    )
+    return DemoResult(comparisons, str(la.bias_report()), about)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from laplace.utils.enums import LinkApprox
 from torch.utils.data import DataLoader
 
@@ -19,7 +17,7 @@ from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.parallel import Ranks
-from laplace_debiased.posterior.priors import check_prior_mean
+from laplace_debiased.posterior.priors import check_prior, check_prior_mean
 from laplace_debiased.posterior.shell import Shell
 from laplace_debiased.predictive.call import MOMENTS
 
@@ -69,6 +67,11 @@ def fit(
         An exception of the loader passes through. In all cases the earlier posterior and the
         model are left as they were.
     """
+
+    def suits_priors(coverage: Coverage) -> None:
+        check_prior(self._prior_precision, coverage, takes_diagonal=self._takes_diagonal_prior)
+        check_prior_mean(self._prior_mean, coverage.n_covered)
+
     ranks = Ranks.present(self._target.device)
     with ranks.together("fit"):
         request = FitRequest(
@@ -91,7 +94,7 @@ def fit(
             request,
             previous,
             self._chosen or self._coverage,
-            partial(_check_priors, self),
+            suits_priors,
             ranks,
         )
         noise = None
@@ -103,12 +106,6 @@ def fit(
             self._fitted_on = request
             if noise is not None:
                 self.sigma_noise = noise
-
-
-def _check_priors(self: Shell, coverage: Coverage) -> None:
-    """Refuse a coverage that the present priors do not fit."""
-    self._check_prior(self._prior_precision, coverage)
-    check_prior_mean(self._prior_mean, coverage.n_covered)
 
 
 def check_model(self: Shell) -> None:

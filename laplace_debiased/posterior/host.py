@@ -11,7 +11,7 @@ from laplace.curvature.curvature import CurvatureInterface
 from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 
-from laplace_debiased.checks import check_representable, checked_flag, one_number, positive_value
+from laplace_debiased.checks import checked_flag, positive_value
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NotFittedError
 from laplace_debiased.estimation import Arguments, Fit, FitReport, FitRequest, Structure, Target
@@ -65,14 +65,13 @@ class DebiasedPosterior(_Host):
     def _structure_for(arguments: Arguments) -> Structure:
         """The structure of this posterior."""
 
-    @staticmethod
-    @abstractmethod
-    def _check_prior(value: object, coverage: Coverage) -> None:
-        """Refuse a prior precision that does not fit a coverage."""
-
     @abstractmethod
     def _host_curvature(self, fit: Fit, predictor: Any) -> dict[str, Any]:
         """What laplace-torch knows of a fit, by attribute: ``H`` and its like."""
+
+    @abstractmethod
+    def _decorrelated(self, noise: Tensor) -> Tensor:
+        """Standard normal numbers [..., P] with the posterior's covariance."""
 
     # -- construction ----------------------------------------------------------------------
 
@@ -179,9 +178,9 @@ class DebiasedPosterior(_Host):
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        value = torch.as_tensor(one_number("temperature", temperature), dtype=torch.float64)
-        check_representable("temperature", value, self._dtype)
-        self._temperature = float(value)
+        self._temperature = float(
+            positive_value("temperature", temperature, self._dtype, single=True)
+        )
 
     @property
     def ignore_index(self) -> int | None:
@@ -195,13 +194,12 @@ class DebiasedPosterior(_Host):
 
     @prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
-        value = positive_value("prior_precision", prior_precision)
-        check_representable("prior_precision", value, self._dtype)
+        value = positive_value("prior_precision", prior_precision, self._dtype)
         if self._coverage is None:  # under construction, or the last layer is not known yet
             prior = torch.as_tensor(value, dtype=self._dtype).detach()
             self._prior_precision = prior.reshape(-1)
             return
-        self._check_prior(value, self._coverage)
+        priors.check_prior(value, self._coverage, takes_diagonal=self._takes_diagonal_prior)
         ParametricLaplace.prior_precision.fset(self, value)
 
     @property
@@ -211,8 +209,7 @@ class DebiasedPosterior(_Host):
 
     @sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
-        value = one_number("sigma_noise", sigma_noise)
-        check_representable("sigma_noise", value, self._dtype)
+        value = positive_value("sigma_noise", sigma_noise, self._dtype, single=True)
         scale = float(torch.as_tensor(value).detach().sum())
         if self.likelihood != LikelihoodName.REGRESSION and scale != 1.0:
             raise ValueError("sigma_noise other than 1 is for likelihood='regression' only.")
@@ -369,6 +366,7 @@ class DebiasedPosterior(_Host):
     # -- prediction ------------------------------------------------------------------------
 
     __call__ = predicting.predict
+    sample = predicting.sample
     functional_samples = predicting.functional_samples
     predictive_samples = predicting.predictive_samples
     outputs_report = predicting.report_outputs
@@ -397,5 +395,4 @@ class DebiasedPosterior(_Host):
 
         Arguments and errors are the same; a file of another class is a StoredFileError.
         """
-        record = saving.read_posterior(path, map_location, cls.__name__)
-        return saving.restored(cls, record, model, check_weights=check_weights)
+        return saving.loaded([cls], path, model, map_location, check_weights=check_weights)

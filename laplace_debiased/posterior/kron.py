@@ -5,20 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import torch
 from laplace.baselaplace import KronLaplace
 from laplace.utils.matrix import Kron
 from torch import Tensor
 
-from laplace_debiased.checks import checked_integer
 from laplace_debiased.estimation import Fit, KronStructure, posterior_factors
-from laplace_debiased.network.modes import public_call
-from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.operators import EigenKron
 from laplace_debiased.posterior.host import DebiasedPosterior
-from laplace_debiased.posterior.priors import check_kron_prior
 from laplace_debiased.predictive import KronPredictor
-from laplace_debiased.predictive.call import check_generator
 
 
 class FactorsOnDemand(Kron):
@@ -83,7 +77,6 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
 
     _key = ("all", "debiased_kron")
     _structure_for = staticmethod(KronStructure)
-    _check_prior = staticmethod(check_kron_prior)
 
     def _host_curvature(self, fit: Fit, predictor: KronPredictor) -> dict[str, Any]:
         return {"H": predictor.curvature, "H_facs": FactorsOnDemand(fit)}
@@ -93,15 +86,5 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         """h·N·λ + δ in its eigenbasis, per block (a sum over the training set)."""
         return self._precision()
 
-    @public_call
-    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        """Weight samples [n_samples, P] from the posterior.
-
-        Raises:
-            NotFittedError: before ``fit``; no random number is drawn then.
-        """
-        self._check_H_init()
-        check_generator(generator, self._device)
-        n_samples = checked_integer("n_samples", n_samples)
-        with undrawn_on_failure(generator, self._device):
-            return super().sample(n_samples, generator)
+    def _decorrelated(self, noise: Tensor) -> Tensor:
+        return self.posterior_precision.bmm(noise, exponent=-0.5)

@@ -18,16 +18,7 @@ from laplace_debiased.posterior.lowrank import DebiasedLowRankLaplace
 
 
 def last_layer_target(model: nn.Module, options: dict[str, Any]) -> Target:
-    """The last layer of a model as a target.
-
-    Args:
-        model: the network.
-        options: of the posterior; ``last_layer_name`` and ``feature_reduction`` are taken out.
-
-    Raises:
-        TypeError: for a model that is no module.
-        ValueError: for a name of no linear layer, or an unknown reduction.
-    """
+    """The last layer of a model as a target; takes the options that say which out of the others."""
     name, reduction = options.pop("last_layer_name", None), options.pop("feature_reduction", None)
     if reduction is not None:
         reduction = parse_choice(FeatureReduction, reduction, "feature_reduction")
@@ -47,7 +38,6 @@ class DebiasedKronLLLaplace(DebiasedKronLaplace, KronLLLaplace):
 
     Args:
         model: trained network with a linear last layer; never changed.
-        likelihood: as in :class:`DebiasedKronLaplace`.
         feature_reduction: how features of more than two dimensions are reduced, as the model does:
             "pick_first", "pick_last" or "average".
         last_layer_name: qualified name of the last layer; found at every fit by default.
@@ -64,18 +54,8 @@ class DebiasedKronLLLaplace(DebiasedKronLaplace, KronLLLaplace):
 class DebiasedLowRankLLLaplace(DebiasedLowRankLaplace, LLLaplace):
     """Low-rank posterior over the last layer, whose rows need no backward pass.
 
-    Everything else is as in :class:`DebiasedLowRankLaplace` and :class:`DebiasedKronLLLaplace`.
-
-    Args:
-        model: trained network with a linear last layer; never changed.
-        likelihood: as in :class:`DebiasedLowRankLaplace`.
-        feature_reduction: how features of more than two dimensions are reduced, as the model does:
-            "pick_first", "pick_last" or "average".
-        last_layer_name: qualified name of the last layer; found at every fit by default.
-        **options: as in :class:`DebiasedLowRankLaplace`.
-
-    Raises:
-        ValueError: for options that are unknown, out of range or contradictory.
+    Everything else is as in :class:`DebiasedLowRankLaplace`; ``feature_reduction`` and
+    ``last_layer_name`` are those of :class:`DebiasedKronLLLaplace`.
     """
 
     _key = ("last_layer", "debiased_lowrank")

@@ -8,15 +8,10 @@ import torch
 from laplace.baselaplace import LowRankLaplace
 from torch import Tensor
 
-from laplace_debiased.checks import checked_integer
 from laplace_debiased.estimation import Fit, LowRankStructure
-from laplace_debiased.network.modes import public_call
-from laplace_debiased.network.rng import undrawn_on_failure
 from laplace_debiased.operators import LowRank
 from laplace_debiased.posterior.host import DebiasedPosterior
-from laplace_debiased.posterior.priors import check_low_rank_prior
 from laplace_debiased.predictive import LowRankPredictor
-from laplace_debiased.predictive.call import check_generator
 
 
 class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
@@ -33,22 +28,12 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     from an exact minimum, and a precision with them is no posterior.
 
     Args:
-        model: trained network; never changed.
-        likelihood: "classification" (softmax cross-entropy), "regression" (Gaussian), "bernoulli"
-            (binary labels from logits [m, C]) or "reward_modeling".
-        sigma_noise: σ of the Gaussian likelihood, or "residual" as in ``DebiasedKronLaplace``.
+        model, likelihood, sigma_noise, prior_mean, temperature, enable_backprop, dict_key_x,
+            dict_key_y: as in ``DebiasedKronLaplace``.
         prior_precision: a scalar, one entry per covered parameter tensor, or one per entry [P].
-        prior_mean: mean of the prior, a scalar or one entry per covered parameter.
-        temperature: temperature of the likelihood.
-        enable_backprop: keep predictions differentiable with respect to the inputs.
-        dict_key_x: key of the inputs in mapping batches.
-        dict_key_y: key of the labels in mapping batches.
-        backend: must be None; the curvature is our own.
-        backend_kwargs: must be None.
-        **options: ``rank`` (number of directions; None keeps all that are not rounding noise),
-            ``scheme``, ``sampling``, ``fisher``, ``mc_samples``, ``folds``,
-            ``direction_fraction``, ``pool_size``, ``byte_budget``, ``strict``: see
-            :class:`~laplace_debiased.options.CurvatureOptions`.
+        backend, backend_kwargs: must be None; the curvature is our own.
+        **options: ``rank`` (number of directions; None keeps all that are not rounding noise), and
+            those of ``DebiasedKronLaplace`` but for ``magnitudes`` and ``max_rank``.
 
     Raises:
         ValueError: for options that are unknown, out of range or contradictory.
@@ -57,7 +42,6 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
 
     _key = ("all", "debiased_lowrank")
     _structure_for = staticmethod(LowRankStructure)
-    _check_prior = staticmethod(check_low_rank_prior)
     _takes_diagonal_prior = True
     _operator: LowRank
 
@@ -113,18 +97,5 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
         """Joint covariance [m·C, m·C] of linearised outputs from Jacobians [m, C, P]."""
         return self.precision_operator.inv_square_form(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)
 
-    @public_call
-    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        """Weight samples [n_samples, P] from the posterior."""
-        n_samples = checked_integer("n_samples", n_samples)
-        check_generator(generator, self._device)
-        operator = self.precision_operator.detach()
-        with undrawn_on_failure(generator, self._device):
-            noise = torch.randn(
-                n_samples,
-                self.n_params,
-                device=operator.basis.device,
-                dtype=operator.basis.dtype,
-                generator=generator,
-            )
-            return self.mean + operator.sqrt_solve(noise)
+    def _decorrelated(self, noise: Tensor) -> Tensor:
+        return self.precision_operator.detach().sqrt_solve(noise)

@@ -98,11 +98,8 @@ def predict(
     """
     self._check_H_init()
     pred = checked_pred_type(pred_type)
-    for name, flag in (
-        ("joint", joint),
-        ("diagonal_output", diagonal_output),
-        ("fitting", fitting),
-    ):
+    flags = {"joint": joint, "diagonal_output": diagonal_output, "fitting": fitting}
+    for name, flag in flags.items():
         checked_flag(name, flag)
     if n_samples is not None:
         n_samples = checked_integer("n_samples", n_samples)
@@ -172,7 +169,6 @@ def informed_probabilities(
     Both are of the same moments. The information is [m] ([m, T] for outputs at T positions), summed
     over binary labels.
     """
-    self._check_H_init()
     link = _link(self, link_approx, PredType.GLM)
     at = checked_positions(positions, PredType.GLM)
     return linearised(self, at).informed_probabilities(x, link)
@@ -229,7 +225,6 @@ def report_outputs(
             "outputs_report is about the most probable classes; it is for "
             f"likelihood='classification', not {self.likelihood!r}."
         )
-    self._check_H_init()
     link = _link(self, link_approx, PredType.GLM)
     at = checked_positions(positions, PredType.GLM)
     return outputs_report(linearised(self, at), x, link)
@@ -347,6 +342,21 @@ def _deviation(self: Shell, generator: torch.Generator | None) -> Tensor:
     """
     with outside_inference_mode(), torch.no_grad():
         return self.sample(1, generator).reshape(-1) - self.mean
+
+
+@public_call
+def sample(self: Shell, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+    """Weight samples [n_samples, P] from the posterior.
+
+    Raises:
+        NotFittedError: before ``fit``; no random number is drawn then.
+    """
+    self._check_H_init()
+    check_generator(generator, self._device)
+    shape = checked_integer("n_samples", n_samples), self.n_params
+    with undrawn_on_failure(generator, self._device):
+        noise = torch.randn(shape, device=self._device, dtype=self._dtype, generator=generator)
+        return self.mean + self._decorrelated(noise)
 
 
 @public_call

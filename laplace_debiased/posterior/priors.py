@@ -14,7 +14,7 @@ from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMeth
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_debiased.checks import checked_flag, one_number, shortened
+from laplace_debiased.checks import checked_flag, positive_value, shortened
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import ArgumentTypeError, NotFittedError
 from laplace_debiased.estimation.plan import training_sample
@@ -37,37 +37,27 @@ from laplace_debiased.tuning.marglik import (
 )
 
 
-def check_kron_prior(value: object, coverage: Coverage) -> None:
+def check_prior(value: object, coverage: Coverage, *, takes_diagonal: bool) -> None:
     """Check that a prior precision is scalar or has one entry per covered parameter tensor.
 
-    Raises:
-        ValueError: naming the tensors it would have to match.
-    """
-    names = coverage.covered
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1:
-        return
-    if value.ndim == 1 and len(value) == len(names):
-        return
-    raise ValueError(
-        f"prior_precision has shape {tuple(value.shape)}; a Kronecker posterior takes a scalar or "
-        f"one entry per covered parameter tensor, {len(names)} here: {', '.join(names)}."
-    )
-
-
-def check_low_rank_prior(value: object, coverage: Coverage) -> None:
-    """Check that a prior precision is scalar, per covered parameter tensor, or per entry.
+    Args:
+        value: the prior precision.
+        coverage: of the posterior.
+        takes_diagonal: whether there may be one entry per covered entry, too.
 
     Raises:
         ValueError: naming the tensors it would have to match.
     """
-    names = coverage.covered
     if not isinstance(value, Tensor) or value.numel() == 1:
         return
-    if value.ndim != 1 or len(value) not in (len(names), coverage.n_covered):
+    names = coverage.covered
+    lengths = (len(names), *((coverage.n_covered,) if takes_diagonal else ()))
+    if value.ndim != 1 or len(value) not in lengths:
+        other = f", or one per entry ({coverage.n_covered})" if takes_diagonal else ""
         raise ValueError(
-            f"prior_precision has shape {tuple(value.shape)}; a low-rank posterior takes a "
-            f"scalar, one entry per covered parameter tensor ({len(names)} here: "
-            f"{', '.join(names)}) or one per entry ({coverage.n_covered})."
+            f"prior_precision has shape {tuple(value.shape)}; this posterior takes a scalar or "
+            f"one entry per covered parameter tensor, {len(names)} here: "
+            f"{', '.join(names)}{other}."
         )
 
 
@@ -82,16 +72,11 @@ def check_prior_mean(value: object, n_params: int | None) -> None:
         ArgumentTypeError: if it is neither a number nor a tensor of real ones.
         ValueError: if it is not finite, or of another length.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number or (isinstance(value, Tensor) and not value.is_complex())):
-        raise ArgumentTypeError(
-            f"prior_mean must be a number or a tensor of real ones; got {type(value).__name__}."
-        )
-    if not isinstance(value, Tensor):
-        assert isinstance(value, int | float)
-        value = torch.tensor(float(value))
-    if value.is_meta or value.layout is not torch.strided:
-        raise ArgumentTypeError("prior_mean must be dense and hold data.")
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        raise ArgumentTypeError(f"prior_mean must be numbers; got {type(value).__name__}.")
+    value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+    if value.is_complex() or value.is_meta or value.layout is not torch.strided:
+        raise ArgumentTypeError("prior_mean must be real, dense and hold data.")
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"prior_mean must be finite; got {shortened(value.detach())}.")
     if n_params is not None and value.numel() not in (1, n_params):
@@ -118,7 +103,7 @@ def log_marginal_likelihood(
     self._check_H_init()
     before = self._checked_prior(), self._sigma_noise
     if sigma_noise is not None:
-        one_number("sigma_noise", sigma_noise)
+        positive_value("sigma_noise", sigma_noise, single=True)
         if self.likelihood != LikelihoodName.REGRESSION:
             raise ValueError("sigma_noise is for likelihood='regression' only.")
     try:

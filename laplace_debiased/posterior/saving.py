@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -22,13 +22,18 @@ from laplace_debiased.parallel import Ranks
 from laplace_debiased.posterior.shell import Shell
 from laplace_debiased.posterior.state import from_state, to_state
 
+_ARGUMENTS = (
+    *("likelihood", "dict_key_x", "dict_key_y", "strict", "rank", "n_outputs", "ignore_index"),
+    "allow_probabilities",
+)
+
 KIND = "laplace_debiased posterior"
 FORMAT_VERSION = 2
 """Version of the file around a state; states count their own versions. 1: nested."""
 
 Kind = TypeVar("Kind")
 
-RETIRED = {"ratio_step": False, "weight_sharing": "expand"}
+RETIRED = ("ratio_step", False), ("weight_sharing", "expand")
 """Options that files of earlier versions hold, with the one value that means what is done now."""
 
 
@@ -121,16 +126,9 @@ def constructor_arguments(self: Shell) -> dict[str, Any]:
     arguments, target = self._arguments, self._target
     backend, options = arguments.backend, arguments.options
     given = {
-        "likelihood": arguments.likelihood,
-        "dict_key_x": arguments.dict_key_x,
-        "dict_key_y": arguments.dict_key_y,
-        "strict": arguments.strict,
-        "rank": arguments.rank,
-        "n_outputs": arguments.n_outputs,
-        "ignore_index": arguments.ignore_index,
-        "allow_probabilities": arguments.allow_probabilities,
+        **{name: getattr(arguments, name) for name in _ARGUMENTS},
         "sigma_noise": RESIDUAL if arguments.residual_noise else None,
-        **{option.name: getattr(options, option.name) for option in fields(options)},
+        **vars(options),
         "scheme": arguments.scheme,
     }
     if backend is not None:
@@ -145,20 +143,15 @@ def constructor_arguments(self: Shell) -> dict[str, Any]:
     return kept | {"temperature": self.temperature, "enable_backprop": self.enable_backprop}
 
 
-def read_posterior(
-    path: PathLike, map_location: torch.device | str | None, kind: str | None = None
-) -> dict[str, Any]:
-    """Read the record of a posterior.
-
-    Args:
-        path: the file.
-        map_location: where its tensors are placed first.
-        kind: name of the class that it must hold, or None for any.
-
-    Raises:
-        TypeError, FileNotFoundError, StoredFileError: as ``read_record``.
-        StoredFileError: if it holds another class.
-    """
+def loaded(
+    kinds: Iterable[type[Kind]],
+    path: PathLike,
+    model: nn.Module,
+    map_location: torch.device | str | None,
+    *,
+    check_weights: bool,
+) -> Kind:
+    """A posterior of one of some classes from its file; see ``DebiasedLaplace.load``."""
     record = read_record(path, KIND, FORMAT_VERSION, map_location)
     try:
         record = nested(record)
@@ -167,31 +160,17 @@ def read_posterior(
     for name, kind_of_entry in (("arguments", dict), ("posterior", str), ("state", dict)):
         if not isinstance(record.get(name), kind_of_entry):
             raise StoredFileError(f"{path} has no {name!r}; save the posterior again.")
-    found = record["posterior"]
-    if kind not in (None, found):
+    by_name, found = {kind.__name__: kind for kind in kinds}, record["posterior"]
+    if found not in by_name:
         raise StoredFileError(
-            f"{path} holds a {found}, not a {kind}; read it with {found}.load, or with "
-            "DebiasedLaplace.load, which reads any."
+            f"{path} holds a {found}, not a {' or '.join(by_name)}; read it with {found}.load, or "
+            "with DebiasedLaplace.load, which reads all of the library's own."
         )
-    return record
-
-
-def restored(
-    kind: type[Kind], record: Mapping[str, Any], model: nn.Module, *, check_weights: bool
-) -> Kind:
-    """A posterior of a class from its record.
-
-    Raises:
-        ValueError: if the model is not the one that the record was made with, or the record has an
-            option that is no more.
-    """
-    arguments = dict(record["arguments"])
-    for name, default in RETIRED.items():
-        if name in arguments and arguments[name] == default:
-            del arguments[name]
+    # What is left of retired options is refused by name, as any option that is unknown.
+    arguments = dict(item for item in record["arguments"].items() if item not in RETIRED)
     if "backend" in arguments:
         arguments["backend"] = _backend_named(arguments["backend"])
-    return rebuilt(kind, model, arguments, record["state"], check_weights=check_weights)
+    return rebuilt(by_name[found], model, arguments, record["state"], check_weights=check_weights)
 
 
 def rebuilt(
@@ -243,8 +222,7 @@ def _plain(name: str, value: Any) -> Any:
 
 def _backend_named(name: str) -> type[CurvatureInterface]:
     pending: list[type] = [CurvatureInterface]
-    while pending:
-        kind = pending.pop()
+    for kind in pending:
         if f"{kind.__module__}.{kind.__qualname__}" == name:
             return kind
         pending += kind.__subclasses__()
