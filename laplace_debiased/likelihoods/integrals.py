@@ -47,6 +47,9 @@ _WORKING_BYTES = 4 * 2**20
 _WIDE = 4.0
 """Standard deviation from which on a sigmoid is integrated over its own, logistic, width."""
 
+InverseLink = Callable[[Tensor], Tensor]
+"""From outputs [..., C] to probabilities [..., C]."""
+
 Values = Callable[[Tensor], Tensor]
 """From probabilities [m, C, n] at n points to what is averaged over them, [m, ..., n]."""
 
@@ -71,6 +74,11 @@ def normal_points(n_dimensions: int, n_points: int) -> Tensor:
             normal = torch.randn(shape, generator=generator, dtype=torch.float64).clamp(-7.9, 7.9)
         scale = 2.0**_RESOLUTION_BITS
         return (normal * scale).round().div_(scale).T.contiguous()
+
+
+def softmax(outputs: Tensor) -> Tensor:
+    """Probabilities of classes that exclude each other [..., C]."""
+    return torch.softmax(outputs, dim=-1)
 
 
 def mean_softmax(
@@ -115,18 +123,28 @@ def _stretch(scaling: Tensor) -> Tensor:
     return wide.square().sum(1).square().sum(-1).sqrt()
 
 
-def softmax_information(
-    mean: Tensor, covariance: Tensor | None = None, *, root: Tensor | None = None
+def mutual_information(
+    mean: Tensor,
+    covariance: Tensor | None = None,
+    inverse_link: InverseLink = softmax,
+    *,
+    root: Tensor | None = None,
 ) -> Tensor:
-    """Mutual information of label and outputs [...], in nats: H(E p) − E H(p) over 256 points.
+    """What the label would tell about the outputs [...]: the epistemic part of the entropy.
 
-    Arguments as in :func:`mean_softmax`. Both terms are over the same points, so that it is never
-    negative but for rounding.
+    H(E p) − E H(p), in nats (Depeweg et al. 2018; Houlsby et al. 2011), both over the same 256
+    points, so that it is never negative but for rounding; with a sigmoid by quadrature, and summed
+    over the labels. Arguments as in :func:`links.monte_carlo`.
     """
+    if inverse_link is torch.sigmoid:
+        variance = variances(mean, covariance, root).double()
+        within = _over_labels(mean, variance, _entropy, _wide_entropy)
+        p = mean_sigmoid(mean.double(), variance)
+        total = torch.special.entr(p) + torch.special.entr(1.0 - p)
+        return (total.to(mean.dtype) - within).clamp_min(0.0).sum(-1)
     shape, scaling = mean.shape, _scaling(mean, covariance, root)
-    mean = mean.reshape(-1, shape[-1])
     averages = _average(
-        mean,
+        mean.reshape(-1, shape[-1]),
         scaling,
         POINTS,
         lambda p: torch.cat([p, torch.special.entr(p).sum(1, keepdim=True)], dim=1),
@@ -147,14 +165,6 @@ def mean_sigmoid(mean: Tensor, variance: Tensor) -> Tensor:
         variance: s² [...].
     """
     return _over_labels(mean, variance, torch.sigmoid, _wide_sigmoid)
-
-
-def sigmoid_information(mean: Tensor, variance: Tensor) -> Tensor:
-    """Mutual information of each binary label and its output [...], in nats, by quadrature."""
-    within = _over_labels(mean, variance, _entropy, _wide_entropy)
-    p = mean_sigmoid(mean.double(), variance.double())
-    total = torch.special.entr(p) + torch.special.entr(1.0 - p)
-    return (total.to(mean.dtype) - within).clamp_min(0.0)
 
 
 def _over_labels(

@@ -8,7 +8,6 @@ deterministic unless it is given a generator, and no global random number is dra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,21 +15,13 @@ from torch import Tensor
 from laplace_debiased.checks import checked_integer
 from laplace_debiased.likelihoods.integrals import (
     POINTS,
+    InverseLink,
     mean_sigmoid,
     mean_softmax,
-    sigmoid_information,
-    softmax_information,
+    softmax,
     variances,
 )
 from laplace_debiased.likelihoods.roots import symmetric_root
-
-InverseLink = Callable[[Tensor], Tensor]
-"""From outputs [..., C] to probabilities [..., C]."""
-
-
-def softmax(outputs: Tensor) -> Tensor:
-    """Probabilities of classes that exclude each other [..., C]."""
-    return torch.softmax(outputs, dim=-1)
 
 
 def probit(mean: Tensor, variance: Tensor, inverse_link: InverseLink = softmax) -> Tensor:
@@ -85,23 +76,6 @@ def monte_carlo(
     if inverse_link is torch.sigmoid:
         return mean_sigmoid(mean, variances(mean, covariance, root))
     return mean_softmax(mean, covariance, n_samples, root=root)
-
-
-def mutual_information(
-    mean: Tensor,
-    covariance: Tensor | None = None,
-    inverse_link: InverseLink = softmax,
-    *,
-    root: Tensor | None = None,
-) -> Tensor:
-    """What the label would tell about the outputs [...]: the epistemic part of the entropy.
-
-    H(E p) − E H(p), in nats, over the deterministic link's own points; with a sigmoid summed over
-    the labels (Depeweg et al. 2018; Houlsby et al. 2011). Arguments as in :func:`monte_carlo`.
-    """
-    if inverse_link is torch.sigmoid:
-        return sigmoid_information(mean, variances(mean, covariance, root)).sum(-1)
-    return softmax_information(mean, covariance, root=root)
 
 
 def gaussian_samples(

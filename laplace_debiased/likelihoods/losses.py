@@ -211,14 +211,13 @@ class Bernoulli(LossModel):
 
     def hessian_root(self, outputs: Tensor) -> Tensor:
         """Diag √(p (1 − p)) [m, C, C]; formed from both tails, so that no digit is lost."""
-        return torch.diag_embed((torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt())
+        return torch.diag_embed(_label_variances(outputs).sqrt())
 
     def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
-        root = (torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt()
-        return root.unsqueeze(-1) * z
+        return _label_variances(outputs).sqrt().unsqueeze(-1) * z
 
     def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        return (torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sum(-1)
+        return _label_variances(outputs).sum(-1)
 
     def output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return torch.sigmoid(outputs) - _like(outputs, targets)
@@ -233,3 +232,8 @@ class Bernoulli(LossModel):
 
 def _like(outputs: Tensor, targets: Tensor) -> Tensor:
     return targets.reshape(outputs.shape).to(outputs.dtype)
+
+
+def _label_variances(outputs: Tensor) -> Tensor:
+    """P (1 − p) [m, C] from both tails, so that no digit is lost."""
+    return torch.sigmoid(outputs) * torch.sigmoid(-outputs)

@@ -17,13 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_debiased.likelihoods.integrals import POINTS
-from laplace_debiased.likelihoods.links import (
-    bridge_of_sums,
-    monte_carlo,
-    mutual_information,
-    probit,
-)
+from laplace_debiased.likelihoods.integrals import POINTS, mutual_information
+from laplace_debiased.likelihoods.links import bridge_of_sums, monte_carlo, probit
 from laplace_debiased.likelihoods.roots import PIVOTED_UP_TO, pivoted_root
 
 
@@ -90,9 +85,8 @@ class ChosenMoments:
         beyond = self.mean.scatter(-1, self.chosen, -torch.inf)
         concentration = torch.softmax(beyond, dim=-1).square().sum(-1)
         # Where exp(v) overflows, s² is v itself but for a constant.
-        spread = torch.log1p(own.clamp_max(80.0).expm1() * concentration) + (own - 80.0).clamp_min(
-            0
-        )
+        spread = torch.log1p(own.clamp_max(80.0).expm1() * concentration)
+        spread = spread + (own - 80.0).clamp_min(0)
         lifted = beyond.logsumexp(-1) + (own - spread) / 2
         mean = torch.cat([self.mean.gather(-1, self.chosen), lifted.unsqueeze(-1)], dim=-1)
         root = torch.nn.functional.pad(self._root(shared), (0, 1, 0, 1))

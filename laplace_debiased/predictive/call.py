@@ -18,11 +18,7 @@ NETWORKS = 100
 
 
 def require_finite(values: Tensor, *, sampled: bool = False) -> None:
-    """Check a prediction [m, ...], or outputs of ``sampled`` networks [S, m, ...].
-
-    Raises:
-        NumericalError: naming the first sample of the batch with NaN or infinity.
-    """
+    """Refuse a prediction [m, ...], or outputs of ``sampled`` networks [S, m, ...], with NaN."""
     finite = torch.isfinite(values.detach())
     finite = (finite.movedim(1, 0) if sampled else finite).unsqueeze(-1).flatten(1).all(-1)
     if not bool(finite.all()):
@@ -41,11 +37,7 @@ def require_finite(values: Tensor, *, sampled: bool = False) -> None:
 
 
 def checked_pred_type(pred_type: PredType | str) -> PredType:
-    """The kind of prediction.
-
-    Raises:
-        ValueError: if it is neither "glm" nor "nn".
-    """
+    """The kind of prediction, "glm" or "nn"."""
     pred = parse_choice(PredType, pred_type, "pred_type")
     if pred not in (PredType.GLM, PredType.NN):
         raise ValueError("pred_type must be 'glm' or 'nn'.")
@@ -53,11 +45,7 @@ def checked_pred_type(pred_type: PredType | str) -> PredType:
 
 
 def checked_link(link_approx: LinkApprox | str, likelihood: str) -> LinkApprox:
-    """The link approximation.
-
-    Raises:
-        ValueError: if it is unknown, or does not fit the likelihood.
-    """
+    """The link approximation, which has to fit the likelihood."""
     link = parse_choice(LinkApprox, link_approx, "link_approx")
     bridges = (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
     if link in bridges and likelihood == LikelihoodName.BERNOULLI:
@@ -69,11 +57,7 @@ def checked_link(link_approx: LinkApprox | str, likelihood: str) -> LinkApprox:
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    """Check that a generator can draw for the model.
-
-    Raises:
-        ValueError: if it is something else, or on another device.
-    """
+    """Refuse what is no generator, or on another device than the model."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator) or generator.device.type != device.type:
@@ -81,11 +65,7 @@ def check_generator(generator: torch.Generator | None, device: torch.device) -> 
 
 
 def checked_positions(positions: Positions | str, pred: PredType) -> Positions:
-    """At which positions a prediction is.
-
-    Raises:
-        ValueError: for an unknown choice, or "last" of sampled networks.
-    """
+    """At which positions a prediction is; "last" is for the linearised network."""
     chosen = parse_choice(Positions, positions, "positions")
     if chosen is Positions.LAST and pred is not PredType.GLM:
         raise ValueError(
