@@ -38,6 +38,7 @@ from laplace_debiased.curvature.lowrank import (
     span_eigenpairs,
 )
 from laplace_debiased.diagnostics.network import LossNetwork
+from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import row_slices, select_rows
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
@@ -108,53 +109,31 @@ def top_eigenpairs(
         NumericalError: for outputs that are not finite, a curvature that vanishes, or if Lanczos
             does not converge.
     """
-    chosen = parse_choice(Curvature, matrix, "matrix")
+    which = parse_choice(Curvature, matrix, "matrix")
     checked_model(model)
     how = parse_choice(Solver, solver, "solver")
+    k, seed = checked_integer("k", k), generator_seed(seed)
     with undisturbed(model), differentiable_kernels(model):
         network = LossNetwork.of(model, likelihood, dict_key_y)
-        return network_eigenpairs(
-            network, batch, k, matrix=chosen, solver=how, seed=seed, progress_bar=progress_bar
-        )
-
-
-def network_eigenpairs(
-    network: LossNetwork,
-    batch: object,
-    k: int,
-    *,
-    matrix: Curvature,
-    solver: Solver,
-    seed: int,
-    progress_bar: bool = False,
-) -> Eigenpairs:
-    """As `top_eigenpairs`, for a network that is already undisturbed."""
-    k, seed = checked_integer("k", k), generator_seed(seed)
-    functional = network.functional
-    inputs, targets, outputs = network.batch(batch, "batch")
-    root = network.loss.hessian_root(outputs)
-    k, is_ggn = min(k, functional.n_params), matrix is Curvature.GGN
-    chosen = _resolve(solver, matrix, network, root, k)
-    if chosen is Solver.GRAM:
-        pairs = _gram_eigenpairs(network, inputs, root, k, progress_bar)
-    else:
-        product = (
-            _ggn_product(network, inputs, root)
-            if is_ggn
-            else _hessian_product(network, inputs, targets)
-        )
-        if chosen is Solver.LANCZOS:
-            pairs = arpack_eigenpairs(product, functional, k, seed=seed, progress_bar=progress_bar)
+        functional = network.functional
+        inputs, targets, outputs = network.batch(batch)
+        root = network.loss.hessian_root(outputs)
+        k = min(k, functional.n_params)
+        how = _resolve(how, which, network, root, k)
+        if how is Solver.GRAM:
+            pairs = _gram_eigenpairs(network, inputs, root, k, progress_bar)
         else:
-            whole = product(
-                torch.eye(functional.n_params, dtype=functional.dtype, device=functional.device)
-            ).double()
-            values, vectors = torch.linalg.eigh((whole + whole.T) / 2)
-            basis = vectors.flip(1)[:, :k].to(functional.dtype)
-            pairs = lowrank.Eigenpairs(basis, values.flip(0)[:k])
-        # The Hessian's eigenvalues are all wanted: it may be indefinite.
-        cutoff = product_cutoff(functional.dtype) if is_ggn else -math.inf
-        pairs = significant_pairs(pairs, cutoff)
+            if which is Curvature.GGN:
+                product = _ggn_product(network, inputs, root)
+                cutoff = product_cutoff(functional.dtype)
+            else:  # all are wanted: it may be indefinite
+                product, cutoff = _hessian_product(network, inputs, targets), -math.inf
+            if how is Solver.LANCZOS:
+                bar = progress_bar
+                pairs = arpack_eigenpairs(product, functional, k, seed=seed, progress_bar=bar)
+            else:
+                pairs = _dense_eigenpairs(product, functional, k)
+            pairs = significant_pairs(pairs, cutoff)
     return Eigenpairs(pairs.eigenvalues.cpu(), pairs.basis, len(outputs))
 
 
@@ -225,6 +204,14 @@ def _gram_eigenpairs(
     root_of_mean = gram.new_full((len(gram),), m**-0.5)
     cutoff = relative_cutoff(functional.dtype)
     return orthonormal_pairs(flat, span_eigenpairs(gram, root_of_mean, rank=k, cutoff=cutoff))
+
+
+def _dense_eigenpairs(product: Product, network: FunctionalNetwork, k: int) -> lowrank.Eigenpairs:
+    """From the matrix itself, by its products with all unit vectors."""
+    eye = torch.eye(network.n_params, dtype=network.dtype, device=network.device)
+    matrix = product(eye).double()
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return lowrank.Eigenpairs(vectors.flip(1)[:, :k].to(network.dtype), values.flip(0)[:k])
 
 
 def _ggn_product(network: LossNetwork, inputs: Any, root: Tensor) -> Product:

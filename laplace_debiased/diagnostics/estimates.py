@@ -102,17 +102,14 @@ class QuadraticSums:
             new = self._sums[0].merge(new[0]), self._sums[1].merge(new[1])
         self._sums = new
 
-    def estimate(self, role: str) -> DirectionalQuadratic:
+    def estimate(self) -> DirectionalQuadratic:
         """Means over all samples.
-
-        Args:
-            role: what the samples are, for the message.
 
         Raises:
             ValueError: if there were none.
         """
         if self._sums is None:
-            raise ValueError(f"{role} gave no batches; it needs at least one sample.")
+            raise ValueError("there are no batches to measure on; give at least one sample.")
         return DirectionalQuadratic(*(total.estimate() for total in self._sums))
 
 

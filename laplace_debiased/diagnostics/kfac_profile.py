@@ -33,7 +33,7 @@ from laplace_debiased.data import split_batch
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.debiasing import eigenbasis, own_magnitudes
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
-from laplace_debiased.diagnostics.network import check_reference
+from laplace_debiased.diagnostics.network import check_data
 from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
     plot_profiles,
@@ -219,7 +219,7 @@ def kfac_profile(
     checked_integer("byte_budget", byte_budget)
     checked_model(model)
     checked_flag("progress_bar", progress_bar)
-    check_reference(reference_loader)
+    check_data(batch, other_batch, reference_loader, dict_key_y)
     loss = loss_model(likelihood)
     with (
         undisturbed(model, generators=loader_generators(reference_loader)),
@@ -335,7 +335,7 @@ class _Walk:
             for chunk in self.chunks(batch):
                 for name, rows in chunk.blocks:
                     sums[name].add(*bands[name].quadratics(rows))
-        return {name: total.estimate("reference_loader") for name, total in sums.items()}
+        return {name: total.estimate() for name, total in sums.items()}
 
 
 def _along(basis: BlockBasis, value: Tensor) -> Tensor:

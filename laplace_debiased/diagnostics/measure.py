@@ -92,56 +92,32 @@ def directional_quadratic(
         NumericalError: for outputs that are not finite.
         RuntimeError: if the model cannot be vectorised.
     """
-    with (
-        undisturbed(model, generators=loader_generators(batches)),
-        differentiable_kernels(model),
-    ):
-        return measure_directions(
-            LossNetwork.of(model, likelihood, dict_key_y),
-            batches,
-            directions,
-            matrix=parse_choice(Curvature, matrix, "matrix"),
-            derivatives=parse_choice(Derivatives, derivatives, "derivatives"),
-            chunk_size=chunk_size,
-            role="batches",
-            progress_bar=progress_bar,
-        )
-
-
-def measure_directions(
-    network: LossNetwork,
-    batches: Iterable[object],
-    directions: Tensor,
-    *,
-    matrix: Curvature = Curvature.GGN,
-    derivatives: Derivatives = Derivatives.AUTO,
-    chunk_size: int | None = None,
-    role: str = "batch",
-    progress_bar: bool = False,
-) -> DirectionalQuadratic:
-    """As `directional_quadratic`, of a network that is undisturbed; messages call data ``role``."""
-    if directions.ndim != 2 or directions.shape[0] != network.functional.n_params:
-        raise ValueError(
-            f"directions must have shape [P, k] with P = {network.functional.n_params} trainable "
-            f"parameters; got {tuple(directions.shape)}."
-        )
-    if not bool(torch.isfinite(directions).all()):
-        raise ValueError("directions contain NaN or infinite values.")
-    if matrix is Curvature.HESSIAN and derivatives is not Derivatives.AUTO:
+    which = parse_choice(Curvature, matrix, "matrix")
+    how = parse_choice(Derivatives, derivatives, "derivatives")
+    if which is Curvature.HESSIAN and how is not Derivatives.AUTO:
         raise ValueError(
             "the Hessian is measured by forward over reverse mode only; leave derivatives='auto'."
         )
+    if not bool(torch.isfinite(directions).all()):
+        raise ValueError("directions contain NaN or infinite values.")
     sums = QuadraticSums()
-    for batch in tqdm(batches, desc=f"directions on {role}", disable=not progress_bar):
-        inputs, targets, outputs = network.batch(batch, role)
-        if matrix is Curvature.HESSIAN:
-            values = _hessian(network, inputs, targets, directions, chunk_size)
-        elif _is_reverse(derivatives, network, directions.shape[1], outputs.shape[1]):
-            values = _reverse(network, inputs, targets, outputs, directions, chunk_size)
-        else:
-            values = _forward(network, inputs, targets, outputs, directions, chunk_size)
-        sums.add(*values)
-    return sums.estimate(role)
+    with undisturbed(model, generators=loader_generators(batches)), differentiable_kernels(model):
+        network = LossNetwork.of(model, likelihood, dict_key_y)
+        if directions.ndim != 2 or len(directions) != network.functional.n_params:
+            raise ValueError(
+                f"directions must have shape [P, k] with P = {network.functional.n_params} "
+                f"trainable parameters; got {tuple(directions.shape)}."
+            )
+        for batch in tqdm(batches, desc="directions", disable=not progress_bar):
+            inputs, targets, outputs = network.batch(batch)
+            if which is Curvature.HESSIAN:
+                values = _hessian(network, inputs, targets, directions, chunk_size)
+            elif _is_reverse(how, network, directions.shape[1], outputs.shape[1]):
+                values = _reverse(network, inputs, targets, outputs, directions, chunk_size)
+            else:
+                values = _forward(network, inputs, targets, outputs, directions, chunk_size)
+            sums.add(*values)
+    return sums.estimate()
 
 
 def _is_reverse(

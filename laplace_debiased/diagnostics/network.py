@@ -62,15 +62,11 @@ class LossNetwork:
         """Memory of ``n_rows`` rows of length P, in bytes."""
         return n_rows * self.functional.n_params * torch.finfo(self.functional.dtype).bits // 8
 
-    def batch(self, batch: object, role: str) -> tuple[Any, Tensor, Tensor]:
+    def batch(self, batch: object) -> tuple[Any, Tensor, Tensor]:
         """Inputs, targets and outputs [m, C] of a batch, on the parameters' device.
 
-        Args:
-            batch: (inputs, targets), or a mapping that holds the targets at ``label_key``.
-            role: name of the argument, for the error message.
-
         Raises:
-            TypeError: if it is neither.
+            TypeError: if it is neither a pair nor a mapping.
             ValueError: if the key of the targets is missing, the batch is empty, or inputs, outputs
                 and targets do not fit.
             ModelCallError: if the model fails on the inputs.
@@ -79,7 +75,7 @@ class LossNetwork:
         inputs, targets = split_batch(batch, self.label_key)
         check_dense(inputs)
         if batch_length(inputs) == 0:
-            raise ValueError(f"{role} is empty; it needs at least one sample.")
+            raise ValueError("a batch is empty; it needs at least one sample.")
         functional = self.functional
         targets = plain_inputs(targets.to(functional.device), functional.dtype)
         inputs = functional.prepare(inputs)
@@ -88,11 +84,16 @@ class LossNetwork:
         return inputs, targets, outputs
 
 
-def check_reference(loader: object) -> None:
-    """Check that a reference, if there is one, gives batches.
+def check_data(batch: object, other_batch: object, reference: object, label_key: str) -> None:
+    """Check that two batches hold samples and that a reference, if there is one, gives batches.
 
     Raises:
-        ArgumentTypeError: if it does not.
+        ValueError: if a batch is empty.
+        TypeError: if it is neither a pair nor a mapping, or the reference no loader.
     """
-    if loader is not None and (isinstance(loader, Tensor) or not isinstance(loader, Iterable)):
-        raise ArgumentTypeError(f"reference_loader must give batches; got {type(loader).__name__}.")
+    for name, data in (("batch", batch), ("other_batch", other_batch)):
+        if batch_length(split_batch(data, label_key)[0]) == 0:
+            raise ValueError(f"{name} is empty; it needs at least one sample.")
+    if isinstance(reference, Tensor) or not isinstance(reference, Iterable | None):
+        kind = type(reference).__name__
+        raise ArgumentTypeError(f"reference_loader must give batches; got {kind}.")

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from laplace_debiased.checks import checked_flag, checked_integer, checked_number
-from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.diagnostics.eigen import Solver, network_eigenpairs
+from laplace_debiased.diagnostics.eigen import top_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
-from laplace_debiased.diagnostics.measure import Derivatives, measure_directions
-from laplace_debiased.diagnostics.network import LossNetwork, check_reference
+from laplace_debiased.diagnostics.measure import Derivatives, directional_quadratic
+from laplace_debiased.diagnostics.network import check_data
 from laplace_debiased.diagnostics.plots import new_figure, plot_quadratics
 from laplace_debiased.diagnostics.summary import BiasSummary, summarise
-from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
+from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.outputs import checked_model
-from laplace_debiased.options import Curvature, parse_choice
+from laplace_debiased.options import parse_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -228,44 +228,45 @@ def directional_profile(
         TypeError: for a batch of an unknown type.
         RuntimeError: if the model cannot be vectorised.
     """
-    which = parse_choice(Curvature, matrix, "matrix")
-    how = parse_choice(Solver, solver, "solver")
-    mode = parse_choice(Derivatives, derivatives, "derivatives")
+    # What is wrong is said before anything is computed.
+    parse_choice(Derivatives, derivatives, "derivatives")
     if chunk_size is not None:
         chunk_size = checked_integer("chunk_size", chunk_size)
     checked_number("weight_decay", weight_decay)
     checked_model(model)
     checked_flag("progress_bar", progress_bar)
-    check_reference(reference_loader)
-    with (
-        undisturbed(model, generators=loader_generators(reference_loader)),
-        differentiable_kernels(model),
-    ):
-        network = LossNetwork.of(model, likelihood, dict_key_y)
-        pairs = network_eigenpairs(
-            network, batch, k, matrix=which, solver=how, seed=seed, progress_bar=progress_bar
+    check_data(batch, other_batch, reference_loader, dict_key_y)
+    pairs = top_eigenpairs(
+        model,
+        likelihood,
+        batch,
+        k,
+        matrix=matrix,
+        solver=solver,
+        seed=seed,
+        dict_key_y=dict_key_y,
+        progress_bar=progress_bar,
+    )
+
+    def along(batches: Iterable[object], directions: Tensor) -> DirectionalQuadratic:
+        return directional_quadratic(
+            model,
+            likelihood,
+            batches,
+            directions,
+            matrix=matrix,
+            derivatives=derivatives,
+            chunk_size=chunk_size,
+            dict_key_y=dict_key_y,
+            progress_bar=progress_bar,
         )
 
-        def measured(batches: Iterable[object], role: str) -> DirectionalQuadratic:
-            return measure_directions(
-                network,
-                batches,
-                pairs.vectors,
-                matrix=which,
-                derivatives=mode,
-                chunk_size=chunk_size,
-                role=role,
-                progress_bar=progress_bar,
-            )
-
-        parameters = [p.reshape(-1) for p in network.functional.parameters().values()]
-        profile = profile_from_directions(
-            pairs.vectors,
-            lambda _: measured([batch], "batch"),
-            lambda _: measured([other_batch], "other_batch"),
-            None
-            if reference_loader is None
-            else lambda _: measured(reference_loader, "reference_loader"),
-            pairs.vectors.T @ torch.cat(parameters).to(pairs.vectors),
-        )
+    parameters = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+    profile = profile_from_directions(
+        pairs.vectors,
+        partial(along, [batch]),
+        partial(along, [other_batch]),
+        None if reference_loader is None else partial(along, reference_loader),
+        pairs.vectors.T @ torch.cat(parameters).to(pairs.vectors),
+    )
     return profile.with_weight_decay(weight_decay)

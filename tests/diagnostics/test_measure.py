@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laplace_debiased.diagnostics.measure import Derivatives, measure_directions
-from laplace_debiased.diagnostics.network import LossNetwork
+from laplace_debiased.diagnostics import directional_quadratic
+from laplace_debiased.diagnostics.measure import Derivatives
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.options import Curvature
 from tests.diagnostics import oracles
@@ -18,9 +18,8 @@ LIKELIHOODS = ("classification", "regression")
 
 
 def measured(p: Problem, directions, batches=None, **options):
-    with differentiable_kernels(p.model):
-        network = LossNetwork.of(p.model, p.likelihood)
-        return measure_directions(network, batches or [(p.x, p.y)], directions, **options)
+    batches = [(p.x, p.y)] if batches is None else batches
+    return directional_quadratic(p.model, p.likelihood, batches, directions, **options)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -100,9 +99,9 @@ def test_mapping_inputs_give_what_tensors_give():
     keyed = oracles.Keyed(p.model)
     batch = {"x": p.x, "scale": torch.tensor(1.0), "label": p.y}
     for derivatives in (Derivatives.FORWARD, Derivatives.REVERSE):
-        with differentiable_kernels(keyed):
-            network = LossNetwork.of(keyed, p.likelihood, "label")
-            result = measure_directions(network, [batch], directions, derivatives=derivatives)
+        result = directional_quadratic(
+            keyed, p.likelihood, [batch], directions, derivatives=derivatives, dict_key_y="label"
+        )
         assert_same(result.curvature.mean, measured(p, directions).curvature.mean)
 
 
@@ -140,13 +139,11 @@ def test_bad_calls_raise():
         measured(p, torch.zeros(size + 1, 2))
     with pytest.raises(ValueError, match="forward over reverse"):
         measured(p, torch.eye(size), matrix=Curvature.HESSIAN, derivatives=Derivatives.FORWARD)
-    with differentiable_kernels(p.model):
-        network = LossNetwork.of(p.model, p.likelihood)
-        with pytest.raises(ValueError, match="no batches"):
-            measure_directions(network, iter(()), torch.eye(size))
-        with pytest.raises(TypeError, match="pair"):
-            measure_directions(network, [p.x], torch.eye(size))
+    with pytest.raises(ValueError, match="no batches"):
+        measured(p, torch.eye(size), iter(()))
+    with pytest.raises(TypeError, match="pair"):
+        measured(p, torch.eye(size), [p.x])
     for parameter in p.model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        LossNetwork.of(p.model, p.likelihood)
+        measured(p, torch.eye(size))
