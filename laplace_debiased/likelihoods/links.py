@@ -19,9 +19,9 @@ from laplace_debiased.likelihoods.integrals import (
     mean_sigmoid,
     mean_softmax,
     softmax,
+    symmetric_root,
     variances,
 )
-from laplace_debiased.likelihoods.roots import symmetric_root
 
 
 def probit(mean: Tensor, variance: Tensor, inverse_link: InverseLink = softmax) -> Tensor:

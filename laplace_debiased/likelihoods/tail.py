@@ -17,9 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_debiased.likelihoods.integrals import POINTS, mutual_information
+from laplace_debiased.likelihoods.integrals import (
+    PIVOTED_UP_TO,
+    POINTS,
+    mutual_information,
+    pivoted_root,
+)
 from laplace_debiased.likelihoods.links import bridge_of_sums, monte_carlo, probit
-from laplace_debiased.likelihoods.roots import PIVOTED_UP_TO, pivoted_root
 
 
 @dataclass(frozen=True, eq=False)

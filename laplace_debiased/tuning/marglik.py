@@ -80,48 +80,35 @@ def by_evidence(
         lr: their size, on log prior precision.
         progress_bar: show progress.
 
+    Returns:
+        The best prior precision met, by gradient ascent in its logarithm (laplace-torch's).
+
     Raises:
         ValueError: for a structure that the posterior does not take, or numbers out of range.
         NumericalError: if the marginal likelihood is not finite.
     """
     positive_value("init_prior_prec", initial)
-    with outside_inference_mode():
-        start = torch.as_tensor(initial, dtype=like.dtype, device=like.device)
-        start = start.detach().clone().reshape(-1)
-    match parse_choice(PriorStructure, structure, "prior_structure"):
-        case PriorStructure.SCALAR:
-            pass
-        case PriorStructure.LAYERWISE:
-            start = start.expand(len(sizes)).clone() if len(start) == 1 else start
-        case PriorStructure.DIAG if not takes_diagonal:
-            raise ValueError(
-                "a Kronecker posterior takes a scalar or layer-wise prior; use "
-                "prior_structure='scalar' or 'layerwise'."
-            )
-        case PriorStructure.DIAG if len(start) == len(sizes) and len(start) > 1:
-            start = start.repeat_interleave(torch.tensor(sizes, device=start.device))
-        case PriorStructure.DIAG:
-            start = start.expand(sum(sizes)).clone()
-    return _maximised(evidence, start, n_steps, lr, progress_bar)
-
-
-def _maximised(
-    evidence: Callable[[Tensor], Tensor],
-    start: Tensor,
-    n_steps: int,
-    lr: float,
-    progress_bar: bool,
-) -> Tensor:
-    """Gradient ascent on the log marginal likelihood in log prior precision (laplace-torch's)."""
+    kind = parse_choice(PriorStructure, structure, "prior_structure")
+    if kind is PriorStructure.DIAG and not takes_diagonal:
+        raise ValueError(
+            "a Kronecker posterior takes a scalar or layer-wise prior; use "
+            "prior_structure='scalar' or 'layerwise'."
+        )
     positive_value("lr", lr)
     n_steps = checked_integer("n_steps", n_steps, 0)
     with outside_inference_mode(), torch.enable_grad():
+        start = torch.as_tensor(initial, dtype=like.dtype, device=like.device)
+        start = start.detach().clone().reshape(-1)
+        if kind is PriorStructure.DIAG and 1 < len(start) == len(sizes):
+            start = start.repeat_interleave(torch.tensor(sizes, device=start.device))
+        elif kind is not PriorStructure.SCALAR and len(start) == 1:
+            layerwise = kind is PriorStructure.LAYERWISE
+            start = start.expand(len(sizes) if layerwise else sum(sizes))
         log_prior = start.log().requires_grad_(True)
         optimizer = torch.optim.Adam([log_prior], lr=lr)
         best, best_value = start, -math.inf
-        for step in tqdm(
-            range(n_steps + 1), disable=not progress_bar, desc="[Marginal likelihood]"
-        ):
+        steps = tqdm(range(n_steps + 1), disable=not progress_bar, desc="[Marginal likelihood]")
+        for step in steps:
             optimizer.zero_grad()
             value = evidence(log_prior.exp())
             current = float(value.detach())

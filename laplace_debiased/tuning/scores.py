@@ -30,13 +30,13 @@ class Scorer(ABC):
     def value(self) -> float:
         """The loss over all batches."""
 
-    @abstractmethod
     def state(self) -> Any:
-        """What the batches so far come to: plain values and CPU tensors."""
+        """What the batches so far come to, for other ranks: plain values and CPU tensors."""
+        raise NotImplementedError
 
-    @abstractmethod
     def add(self, state: Any) -> None:
         """Add another's :meth:`state`."""
+        raise NotImplementedError
 
 
 class MeanScorer(Scorer):
@@ -87,63 +87,56 @@ def gaussian_nll(prediction: Prediction, targets: Tensor, noise_variance: float)
 class MetricScorer(Scorer):
     """A torchmetrics metric, cloned and reset; vector-valued metrics are summed.
 
-    Args:
-        metric: the metric.
-        is_part: whether others add what they have seen, so that batches have to be kept.
+    It holds no batches; those of several ranks are put together by a :class:`KeepingScorer`.
     """
 
-    def __init__(self, metric: torchmetrics.Metric, *, is_part: bool) -> None:
+    def __init__(self, metric: torchmetrics.Metric) -> None:
         self._metric = metric.clone()
         self._metric.reset()
         # Of itself it would gather what other ranks have: these have the same here, or their part.
         self._metric.sync_on_compute = False
-        self._parts: list[tuple[Tensor, ...]] | None = [] if is_part else None
 
     def update(self, prediction: Prediction, targets: Tensor) -> None:
-        if self._parts is not None:
-            self._parts.append((*prediction, targets))
-            return
-        self._see(prediction, targets)
-
-    def _see(self, prediction: Prediction, targets: Tensor) -> None:
         try:
             self._metric.update(*prediction, targets)
         except TypeError:  # a metric that takes no variance
             self._metric.update(prediction[0], targets)
 
     def value(self) -> float:
-        for *prediction, targets in self._parts or ():
-            self._see(tuple(prediction), targets)
         value = self._metric.compute()
         return as_number(value.sum() if isinstance(value, Tensor) else value)
 
-    def state(self) -> list[tuple[Tensor, ...]]:
-        return [tuple(tensor.cpu() for tensor in part) for part in self._parts or ()]
 
-    def add(self, state: list[tuple[Tensor, ...]]) -> None:
-        assert self._parts is not None
-        self._parts += [tuple(t.to(self._metric.device) for t in part) for part in state]
+class KeepingScorer(Scorer):
+    """A function of all batches, called once at the end."""
 
-
-class CallableScorer(Scorer):
-    """A function of all predictions and targets, called once at the end."""
-
-    def __init__(self, function: Callable[..., Tensor | float]) -> None:
+    def __init__(self, function: Callable[[list[Prediction]], float]) -> None:
         self._function = function
-        self._parts: list[tuple[Tensor, ...]] = []
+        self._parts: list[Prediction] = []
 
     def update(self, prediction: Prediction, targets: Tensor) -> None:
         self._parts.append((*prediction, targets))
 
     def value(self) -> float:
-        parts = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        return as_number(self._function(*parts))
+        return self._function(self._parts)
 
-    def state(self) -> list[tuple[Tensor, ...]]:
+    def state(self) -> list[Prediction]:
         return [tuple(tensor.cpu() for tensor in part) for part in self._parts]
 
-    def add(self, state: list[tuple[Tensor, ...]]) -> None:
-        self._parts += state  # stays on the CPU
+    def add(self, state: list[Prediction]) -> None:
+        self._parts += state
+
+
+def _of_everything(function: Callable[..., Tensor | float], parts: list[Prediction]) -> float:
+    return as_number(function(*(torch.cat(part) for part in zip(*parts, strict=True))))
+
+
+def _of_metric(metric: torchmetrics.Metric, parts: list[Prediction]) -> float:
+    scorer = MetricScorer(metric)
+    for part in parts:
+        *prediction, targets = (tensor.to(metric.device) for tensor in part)
+        scorer.update(tuple(prediction), targets)
+    return scorer.value()
 
 
 def as_number(value: object) -> float:
@@ -195,7 +188,9 @@ def scorer_factory(
                 "minimises: pass a loss, or a function such as lambda probs, y: -metric(probs, y)."
             )
         case torchmetrics.Metric():
-            return lambda: MetricScorer(loss, is_part=is_part)
+            if is_part:
+                return lambda: KeepingScorer(partial(_of_metric, loss))
+            return lambda: MetricScorer(loss)
         case _ if callable(loss):
-            return lambda: CallableScorer(loss)
+            return lambda: KeepingScorer(partial(_of_everything, loss))
     raise TypeError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")

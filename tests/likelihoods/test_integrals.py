@@ -13,8 +13,12 @@ from scipy.special import expit
 from torch import Tensor
 
 from laplace_debiased.likelihoods import gaussian_samples, monte_carlo, mutual_information, probit
-from laplace_debiased.likelihoods.integrals import normal_points
-from laplace_debiased.likelihoods.roots import centred, pivoted_root, symmetric_root
+from laplace_debiased.likelihoods.integrals import (
+    centred,
+    normal_points,
+    pivoted_root,
+    symmetric_root,
+)
 from tests.tolerances import assert_exact
 
 SCALES = [10.0**k for k in range(-4, 7)]
