@@ -43,15 +43,7 @@ _WITH_LABELS = ("classification", "bernoulli")
 
 @dataclass(frozen=True)
 class Options:
-    """How a posterior is asked; None leaves the posterior's own default.
-
-    Attributes:
-        link_approx: Link approximation; by default the one that the posterior was tuned for.
-        pred_type: Type of predictive.
-        progress_bar: Whether to show progress over the loader.
-        likelihood: What precomputed predictions are of: None or "bernoulli".
-        positions: Of sequences all positions, or the last.
-    """
+    """How a posterior is asked, as in `evaluate`; None leaves the posterior's own default."""
 
     link_approx: str | None = None
     pred_type: str | None = None
@@ -78,20 +70,9 @@ def described(source: Any, options: Options) -> dict[str, str]:
 def predict(
     source: Any, loader: Targets, options: Options, ranks: Ranks = ALONE
 ) -> ClassPredictions | GaussianPredictions:
-    """Predictions for a loader, beside its targets.
+    """Predictions for a loader, beside its targets; ``source`` is what `evaluate` takes.
 
     Of a posterior each rank makes a part, and all have all.
-
-    Args:
-        source: A fitted posterior, probabilities ([n, C], or [n, K] of binary labels), or a pair
-            of means [n, K] and total predictive variances ([n, K], or covariances [n, K, K]).
-        loader: Gives (x, y) or mappings; for precomputed predictions unshuffled, or the targets.
-        options: How a posterior is asked.
-        ranks: All ranks.
-
-    Raises:
-        TypeError: If `source` is none of these.
-        ValueError: If predictions or targets are invalid or do not match.
     """
     _check_likelihood(source, options.likelihood)
     if options.positions is Positions.LAST and not isinstance(source, DebiasedPosterior):
@@ -130,16 +111,10 @@ def predict(
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """Predictions for inputs whose labels do not matter.
+    """Predictions for inputs whose labels do not matter."""
 
-    Attributes:
-        probs: Probabilities [m, C], of sequences [m, T, C], of binary labels [m, K].
-        information: Mutual information of label and weights [m], in nats (of sequences [m · T]);
-            None where it is not known.
-    """
-
-    probs: Values
-    information: FloatArray | None = None
+    probs: Values  # [m, C], of sequences [m, T, C], of binary labels [m, K]
+    information: FloatArray | None = None  # mutual information [m] ([m · T]), in nats
 
 
 def predict_unlabelled(
@@ -198,12 +173,7 @@ def _known(parts: Sequence[torch.Tensor | None]) -> FloatArray | None:
 
 
 def _likelihood(source: Any) -> str:
-    """The posterior's likelihood by name.
-
-    Raises:
-        TypeError: If `source` is no posterior.
-        ValueError: If its likelihood cannot be scored.
-    """
+    """The posterior's likelihood by name, if it is a posterior and can be scored."""
     likelihood = getattr(source, "likelihood", None)
     if isinstance(source, nn.Module) or not callable(source) or likelihood is None:
         raise TypeError(

@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import (
-    DataLoader,
     DistributedSampler,
     RandomSampler,
     SubsetRandomSampler,
@@ -31,12 +30,7 @@ _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def split_batch(batch: Any, dict_key_y: str) -> tuple[Any, Any]:
-    """Inputs (the mapping itself, if the batch is one) and targets of one batch.
-
-    Raises:
-        ValueError: If a mapping has no such key.
-        TypeError: If the batch is neither a pair nor a mapping.
-    """
+    """Inputs (the mapping itself, if the batch is one) and targets of one batch."""
     if isinstance(batch, Mapping):
         check_key("dict_key_y", dict_key_y)
         if dict_key_y not in batch:
@@ -113,34 +107,20 @@ def over_batches(
     return found
 
 
-def check_unshuffled(loader: object) -> None:
-    """Reject a loader whose order differs from the order of precomputed predictions.
-
-    Raises:
-        ValueError: If the loader draws its samples in random order.
-    """
-    if not isinstance(loader, DataLoader):
-        return
-    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-    for sampler in samplers:
+def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
+    """Targets [n, ...] in order, from an unshuffled loader or as they are."""
+    if isinstance(source, torch.Tensor | np.ndarray):
+        return to_numpy(source)
+    for sampler in (
+        getattr(source, "sampler", None),
+        getattr(getattr(source, "batch_sampler", None), "sampler", None),
+    ):
         shuffled = isinstance(sampler, DistributedSampler) and sampler.shuffle
         if shuffled or isinstance(sampler, _SHUFFLING):
             raise ValueError(
                 f"loader shuffles ({type(sampler).__name__}), so its labels do not line up with "
                 "precomputed predictions; build it with shuffle=False, or pass the labels."
             )
-
-
-def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
-    """Targets [n, ...] in order, from an unshuffled loader or as they are.
-
-    Raises:
-        ValueError: If the loader shuffles, is empty, or yields unlike shapes.
-        TypeError: If a batch is neither a pair nor a mapping.
-    """
-    if isinstance(source, torch.Tensor | np.ndarray):
-        return to_numpy(source)
-    check_unshuffled(source)
 
     def targets_of(batch: Any) -> np.ndarray:
         return to_numpy(torch.as_tensor(split_batch(batch, dict_key_y)[1]))
@@ -149,11 +129,7 @@ def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
 
 
 def concatenate(parts: list[np.ndarray]) -> np.ndarray:
-    """The batches' targets one after another [n, ...].
-
-    Raises:
-        ValueError: If the batches' trailing shapes differ.
-    """
+    """The batches' targets one after another [n, ...]."""
     shapes = {part.shape[1:] if part.ndim else None for part in parts}
     if len(shapes) > 1 or None in shapes:
         raise ValueError(
@@ -164,11 +140,7 @@ def concatenate(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def positions_as_samples(values: Any, targets: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Positions of sequences [n, T, C] as samples [n · T, C]; anything else as it is.
-
-    Raises:
-        ValueError: If the labels of sequences are not [n, T].
-    """
+    """Positions of sequences [n, T, C] as samples [n · T, C]; anything else as it is."""
     if values.ndim != 3:
         return values, targets
     if targets.shape != values.shape[:2]:
@@ -182,11 +154,7 @@ def positions_as_samples(values: Any, targets: np.ndarray) -> tuple[Any, np.ndar
 def without_ignored(
     rows: Any, targets: np.ndarray, ignore_index: int | None
 ) -> tuple[Any, np.ndarray]:
-    """Rows [n, C] and labels [n] of those whose label counts, all without an `ignore_index`.
-
-    Raises:
-        ValueError: If no label counts, or unsigned labels are to equal a negative `ignore_index`.
-    """
+    """Rows [n, C] and labels [n] of those whose label counts, all without an `ignore_index`."""
     if ignore_index is None or targets.shape != (len(rows),):
         return rows, targets
     if ignore_index < 0 and np.issubdtype(targets.dtype, np.unsignedinteger):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from laplace.utils.enums import LinkApprox, PredType
 
-from laplace_debiased.calibration import checks, metrics
+from laplace_debiased.calibration import metrics
 from laplace_debiased.calibration.asking import (
     Options,
     classified,
@@ -28,6 +28,7 @@ from laplace_debiased.calibration.batches import (
 )
 from laplace_debiased.calibration.comparison import ComparedRow, Comparison
 from laplace_debiased.calibration.evaluation import score_classification
+from laplace_debiased.calibration.predictions import count
 from laplace_debiased.calibration.temperature import (
     TemperatureScaling,
     collect_logits,
@@ -100,7 +101,7 @@ def compare(
     """
     ranks = ranks_for(la)
     with ranks.together("compare"):
-        n_bins = checks.count(n_bins, "n_bins")
+        n_bins = count(n_bins, "n_bins")
         _check_posterior(la)
         progress_bar = progress_bar if ranks.is_first else False
         ranks.agree("compare", {**described(la, Options()), "n_bins": n_bins, "seed": seed})
@@ -206,20 +207,12 @@ def _last_layer(
 
 @dataclass(frozen=True, eq=False)
 class Ways:
-    """All ways to predict, batch by batch.
-
-    Attributes:
-        la: the posterior.
-        scaling: the temperature.
-        prior: prior precision of the prior alone.
-        link: its link.
-        last_layer: its posterior, or None.
-    """
+    """All ways to predict, batch by batch."""
 
     la: Any
     scaling: TemperatureScaling
-    prior: float
-    link: LinkApprox
+    prior: float  # precision of the prior alone
+    link: LinkApprox  # of the prior alone
     last_layer: DebiasedKronLLLaplace | None
 
     @property

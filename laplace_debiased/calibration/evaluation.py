@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from laplace_debiased.calibration import checks, metrics
+from laplace_debiased.calibration import metrics
 from laplace_debiased.calibration.asking import (
     Options,
     Unlabelled,
@@ -18,7 +18,12 @@ from laplace_debiased.calibration.asking import (
     ranks_for,
 )
 from laplace_debiased.calibration.batches import FloatArray, IntArray, Targets
-from laplace_debiased.calibration.predictions import ClassPredictions, GaussianPredictions, rows_of
+from laplace_debiased.calibration.predictions import (
+    ClassPredictions,
+    GaussianPredictions,
+    count,
+    rows_of,
+)
 from laplace_debiased.calibration.reliability import (
     IntervalCurve,
     ReliabilityBins,
@@ -167,7 +172,7 @@ def evaluate(
     """
     ranks = ranks_for(la_or_probs)
     with ranks.together("evaluate"):
-        n_bins = checks.count(n_bins, "n_bins")
+        n_bins = count(n_bins, "n_bins")
         options = Options(
             link_approx,
             pred_type,

@@ -58,16 +58,10 @@ def predictive_entropy(probs: FloatArray) -> FloatArray:
 def calibration_errors(
     confidence: FloatArray, correct: np.ndarray, n_bins: int
 ) -> tuple[float, float]:
-    """Expected and maximum calibration error of the top label, equal-width bins.
+    """Expected and maximum calibration error of the top label [n], equal-width bins of [0, 1].
 
-    Args:
-        confidence: Probability of the predicted class [n].
-        correct: Whether the predicted class is the label [n].
-        n_bins: Number of bins of [0, 1]; a bin is closed on its left.
-
-    Returns:
-        ECE, the |accuracy − confidence| per bin averaged over samples, and MCE, the largest one
-        (Naeini, Cooper, Hauskrecht, 2015; Guo et al., 2017, eqs. 3 and 5).
+    ECE is the |accuracy − confidence| per bin averaged over samples, and MCE the largest one
+    (Naeini, Cooper, Hauskrecht, 2015; Guo et al., 2017, eqs. 3 and 5); a bin is closed on its left.
     """
     from netcal.metrics import ECE, MCE
 
@@ -86,12 +80,7 @@ def adaptive_calibration_error(confidence: FloatArray, correct: np.ndarray, n_bi
     |accuracy − confidence| per bin of the sorted confidences, averaged over samples (Nguyen and
     O'Connor, 2015). netcal's bins of equal mass refuse confidences that coincide, as those of
     certain networks do; here samples of equal confidence share their accuracy, so that their order
-    does not matter.
-
-    Args:
-        confidence: Probability of the predicted class [n].
-        correct: Whether the predicted class is the label [n].
-        n_bins: Number of bins; fewer where there are fewer samples.
+    does not matter. Where there are fewer samples than bins, there are fewer bins.
     """
     order = np.argsort(confidence, kind="stable")
     gaps = (_shared(confidence, correct) - confidence)[order]
@@ -115,16 +104,11 @@ def _shared(confidence: FloatArray, correct: np.ndarray) -> FloatArray:
 
 
 def ood_detection(inside: FloatArray, outside: FloatArray) -> tuple[float, float]:
-    """AUROC and FPR95 of an uncertainty as a detector of out-of-distribution inputs.
+    """AUROC and FPR95 of an uncertainty [n] and [m] as a detector of out-of-distribution inputs.
 
-    Args:
-        inside: Uncertainties of in-distribution samples [n].
-        outside: Those of out-of-distribution samples [m].
-
-    Returns:
-        AUROC, the probability that an out-of-distribution sample is the less certain; and FPR95,
-        the share of out-of-distribution samples that pass as in-distribution at the threshold
-        where at least 95 % of the in-distribution samples do (Liang, Li, Srikant, 2018).
+    AUROC is the probability that an out-of-distribution sample is the less certain; FPR95 the share
+    of out-of-distribution samples that pass as in-distribution at the threshold where at least 95 %
+    of the in-distribution samples do (Liang, Li, Srikant, 2018).
     """
     with preserved_rng():  # importing scikit-learn draws from ``random``
         from sklearn.metrics import roc_auc_score, roc_curve
@@ -137,11 +121,7 @@ def ood_detection(inside: FloatArray, outside: FloatArray) -> tuple[float, float
 
 
 def gaussian_nll(error: FloatArray, covariance: FloatArray) -> FloatArray:
-    """Negative log density of each target vector [n], in nats.
-
-    Args:
-        error: Target minus predictive mean [n, K].
-        covariance: Total predictive variances [n, K], or covariances [n, K, K].
+    """Negative log density [n], in nats, of errors [n, K] under variances [n, K] or [n, K, K].
 
     Raises:
         torch.linalg.LinAlgError: If a covariance is not positive definite.
@@ -163,16 +143,10 @@ def interval_level(error: FloatArray, std: FloatArray) -> FloatArray:
 def expected_normalized_error(
     mean: FloatArray, std: FloatArray, targets: FloatArray, n_bins: int
 ) -> float:
-    """ENCE: mean over bins of |RMSE − RMV| / RMV, bins of equal width in the predicted std.
+    """ENCE: mean over bins of |RMSE − RMV| / RMV, bins of equal width in the predicted std [n, K].
 
-    Args:
-        mean: Predictive means [n, K].
-        std: Total predictive standard deviations [n, K].
-        targets: Targets [n, K].
-        n_bins: Number of bins between the smallest and the largest std; empty ones do not count.
-
-    Returns:
-        The mean over the K outputs (Levi et al., 2019, eq. 8).
+    The mean over the K outputs; bins between the smallest and the largest std, empty ones do not
+    count (Levi et al., 2019, eq. 8).
     """
     from netcal.metrics.regression import ENCE
 

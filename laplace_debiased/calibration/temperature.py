@@ -12,7 +12,6 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 from torch import nn
 
-from laplace_debiased.calibration import checks
 from laplace_debiased.calibration.batches import (
     FloatArray,
     Targets,
@@ -25,6 +24,7 @@ from laplace_debiased.calibration.batches import (
     to_numpy,
     without_ignored,
 )
+from laplace_debiased.calibration.predictions import class_labels, finite
 from laplace_debiased.checks import as_integer
 from laplace_debiased.network.inputs import invoke
 from laplace_debiased.network.modes import public_call
@@ -151,7 +151,7 @@ def scaling_of(
     """:func:`fit_temperature` of logits and labels."""
     rows, labels = positions_as_samples(logits, labels)
     rows, labels = without_ignored(rows, labels, ignore_index)
-    checked = checks.finite(rows, "logits")
+    checked = finite(rows, "logits")
     if checked.ndim != 2 or checked.shape[1] < 2:
         raise ValueError(
             "logits must have shape (samples, classes) with at least two classes, got "
@@ -164,7 +164,7 @@ def scaling_of(
             "logits are probabilities: those of every sample sum to one; pass their logarithms, or "
             "the model without the softmax at its end."
         )
-    labels = checks.class_labels(labels, *checked.shape)
+    labels = class_labels(labels, *checked.shape)
     # The label's own logit subtracted: exact for the NLL, and it keeps tiny losses accurate.
     margins = checked - np.take_along_axis(checked, labels[:, None], axis=1)
 
