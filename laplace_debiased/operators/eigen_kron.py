@@ -92,20 +92,12 @@ class EigenKron:
         return [[block.eigenvalues] for block in self.blocks]
 
     def __add__(self, deltas: Tensor) -> "EigenKron":
-        """Add a prior precision: a scalar tensor, or one per block [n_blocks].
-
-        Raises:
-            ValueError: not a tensor, or of another shape.
-        """
+        """Add a prior precision: a scalar tensor, or one per block [n_blocks]."""
         addend = _checked_deltas(deltas, len(self)).to(device=self.device, dtype=self.dtype)
         return EigenKron(self.blocks, self.deltas + addend)
 
     def __mul__(self, scalar: float | Tensor) -> "EigenKron":
-        """Multiply the eigenvalues by a number or a one-element tensor; the deltas stay.
-
-        Raises:
-            ValueError: not one finite real number.
-        """
+        """Multiply the eigenvalues by a finite number or a one-element tensor; the deltas stay."""
         scale = as_scalar("scalar", scalar, self.deltas)
         return EigenKron(tuple(block.scaled(scale) for block in self.blocks), self.deltas)
 
@@ -113,11 +105,7 @@ class EigenKron:
     __rmul__ = __mul__
 
     def logdet(self) -> Tensor:
-        """Log-determinant, 0-d.
-
-        Raises:
-            ValueError: an eigenvalue Λ + δ is not positive.
-        """
+        """Log-determinant, 0-d; a ValueError where an eigenvalue Λ + δ is not positive."""
         tables = self.tables()
         _require_sign(tables, "logdet", strict=True)
         return torch.stack(

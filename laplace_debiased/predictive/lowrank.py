@@ -62,38 +62,6 @@ class WhitenedFrame:
         return products @ self.rotation, whitened - back * self.inverse_root
 
 
-def diagonal_frame(
-    pairs: Eigenpairs, curvature_scale: Tensor, prior_diagonal: Tensor
-) -> WhitenedFrame:
-    """Frame of a prior with one precision per parameter entry [P] (or per layer, expanded).
-
-    Raises:
-        NumericalError: if the directions are dependent in the prior's coordinates.
-    """
-    basis = pairs.basis
-    inverse_root = prior_diagonal.rsqrt()
-    whitened = basis * inverse_root.unsqueeze(-1)
-    overlap = (whitened.T @ whitened).double()
-    lower, info = torch.linalg.cholesky_ex(overlap)
-    if int(info) != 0:
-        raise NumericalError(
-            "the curvature's directions are dependent after division by the prior precision, whose "
-            f"entries reach from {float(prior_diagonal.min()):.3g} to "
-            f"{float(prior_diagonal.max()):.3g}; bring them closer together."
-        )
-    curvature = pairs.eigenvalues.to(lower) * curvature_scale.to(lower)
-    values, vectors = torch.linalg.eigh(lower.T @ (curvature.unsqueeze(-1) * lower))
-    rotation = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
-    return WhitenedFrame(
-        basis,
-        values.clamp_min(0.0).to(basis),
-        torch.ones((), dtype=basis.dtype, device=basis.device),
-        inverse_root,
-        rotation.to(basis),
-        torch.cholesky_inverse(lower).to(basis),
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class LowRankPredictor(Predictor):
     """A low-rank curvature with the network that it belongs to.
@@ -116,15 +84,37 @@ class LowRankPredictor(Predictor):
         Args:
             h: 0-d or [1].
             prior: δ [1], one entry per covered parameter tensor, or the diagonal [P].
+
+        Raises:
+            NumericalError: if the directions are dependent in these coordinates.
         """
-        scale = (h.reshape(()) * self.n_data).to(self.pairs.basis)
+        basis = self.pairs.basis
+        scale, prior = (h.reshape(()) * self.n_data).to(basis), prior.to(basis)
         if prior.numel() == 1:
             curvature = self.pairs.eigenvalues.to(scale) * scale
-            return WhitenedFrame(self.pairs.basis, curvature, prior.reshape(()).to(scale))
-        if len(prior) == len(self.layer_sizes) != len(self.pairs.basis):
-            sizes = torch.tensor(self.layer_sizes, device=prior.device)
-            prior = prior.repeat_interleave(sizes)
-        return diagonal_frame(self.pairs, scale, prior.to(self.pairs.basis))
+            return WhitenedFrame(basis, curvature, prior.reshape(()))
+        if len(prior) == len(self.layer_sizes) != len(basis):
+            prior = prior.repeat_interleave(torch.tensor(self.layer_sizes, device=prior.device))
+        inverse_root = prior.rsqrt()
+        whitened = basis * inverse_root.unsqueeze(-1)
+        lower, info = torch.linalg.cholesky_ex((whitened.T @ whitened).double())
+        if int(info) != 0:
+            raise NumericalError(
+                "the curvature's directions are dependent after division by the prior precision, "
+                f"whose entries reach from {float(prior.min()):.3g} to {float(prior.max()):.3g}; "
+                "bring them closer together."
+            )
+        curvature = self.pairs.eigenvalues.to(lower) * scale.to(lower)
+        values, vectors = torch.linalg.eigh(lower.T @ (curvature.unsqueeze(-1) * lower))
+        rotation = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
+        return WhitenedFrame(
+            basis,
+            values.clamp_min(0.0).to(basis),
+            basis.new_ones(()),
+            inverse_root,
+            rotation.to(basis),
+            torch.cholesky_inverse(lower).to(basis),
+        )
 
     def under(
         self, ask: Ask, precision: WhitenedFrame, priors: Tensor | None = None

@@ -30,12 +30,6 @@ In the outer decades predictions hardly change, or as 1/δ, which interpolation 
 _DECADES = 30
 """Decades around 1 beyond which no prior precision lies: float32 ends at 1e38."""
 
-_NAMES = {
-    "log_min": "log_prior_prec_min",
-    "log_max": "log_prior_prec_max",
-    "base": "log_prior_prec_base",
-}
-
 _FLAT = 1e-5
 """Difference of losses, relative to the loss where that exceeds one, that means nothing."""
 
@@ -64,13 +58,12 @@ class PriorGrid:
     def __post_init__(self) -> None:
         if self.size is not None:
             object.__setattr__(self, "size", checked_integer("grid_size", self.size))
-        for name in ("log_min", "log_max", "base"):
-            value = getattr(self, name)
+        for name, value in (("min", self.log_min), ("max", self.log_max), ("base", self.base)):
             if value is None and name != "base":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float | np.number):
                 raise ArgumentTypeError(
-                    f"{_NAMES[name]} must be a number; got {type(value).__name__}."
+                    f"log_prior_prec_{name} must be a number; got {type(value).__name__}."
                 )
         low, high = self._ends
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -96,14 +89,9 @@ class PriorGrid:
         return low, above if self.log_max is None else float(self.log_max)
 
     @property
-    def open_below(self) -> bool:
-        """Whether the search may go on below its lower end."""
-        return self.log_min is None and self.size != 1
-
-    @property
-    def open_above(self) -> bool:
-        """Whether the search may go on above its upper end."""
-        return self.log_max is None and self.size != 1
+    def _open(self) -> tuple[bool, bool]:
+        """Whether the search may go on below its lower end, and above its upper end."""
+        return self.log_min is None and self.size != 1, self.log_max is None and self.size != 1
 
     def bounded(self) -> PriorGrid:
         """The same without what lies beyond open ends: for searches that pay for every point."""
@@ -112,9 +100,9 @@ class PriorGrid:
 
     def points(self) -> Tensor:
         """Grid points δ [G], ascending, float64."""
-        inner = self._inner()
-        below = _beyond(_BEYOND_BELOW, self.further[0]) if self.open_below else inner[:0]
-        above = _beyond(_BEYOND_ABOVE, self.further[1]) if self.open_above else inner[:0]
+        inner, (goes_below, goes_above) = self._inner(), self._open
+        below = _beyond(_BEYOND_BELOW, self.further[0]) if goes_below else inner[:0]
+        above = _beyond(_BEYOND_ABOVE, self.further[1]) if goes_above else inner[:0]
         return torch.cat([inner[0] * 10.0 ** -below.flip(0), inner, inner[-1] * 10.0**above])
 
     def _inner(self) -> Tensor:
@@ -171,11 +159,10 @@ class PriorGrid:
 
     def _inwards(self, index: int, among: Sequence[int]) -> int:
         """The step from an open end of some points to the next one; 0 anywhere else."""
-        if len(among) == 1:
+        below, above = self._open
+        if len(among) == 1 or index not in (among[0], among[-1]):
             return 0
-        if self.open_below and index == among[0]:
-            return 1
-        return -1 if self.open_above and index == among[-1] else 0
+        return int(below) if index == among[0] else -int(above)
 
 
 def _finite(losses: Sequence[float]) -> list[int]:

@@ -32,9 +32,9 @@ from laplace_debiased.predictive.predictor import Ask, OutputCovariance
 from laplace_debiased.predictive.selection import last_labels
 from laplace_debiased.tuning.grid import PriorGrid
 from laplace_debiased.tuning.moments import (
-    CovarianceCurve,
     Loss,
     Moments,
+    covariance_curve,
     lowest,
     rounded_away,
     rounding,
@@ -48,6 +48,9 @@ _MAX_STORED_BYTES = 2 * 2**30
 
 _MAX_PROBABILITY_BYTES = 64 * 2**20
 """Probabilities that are held at a time."""
+
+_COPIES = 6
+"""How often moments at all priors are held: parts and whole, scaled by priors, as roots."""
 
 _MAX_PASSES = 4
 """Walks over the validation set, where the optimum lies ever further beyond the grid."""
@@ -241,9 +244,16 @@ class GridSearch:
 
     def _parts(self, n_nodes: int, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
         """Validation batches, in parts whose moments at all nodes fit the byte budget."""
+        subject = self.validation.subject
+        width = min(subject.selection.n_outputs or subject.n_outputs, subject.n_outputs)
+        each = (n_nodes + 1) * width * (1 if self._diagonal else width)
+        each *= _COPIES * torch.finfo(subject.dtype).bits // 8
+        classes = subject.likelihood == LikelihoodName.CLASSIFICATION
         for inputs, targets in self.validation.batches(progress_bar):
-            subject, m = self.validation.subject, batch_length(inputs)
-            step = subject.samples_at_a_time(n_nodes, targets, diagonal=self._diagonal)
+            m, positions = batch_length(inputs), 1
+            if classes and targets.ndim == 2 and not subject.selection.last_position:
+                positions = targets.shape[1]
+            step = max(1, subject.byte_budget // max(1, each * positions))
             if step >= m or len(targets) != m:  # what does not fit together is told later
                 yield inputs, targets
                 continue
@@ -346,7 +356,7 @@ class GridSearch:
         if not prior_only:
             nodes = grid.nodes()[0]
             curves = [
-                CovarianceCurve.fit(nodes, batch.covariances[:-1], *ends, diagonal=batch.diagonal)
+                covariance_curve(nodes, batch.covariances[:-1], *ends, diagonal=batch.diagonal)
                 for batch in batches
             ]
 

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.data import Block, split_batch
-from laplace_debiased.likelihoods import InverseLink, LikelihoodName, LossModel, softmax
+from laplace_debiased.likelihoods import InverseLink, LikelihoodName, LossModel
 from laplace_debiased.parallel import ALONE, Ranks
 from laplace_debiased.predictive import OutputSelection, Predictor
+from laplace_debiased.predictive.call import inverse_link_of
 from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance
 from laplace_debiased.tuning.scores import Prediction, Scorer, scorer_factory
-
-_COPIES = 6
-"""How often moments at all priors are held: parts and whole, scaled by priors, as roots."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,23 +59,7 @@ class Subject:
     @property
     def inverse_link(self) -> InverseLink:
         """From outputs to probabilities."""
-        return torch.sigmoid if self.likelihood == LikelihoodName.BERNOULLI else softmax
-
-    def samples_at_a_time(self, n_nodes: int, targets: Tensor, *, diagonal: bool) -> int:
-        """Of how many samples the moments under every prior precision fit the byte budget.
-
-        Args:
-            n_nodes: prior precisions.
-            targets: of a batch; class labels [m, T] say how many positions a sample has.
-            diagonal: variances only.
-        """
-        width = min(self.selection.n_outputs or self.n_outputs, self.n_outputs)
-        positions = 1
-        if self.likelihood == LikelihoodName.CLASSIFICATION and not self.selection.last_position:
-            positions = targets.shape[1] if targets.ndim == 2 else 1
-        each = (n_nodes + 1) * positions * width * (1 if diagonal else width)
-        size = torch.finfo(self.dtype).bits // 8
-        return max(1, self.byte_budget // max(1, _COPIES * each * size))
+        return inverse_link_of(self.likelihood)
 
 
 Link: TypeAlias = LinkApprox | None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.posterior import DebiasedKronLaplace
-from laplace_debiased.tuning.moments import CovarianceCurve
+from laplace_debiased.tuning.moments import covariance_curve
 from tests import oracles
 from tests.moments import sweep as sweep_of
 from tests.tolerances import (
@@ -99,7 +99,7 @@ def test_interpolated_covariances_are_those_of_the_prior_between(diagonal: bool)
     la = fitted(p)
     nodes = torch.linspace(-4, 4, 20, dtype=torch.float64)
     sweep = sweep_of(la, p.x, nodes.exp(), diagonal)[1]
-    curve = CovarianceCurve.fit(nodes, sweep, -0.5, 0.5, diagonal=diagonal)
+    curve = covariance_curve(nodes, sweep, -0.5, 0.5, diagonal=diagonal)
     for log_prior in (-0.4, 0.1, 0.33):
         point = torch.tensor([log_prior], dtype=torch.float64).exp()
         expected = sweep_of(la, p.x, point, diagonal)[1][0]
