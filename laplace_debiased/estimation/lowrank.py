@@ -10,13 +10,9 @@ import torch
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.coverage import parameter_coverage
-from laplace_debiased.curvature.lowrank import (
-    Eigenpairs,
-    FeatureRowPass,
-    JoinedPart,
-    RowPass,
-    average_of_first,
-)
+from laplace_debiased.curvature.lowrank.over_ranks import average_of_first
+from laplace_debiased.curvature.lowrank.rows import FeatureRowPass, RowPass
+from laplace_debiased.curvature.lowrank.span import Eigenpairs, JoinedPart
 from laplace_debiased.data import CurvaturePlan, loader_length
 from laplace_debiased.debiasing import Comparison, compared
 from laplace_debiased.estimation.arguments import Arguments

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.lowrank import (
+from laplace_debiased.curvature.lowrank.over_ranks import (
+    average_of_first,
+    gram_over_ranks,
+    pairs_over_ranks,
+)
+from laplace_debiased.curvature.lowrank.products import lanczos_eigenpairs
+from laplace_debiased.curvature.lowrank.rows import RowPass
+from laplace_debiased.curvature.lowrank.span import (
     Eigenpairs,
     JoinedPart,
-    RowPass,
     SpanDirections,
-    average_of_first,
     core_root,
-    gram_over_ranks,
-    lanczos_eigenpairs,
-    pairs_over_ranks,
     relative_cutoff,
     span_eigenpairs,
 )

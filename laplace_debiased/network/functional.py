@@ -15,6 +15,8 @@ from laplace_debiased.network.inputs import (
     call_arguments,
     explained_failure,
     logits_of,
+    map_tensors,
+    plain_containers,
     to_device,
 )
 from laplace_debiased.network.interrupts import uninterrupted
@@ -22,7 +24,7 @@ from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import HALF_DTYPES, full_precision
 from laplace_debiased.network.substitution import call_with
-from laplace_debiased.network.transforms import Parameters, plain_inputs, split_directions
+from laplace_debiased.network.transforms import Parameters, over_samples, vjp, vmap
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +77,14 @@ class FunctionalNetwork:
         return torch.float64 if wide else torch.float32
 
     def prepare(self, inputs: Any) -> Any:
-        """Inputs on the model's device, as plain tensors that derivatives can be taken through."""
-        return plain_inputs(to_device(inputs, self.device), self.dtype)
+        """Inputs on the model's device, in plain containers, so that derivatives can be taken."""
+        dtype = self.dtype
+
+        def usable(tensor: Tensor) -> Tensor:
+            tensor = tensor.clone() if tensor.is_inference() else tensor
+            return tensor.to(dtype) if tensor.dtype in HALF_DTYPES else tensor
+
+        return map_tensors(usable, plain_containers(to_device(inputs, self.device)))
 
     def call(self, parameters: Parameters, constants: Parameters, inputs: Any) -> Tensor:
         """Network outputs at some parameters, in float32 or better whatever the model casts to.
@@ -112,9 +120,34 @@ class FunctionalNetwork:
         check_outputs(outputs, batch_length(inputs))
         return outputs
 
+    def rows(self, inputs: Any, columns: Tensor) -> Tensor:
+        """Rows J_nᵀ s [n, r, P] for every sample and every column s, in one vectorised call.
+
+        Args:
+            inputs: prepared inputs of n samples.
+            columns: cotangents [n, ..., r] of the outputs [n, ...].
+
+        Raises:
+            RuntimeError: if torch cannot vectorise the network.
+        """
+        parameters, constants = self.parameters(), self.constants()
+
+        def of_sample(sample: Any, cotangents: Tensor) -> Parameters:
+            pull = vjp(lambda values: self.call(values, constants, sample)[0], parameters)[1]
+            return vmap(lambda column: pull(column)[0], in_dims=-1)(cotangents)
+
+        found = over_samples(of_sample, inputs, columns)
+        n, width = columns.shape[0], columns.shape[-1]
+        return torch.cat([found[k].reshape(n, width, -1) for k in parameters], -1).to(self.dtype)
+
     def split(self, directions: Tensor) -> Parameters:
         """Columns of ``directions`` [P, k] as one tensor [k, *shape] per parameter."""
-        return split_directions(directions, self.parameters())
+        parameters = self.parameters().items()
+        pieces = directions.T.split([value.numel() for _, value in parameters], dim=1)
+        return {
+            name: piece.reshape(-1, *value.shape).to(value)
+            for (name, value), piece in zip(parameters, pieces, strict=True)
+        }
 
     def saved_entries(self, sample: Any) -> tuple[int, int]:
         """Entries that a forward pass saves for its backward pass: in all, and the largest.

@@ -43,6 +43,15 @@ def map_tensors(function: Callable[[Tensor], Any], inputs: Any) -> Any:
     return inputs
 
 
+def plain_containers(inputs: Any) -> Any:
+    """The same entries in dicts, tuples and lists."""
+    if isinstance(inputs, Mapping):
+        return {key: plain_containers(value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return (tuple if isinstance(inputs, tuple) else list)(map(plain_containers, inputs))
+    return inputs
+
+
 class AttributeDict(dict[str, Any]):
     """A dict whose entries can be read as attributes too, as a tokenizer's batch allows."""
 
