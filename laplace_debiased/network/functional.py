@@ -134,6 +134,8 @@ class FunctionalNetwork:
 
         def of_sample(sample: Any, cotangents: Tensor) -> Parameters:
             pull = vjp(lambda values: self.call(values, constants, sample)[0], parameters)[1]
+            if cotangents.shape[-1] == 1:  # some functions (prelu) allow no vmap in a vmap
+                return pull(cotangents[..., 0])[0]
             return vmap(lambda column: pull(column)[0], in_dims=-1)(cotangents)
 
         found = over_samples(of_sample, inputs, columns)
