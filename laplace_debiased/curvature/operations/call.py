@@ -300,15 +300,3 @@ def register_operation_rule(
 def registered_operations() -> Mapping[Any, OperationRule]:
     """The torch functions that have a rule, read-only."""
     return MappingProxyType(_RULES)
-
-
-def in_front(tensor: Tensor, m: int) -> tuple[Tensor, bool]:
-    """A tensor [m·k, ...] as [m, ...] or, for k > 1, as [m, k, ...], and whether that is so."""
-    if len(tensor) == m:
-        return tensor, False
-    return tensor.unflatten(0, (m, -1)), True
-
-
-def shared_by_samples(tensor: Tensor, m: int) -> Tensor:
-    """A tensor that all m samples share, once for each of them [m, ...]; not copied."""
-    return tensor.unsqueeze(0).expand(m, *tensor.shape)
