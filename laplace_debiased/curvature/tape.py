@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, plain_call
 from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
+from laplace_debiased.network.inputs import version_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +128,7 @@ class Tape:
         self.direct.append(
             DirectCall(
                 call,
-                tuple(_version(tensor) for tensor in read),
+                tuple(version_of(tensor) for tensor in read),
                 tuple(get_gradient_edge(output) for output in outputs),
                 tuple(_in_front(output.shape, self.length, call.folded) for output in outputs),
             )
@@ -152,7 +153,7 @@ class Tape:
         """
         for kept in self.direct:
             for read, version in zip(kept.call.inputs, kept.versions, strict=True):
-                if _version(read) != version:
+                if version_of(read) != version:
                     names = ", ".join(repr(use.name) for use in kept.call.uses.values())
                     raise RuntimeError(
                         f"an input of {kept.call.operation} with {names} was modified in place "
@@ -232,10 +233,6 @@ class Tape:
                     before = totals[index]
                     totals[index] = part if before is None else before + part
         return [None if total is None else (total,) for total in totals]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _in_front(shape: torch.Size, length: int, folded: bool) -> torch.Size:

@@ -39,10 +39,13 @@ class FunctionalNetwork:
     model: nn.Module
     names: tuple[str, ...]
 
+    def _covered(self) -> dict[str, Tensor]:
+        named = dict(self.model.named_parameters())
+        return {name: named[name].detach() for name in self.names}
+
     def parameters(self) -> Parameters:
         """Current values of the covered parameters, detached."""
-        named = dict(self.model.named_parameters())
-        return {name: full_precision(named[name].detach()) for name in self.names}
+        return {name: full_precision(value) for name, value in self._covered().items()}
 
     def constants(self) -> Parameters:
         """What has to replace the model's other entries: those in half precision."""
@@ -56,8 +59,7 @@ class FunctionalNetwork:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each covered parameter."""
-        named = dict(self.model.named_parameters())
-        return tuple(named[name].numel() for name in self.names)
+        return tuple(value.numel() for value in self._covered().values())
 
     @property
     def n_params(self) -> int:
@@ -72,8 +74,7 @@ class FunctionalNetwork:
     @property
     def dtype(self) -> torch.dtype:
         """Float64 if any covered parameter is, else float32."""
-        named = dict(self.model.named_parameters())
-        wide = any(named[name].dtype is torch.float64 for name in self.names)
+        wide = any(value.dtype is torch.float64 for value in self._covered().values())
         return torch.float64 if wide else torch.float32
 
     def prepare(self, inputs: Any) -> Any:

@@ -26,9 +26,11 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
     """
     if outputs.ndim not in ((2, 3) if positions else (2,)) or outputs.shape[0] != length:
         sequences = f" or (batch, positions, outputs) = ({length}, T, C)" if positions else ""
+        one = outputs.ndim == 1 and len(outputs) == length
+        hint = " For one output per sample return outputs.unsqueeze(-1)." if one else ""
         raise ValueError(
             f"the model must return outputs of shape (batch, outputs) = ({length}, C){sequences}; "
-            f"got {tuple(outputs.shape)}.{_one_number(outputs, length)}"
+            f"got {tuple(outputs.shape)}.{hint}"
         )
     if not outputs.is_floating_point():
         raise ValueError(
@@ -42,11 +44,6 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
             f"the model's outputs are NaN or infinite (first at sample {bad} of the batch). Check "
             "the weights and the inputs for NaN."
         )
-
-
-def _one_number(outputs: Tensor, length: int) -> str:
-    one = outputs.ndim == 1 and len(outputs) == length
-    return " For one output per sample return outputs.unsqueeze(-1)." if one else ""
 
 
 def check_repeatable(outputs: Tensor, again: Tensor) -> None:
