@@ -9,17 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, plain_call
-from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
 from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.modes import differentiable_kernels
-
-
-def is_general(tape: Tape, name: str) -> bool:
-    """Whether a parameter that no rule covers is one for the general rule: small, of samples."""
-    small = tape.parameters[name].numel() <= MAX_DENSE_VECTOR
-    return small and name not in tape.depends_on_batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import UNUSED, Coverage
-from laplace_debiased.curvature.general import GeneralRows, is_general
+from laplace_debiased.curvature.general import GeneralRows
 from laplace_debiased.curvature.operations.call import (
     Cotangents,
     OperationCall,
@@ -18,6 +18,7 @@ from laplace_debiased.curvature.operations.call import (
     uses_of,
 )
 from laplace_debiased.curvature.recorder import record
+from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
 from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.errors import ModelCallError, NumericalError
 from laplace_debiased.network.inputs import batch_length, select_rows, to_device
@@ -65,7 +66,8 @@ def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
     seen = uses_of(tape.calls)
     problems = {name: UNUSED for name in names if name not in seen and name not in tape.refused}
     for name, why in list(tape.refused.items()):
-        if not is_general(tape, name):
+        large = tape.parameters[name].numel() > MAX_DENSE_VECTOR
+        if large or name in tape.depends_on_batch:  # else one for the general rule
             problems[name] = f"it goes through {why}"
             del tape.refused[name]
     problems |= _gradient_problems(model, tape, probe)
