@@ -17,13 +17,7 @@ from laplace_debiased.network.modes import differentiable_kernels
 
 @dataclass(frozen=True, eq=False)
 class GeneralRows:
-    """Per-sample gradients by ``torch.func`` over the batch, written out.
-
-    Attributes:
-        network: the network as a function of these parameters.
-        calls: one for each of them.
-        inputs: one batch of model inputs.
-    """
+    """Per-sample gradients by ``torch.func`` over the batch, written out: a call per parameter."""
 
     network: FunctionalNetwork
     calls: tuple[OperationCall, ...]

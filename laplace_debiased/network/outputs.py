@@ -47,11 +47,7 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
 
 
 def check_repeatable(outputs: Tensor, again: Tensor) -> None:
-    """Check that two forward passes over the same samples agree, but for the order of sums.
-
-    Args:
-        outputs: network outputs of the one.
-        again: those of the other, of the same shape.
+    """Check that outputs of two passes over the same samples agree, but for the order of sums.
 
     Raises:
         ValueError: if they do not.

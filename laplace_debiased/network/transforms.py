@@ -75,6 +75,6 @@ def directional_outputs(
     Args:
         call: from parameters to the outputs [n, C] of the batch.
         parameters: by name.
-        tangents: the directions, one tensor [k, *shape] per parameter.
+        tangents: the directions, [k, *shape] each.
     """
     return vmap(lambda tangent: jvp(call, (parameters,), (tangent,))[1])(tangents)

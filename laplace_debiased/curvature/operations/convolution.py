@@ -151,7 +151,7 @@ class ConvRule(_ConvRule):
     def input_positions(self, call: OperationCall) -> Tensor:
         """Patches [m, T, C_in·k]."""
         (images,) = call.inputs
-        found = patches(call.flat(images, 1), call.settings)
+        found = patches(call.flat(images), call.settings)
         return found.reshape(len(images), -1, found.shape[-1])
 
     def output_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class ConvTransposeRule(_ConvRule):
         """Patches [m, R, T, C_out·k] of the columns that each input pixel wrote."""
         m, n_columns = columns.shape[:2]
         kernel, size = call.settings, call.inputs[0].shape[2 + call.folded :]
-        images = call.flat(columns.flatten(0, 1), 1)
+        images = call.flat(columns.flatten(0, 1))
         found = windows(functional.pad(images, kernel.pads), kernel)
         # Output padding adds rows that no input wrote; with a dilation there may be windows there.
         for axis, length in enumerate(size):
@@ -210,10 +210,10 @@ class ConvTransposeRule(_ConvRule):
         return flat.reshape(m, n_columns, -1, flat.shape[-1])
 
 
-def rules() -> dict[Any, _ConvRule]:
-    """Rules of this file by torch function."""
-    found: dict[Any, _ConvRule] = dict.fromkeys(
-        (torch.conv1d, torch.conv2d, torch.conv3d), ConvRule()
-    )
-    transposes = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-    return found | dict.fromkeys(transposes, ConvTransposeRule())
+RULES: dict[Any, _ConvRule] = {
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), ConvRule()),
+    **dict.fromkeys(
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        ConvTransposeRule(),
+    ),
+}

@@ -212,7 +212,7 @@ class EinsumRule(LinearRule):
         """In the order batch, positions, inputs."""
         spec: Contraction = call.settings
         (inputs,) = call.inputs
-        found = call.flat(inputs, 1).permute(spec.inputs)
+        found = call.flat(inputs).permute(spec.inputs)
         found = found.flatten(len(spec.inputs) - spec.n_inputs)
         return found.reshape(len(inputs), -1, found.shape[-1])
 
@@ -220,17 +220,17 @@ class EinsumRule(LinearRule):
         """In the order batch, positions, outputs."""
         spec: Contraction = call.settings
         m, n_columns = columns.shape[:2]
-        found = call.flat(columns.flatten(0, 1), 1).permute(spec.outputs)
+        found = call.flat(columns.flatten(0, 1)).permute(spec.outputs)
         found = found.flatten(len(spec.outputs) - spec.n_outputs)
         return found.reshape(m, n_columns, -1, found.shape[-1])
 
 
-def rules() -> dict[Any, LinearRule]:
-    """Rules of this file by torch function."""
-    found: dict[Any, LinearRule] = {functional.linear: LinearRule()}
-    found |= dict.fromkeys((torch.addmm, torch.Tensor.addmm), AddmmRule())
-    products = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm)
-    found |= dict.fromkeys((*products, torch.Tensor.__matmul__), MatmulRule())
-    found[torch.Tensor.__rmatmul__] = ReversedMatmulRule()
-    found[torch.einsum] = EinsumRule()
-    return found
+RULES: dict[Any, LinearRule] = {
+    functional.linear: LinearRule(),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), AddmmRule()),
+    **dict.fromkeys(
+        (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), MatmulRule()
+    ),
+    Tensor.__rmatmul__: ReversedMatmulRule(),
+    torch.einsum: EinsumRule(),
+}

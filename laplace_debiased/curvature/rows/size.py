@@ -46,10 +46,7 @@ class RowsSize:
     sparse: bool = False
 
     def working(self, basis: Basis | None) -> tuple[int, int]:
-        """Entries that are held while rows are turned into a basis and squared.
-
-        Args:
-            basis: the eigenbasis; None for a whole one of this size.
+        """Entries held while rows are turned into a basis (None: a whole one) and squared.
 
         Returns:
             What all columns share, and what each column takes.
