@@ -61,6 +61,7 @@ from laplace_debiased.network.inputs import (
 )
 from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.modes import evaluation_mode
+from laplace_debiased.network.outputs import checked_tensor
 
 
 class Recorder(BlockMode):
@@ -366,12 +367,6 @@ def record(
         evaluation_mode(model),
         _recording(tape, model, frozenset(covered)) if covered else nullcontext(),
     ):
-        outputs = invoke(model, plain_tensors(inputs))
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it in "
-            "a module whose forward returns the logits."
-        )
-    tape.outputs = outputs
+        tape.outputs = checked_tensor(invoke(model, plain_tensors(inputs)))
     tape.close(general)
     return tape

@@ -21,7 +21,7 @@ from laplace_debiased.network.inputs import (
 )
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import differentiable_kernels
-from laplace_debiased.network.outputs import check_outputs
+from laplace_debiased.network.outputs import check_outputs, checked_tensor
 from laplace_debiased.network.precision import HALF_DTYPES, full_precision
 from laplace_debiased.network.substitution import call_with
 from laplace_debiased.network.transforms import Parameters, over_samples, vjp, vmap
@@ -97,12 +97,7 @@ class FunctionalNetwork:
         inputs = AttributeDict(inputs) if isinstance(inputs, dict) else inputs
         args, kwargs = call_arguments(self.model, inputs)
         outputs = logits_of(call_with(self.model, {**constants, **parameters}, args, kwargs))
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it "
-                "in a module whose forward returns the logits."
-            )
-        return full_precision(outputs)
+        return full_precision(checked_tensor(outputs))
 
     def function_of(self, inputs: Any) -> Callable[[Parameters], Tensor]:
         """Outputs [m, C] of one prepared batch as a function of the covered parameters alone."""

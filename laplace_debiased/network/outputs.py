@@ -69,6 +69,20 @@ def largest_difference(outputs: Tensor, again: Tensor) -> float | None:
     return float(difference) if difference > tolerance * (1 + outputs.abs().max()) else None
 
 
+def checked_tensor(outputs: object) -> Tensor:
+    """What a model returned, if it is a tensor.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it in "
+            "a module whose forward returns the logits."
+        )
+    return outputs
+
+
 def checked_model(model: object) -> nn.Module:
     """``model`` if it is one.
 
