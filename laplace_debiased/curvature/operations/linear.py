@@ -38,12 +38,16 @@ class LinearRule(RuleDefaults):
         """Columns [m, R, ..., D_out] as g [m, R, T, D_out]."""
         return columns.reshape(*columns.shape[:2], -1, columns.shape[-1])
 
+    def bias_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
+        """Columns as a bias is added to them."""
+        return self.output_positions(call, columns)
+
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
         """Rows from the two."""
-        g = self.output_positions(call, columns[0])
         if slot == "bias":
-            return BiasRows(g)
-        return MatrixRows(lambda: fitting(call, self.input_positions(call), g), g)
+            return BiasRows(self.bias_positions(call, columns[0]))
+        g = self.output_positions(call, columns[0])
+        return MatrixRows(lambda: _fitting(call, self.input_positions(call), g), g, self.transposed)
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -52,7 +56,7 @@ class LinearRule(RuleDefaults):
         return None if slot == "bias" else input_factor(self.input_positions(call), counts)
 
 
-def fitting(call: OperationCall, a: Tensor, g: Tensor) -> Tensor:
+def _fitting(call: OperationCall, a: Tensor, g: Tensor) -> Tensor:
     """Inputs [..., m, T, D_in], checked to fit columns [..., m, R, T, D_out].
 
     Raises:
