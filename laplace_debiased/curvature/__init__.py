@@ -1,11 +1,6 @@
 """From batches to numbers: recorded operations, Kronecker factors, directional curvature."""
 
-from laplace_debiased.curvature.coverage import (
-    Coverage,
-    CoverageError,
-    host_coverage,
-    operation_coverage,
-)
+from laplace_debiased.curvature.coverage import Coverage, host_coverage, operation_coverage
 from laplace_debiased.curvature.factors import (
     BlockBasis,
     BlockFactors,
@@ -17,7 +12,6 @@ from laplace_debiased.curvature.features import CurvaturePass, FeaturePass, Head
 from laplace_debiased.curvature.inspection import inspected
 from laplace_debiased.curvature.operations.call import (
     OperationCall,
-    OperationRule,
     Reading,
     RuleDefaults,
     register_operation_rule,
@@ -32,7 +26,6 @@ __all__ = [
     "BlockFactors",
     "Chunk",
     "Coverage",
-    "CoverageError",
     "CurvaturePass",
     "FactorAccumulator",
     "FeaturePass",
@@ -41,7 +34,6 @@ __all__ = [
     "LinearRule",
     "MagnitudeAccumulator",
     "OperationCall",
-    "OperationRule",
     "Reading",
     "RuleDefaults",
     "host_coverage",

@@ -150,23 +150,20 @@ def _lines(reasons: Mapping[str, str]) -> str:
     return "\n".join(f"  {name}: {why}" for name, why in reasons.items())
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """Where each parameter object sits: (module name, module, attribute) by ``id``."""
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for module_name, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append((module_name, module, attribute))
-    return owners
+def _without(model: nn.Module, excluded: Mapping[str, str]) -> Coverage:
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    covered = tuple(name for name in sizes if name not in excluded)
+    reasons = {name: excluded[name] for name in sizes if name in excluded}
+    return Coverage(covered, MappingProxyType(reasons), MappingProxyType(sizes))
+
+
+def _frozen(model: nn.Module) -> dict[str, str]:
+    return {name: FROZEN for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def parameter_coverage(model: nn.Module) -> Coverage:
     """Cover every parameter that requires gradients, whatever its layer; tied ones once."""
-    named = dict(model.named_parameters())
-    return Coverage(
-        tuple(name for name, p in named.items() if p.requires_grad),
-        MappingProxyType({name: FROZEN for name, p in named.items() if not p.requires_grad}),
-        MappingProxyType({name: p.numel() for name, p in named.items()}),
-    )
+    return _without(model, _frozen(model))
 
 
 def operation_coverage(model: nn.Module) -> Coverage:
@@ -175,21 +172,12 @@ def operation_coverage(model: nn.Module) -> Coverage:
     What a forward pass does with them decides (see ``inspection``); parameters of a
     parametrisation are known to be none of the layer's own.
     """
-    reasons = parametrisations(model)
     named = dict(model.named_parameters())
-    excluded = {}
-    for name, parameter in named.items():
-        if not parameter.requires_grad:
-            excluded[name] = FROZEN
-        elif name in reasons:
-            excluded[name] = reasons[name]
-        elif not parameter.is_floating_point():
-            excluded[name] = f"its dtype is {parameter.dtype}"
-    return Coverage(
-        tuple(name for name in named if name not in excluded),
-        MappingProxyType(excluded),
-        MappingProxyType({name: parameter.numel() for name, parameter in named.items()}),
-    )
+    excluded = {
+        name: f"its dtype is {p.dtype}" for name, p in named.items() if not p.is_floating_point()
+    }
+    excluded |= parametrisations(model)
+    return _without(model, excluded | _frozen(model))
 
 
 def parametrisations(model: nn.Module) -> dict[str, str]:
@@ -214,34 +202,6 @@ def parametrisations(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def host_coverage(model: nn.Module) -> tuple[Coverage, tuple[Layer, ...]]:
-    """Which parameters laplace-torch's own backends get right, and the layers that own them.
-
-    Linear layers, and 2-d convolutions without groups, whose weights belong to no other layer.
-    """
-    owners = _owners(model)
-    excluded: dict[str, str] = {}
-    layers: dict[str, Layer] = {}
-    for name, parameter in model.named_parameters():
-        places = owners[id(parameter)]
-        module_name, module, attribute = places[0]
-        reason = _host_exclusion(module, attribute)
-        if not parameter.requires_grad:
-            reason = FROZEN
-        elif len(places) > 1:
-            reason = TIED
-        if reason is not None:
-            excluded[name] = reason
-        else:
-            before = layers.get(module_name, Layer(module_name, module))
-            values = {"weight": before.weight, "bias": before.bias, attribute: name}
-            layers[module_name] = Layer(module_name, module, **values)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    covered = tuple(name for name in sizes if name not in excluded)
-    coverage = Coverage(covered, MappingProxyType(excluded), MappingProxyType(sizes))
-    return coverage, tuple(layers.values())
-
-
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A layer by name, with those of its parameters that are covered.
@@ -257,6 +217,30 @@ class Layer:
     module: nn.Module
     weight: str | None = None
     bias: str | None = None
+
+
+def host_coverage(model: nn.Module) -> tuple[Coverage, tuple[Layer, ...]]:
+    """Which parameters laplace-torch's own backends get right, and the layers that own them.
+
+    Linear layers, and 2-d convolutions without groups, whose weights belong to no other layer.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append((module_name, module, attribute))
+    excluded: dict[str, str] = {}
+    layers: dict[str, Layer] = {}
+    for name, parameter in model.named_parameters():
+        (module_name, module, attribute), *others = owners[id(parameter)]
+        reason = TIED if others else _host_exclusion(module, attribute)
+        if reason is not None:
+            excluded[name] = reason
+        elif parameter.requires_grad:
+            layer = layers.get(module_name, Layer(module_name, module))
+            is_weight = attribute == "weight"
+            layer = replace(layer, weight=name) if is_weight else replace(layer, bias=name)
+            layers[module_name] = layer
+    return _without(model, excluded | _frozen(model)), tuple(layers.values())
 
 
 def _host_exclusion(module: nn.Module, attribute: str) -> str | None:

@@ -22,10 +22,7 @@ from laplace_debiased.curvature.rows.gram import (
     FactorSum,
     RowsFactor,
     dense,
-    factor_from_state,
-    factor_to_state,
     scaled,
-    summed,
 )
 from laplace_debiased.curvature.rows.parameters import BiasRows, MatrixRows, MixedRows
 from laplace_debiased.curvature.rows.sides import mean_energies, table_multiplicities
@@ -52,12 +49,6 @@ class BlockFactors:
     name: str
     output: Factor
     input: Factor | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of parameter entries of the block."""
-        groups = self.output.shape[0] if self.output.ndim == 3 else 1
-        return groups * self.output.shape[-1] * (1 if self.input is None else self.input.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,23 +77,21 @@ class KroneckerFactors:
         ):
             raise ValueError("cannot merge Kronecker factors of different parameters.")
         total = sum(part.n_samples for part in parts)
-        shares = [part.n_samples / total for part in parts]
-        blocks = tuple(
-            BlockFactors(
-                group[0].name,
-                sum_weighted([block.output for block in group], shares),
-                None
-                if group[0].input is None
-                else sum_weighted([b.input for b in group if b.input is not None], shares),
-            )
-            for group in zip(*(part.blocks for part in parts), strict=True)
-        )
-        return KroneckerFactors(blocks, total)
 
+        def mean(factors: Sequence[Factor | None]) -> Factor | None:
+            found = FactorSum()
+            for factor, part in zip(factors, parts, strict=True):
+                if factor is None:
+                    return None
+                found.add(scaled(factor, part.n_samples / total))
+            return found.value()
 
-def sum_weighted(factors: Sequence[Factor], weights: Sequence[float]) -> Factor:
-    """Σ_k weights_k factors_k."""
-    return summed([scaled(f, weight) for f, weight in zip(factors, weights, strict=True)])
+        blocks = []
+        for group in zip(*(part.blocks for part in parts), strict=True):
+            output = mean([block.output for block in group])
+            assert output is not None
+            blocks.append(BlockFactors(group[0].name, output, mean([b.input for b in group])))
+        return KroneckerFactors(tuple(blocks), total)
 
 
 class FactorAccumulator:
@@ -130,8 +119,7 @@ class FactorAccumulator:
         self._names = tuple(names)
         self._summed_bias = summed_bias
         self._thin = thin
-        self._of_rows: dict[str, FactorSum] = defaultdict(FactorSum)
-        self._of_columns: dict[str, FactorSum] = defaultdict(FactorSum)
+        self._sums: dict[tuple[str, str], FactorSum] = defaultdict(FactorSum)
 
     def add_inputs(self, calls: Sequence[OperationCall], counts: Tensor | None = None) -> None:
         """Add what calls read to the factors of the parameters that act on it.
@@ -148,7 +136,7 @@ class FactorAccumulator:
                 factor = calls[index].input_factor(slot, counts)
                 if factor is not None:
                     mean = factor if len(sides) == 1 else scaled(factor, 1 / sides.count(on_rows))
-                    self._add(self._of_rows if on_rows else self._of_columns, name, mean)
+                    self._add("rows" if on_rows else "columns", name, mean)
 
     def add_columns(self, calls: Sequence[OperationCall], columns: Sequence[Cotangents]) -> None:
         """Add back-propagated columns to the factors of the parameters' columns.
@@ -170,7 +158,7 @@ class FactorAccumulator:
                 else:
                     factor = part.column_factor(summed_bias=self._summed_bias)
                     latest = (part.columns, factor) if is_gram else latest
-                self._add(self._of_columns if part.transposed else self._of_rows, name, factor)
+                self._add("columns" if part.transposed else "rows", name, factor)
 
     def _is_gram(self, rows: BlockRows) -> bool:
         """Whether a factor of columns is their plain Gram matrix."""
@@ -178,25 +166,33 @@ class FactorAccumulator:
             return not self._summed_bias or rows.columns.shape[2] == 1
         return type(rows) is MatrixRows
 
-    def _add(self, sums: dict[str, FactorSum], name: str, factor: Factor) -> None:
-        sums[name].add(factor if self._thin else dense(factor))
+    def _add(self, side: str, name: str, factor: Factor) -> None:
+        self._sums[side, name].add(factor if self._thin else dense(factor))
+
+    def factors(self) -> dict[tuple[str, str], Factor]:
+        """The sums so far, by side ("rows" or "columns" of the parameter as a matrix) and name."""
+        return {key: total.value() for key, total in self._sums.items()}
+
+    def replace(self, factors: Mapping[tuple[str, str], Factor]) -> None:
+        """Take other sums for those so far."""
+        self._sums.clear()
+        for key, factor in factors.items():
+            self._sums[key].add(factor)
 
     def state(self) -> dict[str, Any]:
         """The sums so far: tensors and plain values, to be given to :meth:`restore`."""
-        return {
-            "rows": _sums_to_state(self._of_rows),
-            "columns": _sums_to_state(self._of_columns),
-        }
+        state: dict[str, Any] = {"rows": {}, "columns": {}}
+        for (side, name), factor in self.factors().items():
+            kept = {"rows": factor.rows} if isinstance(factor, RowsFactor) else factor
+            state[side][name] = kept
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Add what another's :meth:`state` holds."""
-        _add_state(self._of_rows, state["rows"])
-        _add_state(self._of_columns, state["columns"])
-
-    def clear(self) -> None:
-        """Forget the sums."""
-        self._of_rows.clear()
-        self._of_columns.clear()
+        for side, factors in state.items():
+            for name, kept in factors.items():
+                factor = RowsFactor(kept["rows"]) if isinstance(kept, Mapping) else kept
+                self._sums[side, name].add(factor)
 
     def means(self, n_samples: float) -> KroneckerFactors:
         """Per-sample means over ``n_samples`` draws.
@@ -204,18 +200,14 @@ class FactorAccumulator:
         Raises:
             RuntimeError: if a covered parameter never affected an output.
         """
-        blocks = []
+        means = {key: scaled(factor, 1 / n_samples) for key, factor in self.factors().items()}
         for name in self._names:
-            if name not in self._of_rows:
+            if ("rows", name) not in means:
                 raise RuntimeError(
                     f"parameter {name!r} did not affect the model's outputs on any sample of a "
                     "fold; freeze it with requires_grad_(False)."
                 )
-            rows = scaled(self._of_rows[name].value(), 1 / n_samples)
-            columns = None
-            if name in self._of_columns:
-                columns = scaled(self._of_columns[name].value(), 1 / n_samples)
-            blocks.append(BlockFactors(name, rows, columns))
+        blocks = [BlockFactors(n, means["rows", n], means.get(("columns", n))) for n in self._names]
         return KroneckerFactors(tuple(blocks), n_samples)
 
 
@@ -269,56 +261,33 @@ class MagnitudeAccumulator:
 
     def __init__(self, basis: Iterable[BlockBasis]) -> None:
         self._basis = {block.name: block for block in basis}
-        self._tables: dict[str, Tensor] = {}
+        self.sums = {
+            name: block.output_eigenvalues.new_zeros(block.table_shape)
+            for name, block in self._basis.items()
+        }
 
     def add(self, name: str, rows: BlockRows, coefficients: Tensor) -> None:
         """Add a parameter's rows with coefficients c [m]."""
-        _add_to(self._tables, name, rows.curvature(self._basis[name], coefficients))
+        self.sums[name] += rows.curvature(self._basis[name], coefficients)
 
     def state(self) -> dict[str, Any]:
         """The sums so far, to be given to :meth:`restore`."""
-        return {"tables": dict(self._tables)}
+        return {"tables": dict(self.sums)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Add what another's :meth:`state` holds."""
         for name, table in state["tables"].items():
-            _add_to(self._tables, name, table)
-
-    def clear(self) -> None:
-        """Forget the sums."""
-        self._tables = {}
-
-    def full(self) -> dict[str, Tensor]:
-        """The sums so far of every block, zeros where nothing was added."""
-        return {
-            name: self._tables.get(name, block.output_eigenvalues.new_zeros(block.table_shape))
-            for name, block in self._basis.items()
-        }
+            self.sums[name] += table
 
     def tables(self) -> tuple[Tensor, ...]:
         """One eigenvalue table per block, in the order of the basis; means over complements."""
-        return tuple(self._table(name, block) for name, block in self._basis.items())
+        return tuple(self._means(block) for block in self._basis.values())
 
-    def _table(self, name: str, block: BlockBasis) -> Tensor:
-        if name not in self._tables:
-            return block.output_eigenvalues.new_zeros(block.table_shape)
-        sums = self._tables[name]
+    def _means(self, block: BlockBasis) -> Tensor:
         if block.input_eigenvalues is None:
-            return mean_energies(sums, block.output_basis)
-        return mean_energies(mean_energies(sums, block.input_basis), block.output_basis, dim=-2)
-
-
-def _sums_to_state(sums: Mapping[str, FactorSum]) -> dict[str, Any]:
-    return {name: factor_to_state(total.value()) for name, total in sums.items()}
-
-
-def _add_state(sums: dict[str, FactorSum], state: Mapping[str, Any]) -> None:
-    for name, total in state.items():
-        sums[name].add(factor_from_state(total))
-
-
-def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = value if name not in sums else sums[name] + value
+            return mean_energies(self.sums[block.name], block.output_basis)
+        means = mean_energies(self.sums[block.name], block.input_basis)
+        return mean_energies(means, block.output_basis, dim=-2)
 
 
 def require_finite(name: str, factor: Factor, what: str) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
+from torch.nn import functional
 
 from laplace_debiased.curvature.coverage import Layer
-from laplace_debiased.curvature.linear_head import check_linear_head
 from laplace_debiased.curvature.operations.call import (
     Cotangents,
     OperationCall,
@@ -35,6 +36,15 @@ from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.network.outputs import check_outputs
 from laplace_debiased.network.precision import full_precision
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+_RELATIVE_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 5e-2,
+}
+"""By the coarsest dtype in which the layer worked, well above the rounding of its products: up to
+5e-4 for float32 as TF32, 4e-3 for bfloat16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +139,7 @@ class FeaturePass:
                 "own (the rewards of a pair), freeze the other weights (requires_grad_(False)) and "
                 "take subset_of_weights='all'."
             )
-        check_linear_head(self.head.name, head, outputs, features, dtypes)
+        _check_linear_head(self.head, outputs, features, dtypes)
         return outputs, features
 
     def outputs(self, inputs: Any) -> Tensor:
@@ -178,6 +188,41 @@ class FeaturePass:
 
         step = max(n_columns, 1)
         return Chunk(rows, outputs, calls, n_columns, step, self.byte_budget, pull_back)
+
+
+def _check_linear_head(
+    head: Head, outputs: Tensor, features: Tensor, dtypes: Sequence[torch.dtype]
+) -> None:
+    """Check that outputs [m, C] are W φ + b, of features φ [m, D] that went through some dtypes.
+
+    Raises:
+        ValueError: if the outputs are something else.
+    """
+    outputs, features = outputs.detach(), features.detach()
+    weight, bias = head.module.weight.detach(), head.module.bias
+    with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
+        expected = functional.linear(features.to(weight.dtype), weight, bias)
+        if expected.shape != outputs.shape:
+            found = f"they have shape {tuple(outputs.shape)}, the layer's {tuple(expected.shape)}"
+        elif not outputs.numel():
+            return
+        else:
+            expected = full_precision(expected).to(outputs.dtype)
+            # Size of W φ if nothing cancelled, √(Σ w² φ²): rounding errors are relative to it.
+            norms = [torch.linalg.vector_norm(t, dim=1).max() for t in (weight, features)]
+            typical = norms[0].to(features) * norms[1] / math.sqrt(weight.shape[1])
+            scale = torch.stack([outputs.abs().max(), expected.abs().max(), typical]).max()
+            error = (outputs - expected).abs().max()
+            if bool(error <= max(_RELATIVE_TOLERANCE.get(t, 0.0) for t in dtypes) * scale):
+                return
+            found = f"they differ by up to {float(error):.3g}, of outputs up to {float(scale):.3g}"
+    raise ValueError(
+        f"the network's outputs are not those of its last layer {head.name!r}: {found}. A last-"
+        "layer posterior needs outputs W φ + b of a linear layer, not scaled, capped, reduced or "
+        "normalised afterwards. Fold a scale into the layer's weights, pass the feature_reduction "
+        "that the model applies ('pick_first', 'pick_last' or 'average'), or take "
+        "subset_of_weights='all' with all other weights frozen."
+    )
 
 
 CurvaturePass = BackwardPass | FeaturePass

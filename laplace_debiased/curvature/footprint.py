@@ -59,12 +59,7 @@ class Footprint:
         return Footprint(shape, element, read, sum(written), max(written), sizes)
 
     def bytes(self, n_columns: int | None, bases: Mapping[str, Basis] | None = None) -> int:
-        """Of so many columns.
-
-        Args:
-            n_columns: None for one per output.
-            bases: by parameter name, eigenbases that rows are turned into; None for whole ones.
-        """
+        """Of so many columns (None: one per output), and rows that are turned into bases."""
         columns = self.outputs.numel() if n_columns is None else n_columns
         fixed, each = self._shares(bases)
         return max(1, self.element * (fixed + columns * each))

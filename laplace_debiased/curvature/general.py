@@ -9,29 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, plain_call
-from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
 from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.modes import differentiable_kernels
-from laplace_debiased.network.transforms import sample_axes, vjp, vmap, with_batch_axis
-
-
-def is_general(tape: Tape, name: str) -> bool:
-    """Whether a parameter that no rule covers is one for the general rule: small, of samples."""
-    small = tape.parameters[name].numel() <= MAX_DENSE_VECTOR
-    return small and name not in tape.depends_on_batch
 
 
 @dataclass(frozen=True, eq=False)
 class GeneralRows:
-    """Per-sample gradients by ``torch.func`` over the batch, written out.
-
-    Attributes:
-        network: the network as a function of these parameters.
-        calls: one for each of them.
-        inputs: one batch of model inputs.
-    """
+    """Per-sample gradients by ``torch.func`` over the batch, written out: a call per parameter."""
 
     network: FunctionalNetwork
     calls: tuple[OperationCall, ...]
@@ -55,7 +41,7 @@ class GeneralRows:
         return cls(FunctionalNetwork(model, tuple(names)), calls, inputs)
 
     def pull_back(self, column: Tensor) -> list[Cotangents]:
-        """Gradients [m, *parameter] of one column [m, C] at every parameter.
+        """Gradients [m, P] of one column [m, C] at every parameter.
 
         Raises:
             RuntimeError: if torch cannot vectorise the network.
@@ -63,17 +49,7 @@ class GeneralRows:
         if not self.calls:
             return []
         network = self.network
-        parameters = network.parameters()
-        constants = network.constants()
-
         with differentiable_kernels(network.model):
-            inputs = network.prepare(self.inputs)
-            axes = sample_axes(inputs)
-
-            def gradients(sample: Any, cotangent: Tensor) -> dict[str, Tensor]:
-                single = with_batch_axis(sample, axes)
-                pull = vjp(lambda v: network.call(v, constants, single)[0], parameters)[1]
-                return pull(cotangent)[0]
-
-            found = vmap(gradients, in_dims=(axes, 0))(inputs, column.to(network.dtype))
-        return [(found[name],) for name in self.network.names]
+            column = column.to(network.dtype).unsqueeze(-1)
+            rows = network.rows(network.prepare(self.inputs), column)[:, 0]
+        return [(part,) for part in rows.split(network.sizes, dim=1)]

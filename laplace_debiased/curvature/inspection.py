@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import UNUSED, Coverage
-from laplace_debiased.curvature.general import GeneralRows, is_general
+from laplace_debiased.curvature.general import GeneralRows
 from laplace_debiased.curvature.operations.call import (
     Cotangents,
     OperationCall,
@@ -18,6 +18,7 @@ from laplace_debiased.curvature.operations.call import (
     uses_of,
 )
 from laplace_debiased.curvature.recorder import record
+from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
 from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.errors import ModelCallError, NumericalError
 from laplace_debiased.network.inputs import batch_length, select_rows, to_device
@@ -65,7 +66,8 @@ def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
     seen = uses_of(tape.calls)
     problems = {name: UNUSED for name in names if name not in seen and name not in tape.refused}
     for name, why in list(tape.refused.items()):
-        if not is_general(tape, name):
+        large = tape.parameters[name].numel() > MAX_DENSE_VECTOR
+        if large or name in tape.depends_on_batch:  # else one for the general rule
             problems[name] = f"it goes through {why}"
             del tape.refused[name]
     problems |= _gradient_problems(model, tape, probe)
@@ -75,6 +77,7 @@ def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
 
 def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, str]:
     tape.check_inputs()
+    _require_finite(tape)
     outputs = tape.outputs
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
@@ -94,35 +97,24 @@ def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, st
                 for name, why in tape.refused.items()
             }
     uses = uses_of(calls)
-    expected = _first_gradients(tape, cotangent, uses)
-    first = [call.with_inputs(lambda a: full_precision(a.detach()[:1])) for call in calls]
+    first = torch.zeros_like(cotangent)
+    first[0] = cotangent[0]
+    # Of the first sample's outputs by automatic differentiation.
+    leaves = [tape.parameters[name] for name in uses]
+    expected = torch.autograd.grad(outputs, leaves, first, allow_unused=True) if leaves else ()
+    noise = _NOISE * max((float(g.norm()) for g in expected if g is not None), default=0.0)
+    calls = [call.with_inputs(lambda a: full_precision(a.detach()[:1])) for call in calls]
     columns: list[Cotangents] = [
         None if found is None else tuple(full_precision(g[:1]).unsqueeze(1) for g in found)
         for found in pulled
     ]
-    norms = [float(g.norm()) for g in expected.values() if g is not None]
-    noise = _NOISE * max(norms, default=0.0)
-    for name, places in uses.items():
-        _require_finite(name, [calls[index] for index, _ in places])
+    for (name, places), gradient in zip(uses.items(), expected, strict=True):
         if all(columns[index] is None for index, _ in places):
             problems[name] = UNUSED
-        elif not _matches(first, places, columns, expected[name], noise):
+        elif not _matches(calls, places, columns, gradient, noise):
             why = tape.refused.get(name)
             problems[name] = MISMATCH if why is None else f"it goes through {why}"
     return problems
-
-
-def _first_gradients(
-    tape: Tape, cotangent: Tensor, names: Collection[str]
-) -> dict[str, Tensor | None]:
-    """Gradients of the first sample's outputs by automatic differentiation."""
-    if not names:
-        return {}
-    first = torch.zeros_like(cotangent)
-    first[0] = cotangent[0]
-    leaves = [tape.parameters[name] for name in names]
-    gradients = torch.autograd.grad(tape.outputs, leaves, grad_outputs=first, allow_unused=True)
-    return dict(zip(names, gradients, strict=True))
 
 
 def _matches(
@@ -139,18 +131,19 @@ def _matches(
         return False
 
 
-def _require_finite(name: str, calls: Sequence[OperationCall]) -> None:
+def _require_finite(tape: Tape) -> None:
     """Check what is read before gradients are compared: NaN is no sign of another layout.
 
     Raises:
         NumericalError: naming the parameter.
     """
-    tensors = [tensor.detach() for call in calls for tensor in call.inputs]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise NumericalError(
-            f"an input of an operation with {name!r} is NaN or infinite, although the outputs are "
-            "not. Check the training data for NaN and infinite values."
-        )
+    for call in tape.calls:
+        if call.uses and not all(bool(torch.isfinite(a.detach()).all()) for a in call.inputs):
+            name = next(iter(call.uses.values())).name
+            raise NumericalError(
+                f"an input of an operation with {name!r} is NaN or infinite, although the outputs "
+                "are not. Check the training data for NaN and infinite values."
+            )
 
 
 def _close(actual: Tensor, expected: Tensor | None, noise: float) -> bool:

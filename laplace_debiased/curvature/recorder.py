@@ -19,7 +19,7 @@ something that depends on a parameter is noted as the reason why that parameter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,23 +29,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from laplace_debiased.curvature.meeting import broadcast_shape, met_copies, met_spread
 from laplace_debiased.curvature.operations.attention import attend_apart
 from laplace_debiased.curvature.operations.call import (
     OperationCall,
     OperationRule,
     Reading,
     Use,
-    in_front,
     registered_operations,
-    shared_by_samples,
 )
 from laplace_debiased.curvature.operations.views import matrix_place, vector_place
 from laplace_debiased.curvature.tape import SharedCall, Tape
 from laplace_debiased.curvature.untouched import (
     LIKE,
     Untouched,
+    broadcast_shape,
     is_spread,
+    met_copies,
+    met_spread,
     of_its_own,
     stored_view,
     writes,
@@ -61,6 +61,7 @@ from laplace_debiased.network.inputs import (
 )
 from laplace_debiased.network.interrupts import unbroken
 from laplace_debiased.network.modes import evaluation_mode
+from laplace_debiased.network.outputs import checked_tensor
 
 
 class Recorder(BlockMode):
@@ -81,18 +82,13 @@ class Recorder(BlockMode):
         for buffer in model.buffers():
             self._hold(Untouched(buffer))
         for name, parameter in model.named_parameters():
-            self._add_parameter(name, parameter, name in covered)
-
-    def _add_parameter(self, name: str, parameter: Tensor, is_covered: bool) -> None:
-        leaf = parameter.detach()
-        self._leaves[id(parameter)] = leaf
-        if not is_covered:
-            self._hold(Untouched(leaf))
-            return
-        leaf.requires_grad_(True)
-        self._tape.parameters[name] = leaf
-        itself = frozenset([name])
-        self._hold(Untouched(leaf, made_of=itself, names=itself, stored=leaf))
+            leaf = self._leaves[id(parameter)] = parameter.detach()
+            value = Untouched(leaf)
+            if name in covered:
+                self._tape.parameters[name] = leaf.requires_grad_(True)
+                itself = frozenset([name])
+                value = Untouched(leaf, made_of=itself, names=itself, stored=leaf)
+            self._hold(value)
 
     def _hold(self, value: Untouched) -> None:
         self._untouched[id(value.tensor)] = value
@@ -154,12 +150,10 @@ class Recorder(BlockMode):
         sources = [value for value in found if value.names]
         through = next((value.through for value in found if value.through), None)
         for output in tensors_of(outputs):
-            stored = None
-            if len(sources) == 1:
-                stored = stored_view(name, sources[0], output)
+            stored = stored_view(name, sources[0], output) if len(sources) == 1 else None
             spread = is_spread(name, output, found, self._tape.length)
-            through_now = through or (None if stored is not None or not sources else name)
-            value = Untouched(output, stored=stored, spread=spread, through=through_now)
+            how = through or (name if sources and stored is None else None)
+            value = Untouched(output, stored=stored, spread=spread, through=how)
             if output.requires_grad:
                 value = replace(value, calls=calls, made_of=made_of, names=names)
             self._hold(value)
@@ -230,9 +224,8 @@ class Recorder(BlockMode):
             return
         if not uses or not all(output.requires_grad for output in outputs):
             return
-        folded = [in_front(tensor, m) for tensor in reading.inputs]
-        is_folded = any(flag for _, flag in folded) or any(len(o) != m for o in outputs)
-        inputs = tuple(t if flag or not is_folded else t.unsqueeze(1) for t, flag in folded)
+        is_folded = any(len(tensor) != m for tensor in tensors)
+        inputs = tuple(t.unflatten(0, (m, -1)) if is_folded else t for t in reading.inputs)
         call = OperationCall(operation, rule, uses, inputs, reading.settings, is_folded)
         self._tape.keep(call, reading.inputs, *outputs)
 
@@ -248,28 +241,20 @@ class Recorder(BlockMode):
         reading, rule = self._reading(func, args, kwargs), self._rules[func]
         if reading is None:
             return NotImplemented
-        inputs = [self._value(tensor) for tensor in reading.inputs]
-        spread = [v is not None and v.spread for v in inputs]
-        if all(spread):
+        known = [v for tensor in reading.inputs if (v := self._value(tensor)) is not None]
+        if len(known) == len(reading.inputs) and all(value.spread for value in known):
             return self._run_noted(func, name, args, kwargs, reading)
         uses = self._uses(rule, reading)
         if isinstance(uses, str):
             return NotImplemented  # followed as any function of the parameter
         outputs = of_its_own(func(*args, **kwargs))
         m = self._tape.length
-        shared = tuple(shared_by_samples(tensor, m) for tensor in reading.inputs)
+        shared = tuple(tensor.unsqueeze(0).expand(m, *tensor.shape) for tensor in reading.inputs)
         call = OperationCall(name, rule, uses, shared, reading.settings, folded=True)
+        calls, made_of, names = _unions(known)
+        calls, names = calls | {len(self._tape.shared)}, names | {u.name for u in uses.values()}
         self._tape.shared.append(SharedCall.of(call, outputs))
-        calls, made_of, names = _unions([v for v in inputs if v is not None])
-        self._hold(
-            Untouched(
-                outputs,
-                calls | {len(self._tape.shared) - 1},
-                made_of,
-                names | {use.name for use in uses.values()},
-                through=name,
-            )
-        )
+        self._hold(Untouched(outputs, calls, made_of, names, through=name))
         return outputs
 
     def _run_noted(
@@ -301,12 +286,8 @@ class Recorder(BlockMode):
                 if bias is None:
                     return outputs
                 return self._meet(torch.add, "add", (outputs, bias), {})
-        shapes = broadcast_shape(name, args, kwargs)
-        if shapes is not None:
-            copied = partial(self._one_each, name, shape_of=shapes)
-            return func(*map_tensors(copied, args), **map_tensors(copied, kwargs))
-        kept = partial(self._one_each, name)
-        return func(*map_tensors(kept, args), **map_tensors(kept, kwargs))
+        copied = partial(self._one_each, name, shape_of=broadcast_shape(name, args, kwargs))
+        return func(*map_tensors(copied, args), **map_tensors(copied, kwargs))
 
     def _without_made_bias(
         self, func: Callable, args: tuple, kwargs: Any
@@ -349,15 +330,14 @@ class Recorder(BlockMode):
 
 
 def _unions(
-    values: Iterable[Untouched],
+    found: Sequence[Untouched],
 ) -> tuple[frozenset[int], frozenset[str], frozenset[str]]:
     """Calls and parameters that any of some tensors is made of or depends on."""
-    calls, made_of, names = set[int](), set[str](), set[str]()
-    for value in values:
-        calls |= value.calls
-        made_of |= value.made_of
-        names |= value.names
-    return frozenset(calls), frozenset(made_of), frozenset(names)
+    return (
+        frozenset().union(*(value.calls for value in found)),
+        frozenset().union(*(value.made_of for value in found)),
+        frozenset().union(*(value.names for value in found)),
+    )
 
 
 @unbroken
@@ -387,12 +367,6 @@ def record(
         evaluation_mode(model),
         _recording(tape, model, frozenset(covered)) if covered else nullcontext(),
     ):
-        outputs = invoke(model, plain_tensors(inputs))
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it in "
-            "a module whose forward returns the logits."
-        )
-    tape.outputs = outputs
+        tape.outputs = checked_tensor(invoke(model, plain_tensors(inputs)))
     tape.close(general)
     return tape

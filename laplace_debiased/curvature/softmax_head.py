@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,21 +29,13 @@ from laplace_debiased.curvature.rows.sides import energies, is_thin
 from laplace_debiased.curvature.rows.size import Basis
 
 
-@dataclass(frozen=True, eq=False)
-class _Leftover:
-    """Samples by their largest class and what it leaves.
+class _Leftover(NamedTuple):
+    """Samples by their largest class and what it leaves."""
 
-    Attributes:
-        weights: w [m].
-        top: k, the largest class [m].
-        rest: r [m, C], zero at the largest class.
-        mass: ρ [m].
-    """
-
-    weights: Tensor
-    top: Tensor
-    rest: Tensor
-    mass: Tensor
+    weights: Tensor  # w [m]
+    top: Tensor  # k, the largest class [m]
+    rest: Tensor  # r [m, C], zero at the largest class
+    mass: Tensor  # ρ [m]
 
 
 def _leftover(q: Tensor) -> _Leftover:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, plain_call
 from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
+from laplace_debiased.network.inputs import version_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +106,7 @@ class Tape:
     _itself: dict[str, int] = field(default_factory=dict, repr=False)
 
     def parameter_itself(self, name: str) -> int:
-        """Place among the shared calls of a parameter as it is; noted when it first meets samples.
-
-        Args:
-            name: the covered parameter.
-        """
+        """Place among the shared calls of a parameter as it is; noted when it first meets them."""
         if name not in self._itself:
             leaf = self.parameters[name]
             self._itself[name] = len(self.shared)
@@ -117,21 +114,13 @@ class Tape:
         return self._itself[name]
 
     def keep(self, call: OperationCall, read: tuple[Tensor, ...], *outputs: Tensor) -> None:
-        """Record a call that read samples.
-
-        Args:
-            call: the call.
-            read: its inputs as they were passed, for their version counters.
-            outputs: what it wrote [m·k, ...].
-        """
-        self.direct.append(
-            DirectCall(
-                call,
-                tuple(_version(tensor) for tensor in read),
-                tuple(get_gradient_edge(output) for output in outputs),
-                tuple(_in_front(output.shape, self.length, call.folded) for output in outputs),
-            )
-        )
+        """Record a call that read samples: its inputs as they were passed, and what it wrote."""
+        m = self.length
+        shapes = [
+            torch.Size((m, len(o) // m, *o.shape[1:])) if call.folded else o.shape for o in outputs
+        ]
+        versions, edges = tuple(map(version_of, read)), tuple(map(get_gradient_edge, outputs))
+        self.direct.append(DirectCall(call, versions, edges, tuple(shapes)))
 
     @property
     def calls(self) -> tuple[OperationCall, ...]:
@@ -152,7 +141,7 @@ class Tape:
         """
         for kept in self.direct:
             for read, version in zip(kept.call.inputs, kept.versions, strict=True):
-                if _version(read) != version:
+                if version_of(read) != version:
                     names = ", ".join(repr(use.name) for use in kept.call.uses.values())
                     raise RuntimeError(
                         f"an input of {kept.call.operation} with {names} was modified in place "
@@ -161,25 +150,20 @@ class Tape:
                     )
 
     def close(self, general: Collection[str] = ()) -> None:
-        """Drop what never meets a sample, and what is not recorded whole.
+        """Drop what never meets a sample, what is not recorded whole, and ``general`` parameters.
 
         The gradient of a parameter must be there in full or not at all.
-
-        Args:
-            general: parameters of which nothing is recorded.
         """
         met = {index for meeting in self.meetings for index in meeting.calls}
         self.shared = [
             kept if index in met else replace(kept, call=replace(kept.call, uses={}))
             for index, kept in enumerate(self.shared)
         ]
-        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         shapes: dict[str, set[tuple[int, ...]]] = {}
-        for call in self.calls:
-            for use in call.uses.values():
-                shapes.setdefault(use.name, set()).add(use.place.shape)
+        for use in (use for call in self.calls for use in call.uses.values()):
+            shapes.setdefault(use.name, set()).add(use.place.shape)
         for name, found in shapes.items():
-            if len(found) > 1 and sizes[name] > MAX_DENSE_VECTOR:
+            if len(found) > 1 and self.parameters[name].numel() > MAX_DENSE_VECTOR:
                 self.refused.setdefault(name, "is read in different shapes by several operations")
         dropped = {*self.refused, *general}
         if dropped:
@@ -214,7 +198,15 @@ class Tape:
         direct: list[Cotangents] = []
         for kept in self.direct:
             gradients = [next(found) for _ in kept.edges]
-            direct.append(_filled(gradients, kept.shapes, cotangents))
+            known = any(gradient is not None for gradient in gradients)
+            direct.append(
+                tuple(
+                    cotangents.new_zeros(shape) if gradient is None else gradient.reshape(shape)
+                    for gradient, shape in zip(gradients, kept.shapes, strict=True)
+                )
+                if known
+                else None
+            )
         return [*direct, *self._pull_back_shared(list(found), create_graph)]
 
     def _pull_back_shared(
@@ -234,42 +226,15 @@ class Tape:
         return [None if total is None else (total,) for total in totals]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _in_front(shape: torch.Size, length: int, folded: bool) -> torch.Size:
-    return torch.Size((length, shape[0] // length, *shape[1:])) if folded else shape
-
-
 def _without(call: OperationCall, names: Collection[str]) -> OperationCall:
     uses = {slot: use for slot, use in call.uses.items() if use.name not in names}
     return call if len(uses) == len(call.uses) else replace(call, uses=uses)
 
 
-def _filled(
-    gradients: Sequence[Tensor | None], shapes: tuple[torch.Size, ...], like: Tensor
-) -> Cotangents:
-    """Gradients [m, ...], zeros where one of several is missing; None where all are."""
-    if all(gradient is None for gradient in gradients):
-        return None
-    return tuple(
-        like.new_zeros(shape) if gradient is None else gradient.reshape(shape)
-        for gradient, shape in zip(gradients, shapes, strict=True)
-    )
-
-
 def _vector_products(
     base: Tensor, shared: list[SharedCall], cotangents: Tensor, create_graph: bool
 ) -> list[Tensor | None]:
-    """Per sample, cotangentᵀ ∂base/∂output [m, *output] of every output that base is made of.
-
-    Args:
-        base: what all samples share.
-        shared: what it depends on.
-        cotangents: [m, *base].
-        create_graph: whether the result is itself differentiable.
-    """
+    """Per sample, cotangentᵀ ∂base/∂output [m, *output] of every output that base is made of."""
     if len(shared) == 1 and shared[0].is_all_of(base):
         return [cotangents.reshape(len(cotangents), *shared[0].output.shape)]
     return list(

@@ -25,16 +25,18 @@ from torch.func import grad, jvp
 from tqdm import tqdm
 
 from laplace_debiased.checks import checked_integer, generator_seed
-from laplace_debiased.curvature import lowrank
-from laplace_debiased.curvature.lowrank import (
+from laplace_debiased.curvature.lowrank import span
+from laplace_debiased.curvature.lowrank.products import (
     Product,
     arpack_eigenpairs,
     ggn_product,
+    product_cutoff,
+    significant_pairs,
+)
+from laplace_debiased.curvature.lowrank.span import (
     gram_matrix,
     orthonormal_pairs,
-    product_cutoff,
     relative_cutoff,
-    significant_pairs,
     span_eigenpairs,
 )
 from laplace_debiased.diagnostics.network import LossNetwork
@@ -190,7 +192,7 @@ def _resolve(
 
 def _gram_eigenpairs(
     network: LossNetwork, inputs: Any, root: Tensor, k: int, progress_bar: bool
-) -> lowrank.Eigenpairs:
+) -> span.Eigenpairs:
     """From all rows J_nᵀ S_n [mR, P] of a batch; `relative_cutoff` says what is rounding."""
     m, _, rank = root.shape
     functional = network.functional
@@ -206,12 +208,12 @@ def _gram_eigenpairs(
     return orthonormal_pairs(flat, span_eigenpairs(gram, root_of_mean, rank=k, cutoff=cutoff))
 
 
-def _dense_eigenpairs(product: Product, network: FunctionalNetwork, k: int) -> lowrank.Eigenpairs:
+def _dense_eigenpairs(product: Product, network: FunctionalNetwork, k: int) -> span.Eigenpairs:
     """From the matrix itself, by its products with all unit vectors."""
     eye = torch.eye(network.n_params, dtype=network.dtype, device=network.device)
     matrix = product(eye).double()
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return lowrank.Eigenpairs(vectors.flip(1)[:, :k].to(network.dtype), values.flip(0)[:k])
+    return span.Eigenpairs(vectors.flip(1)[:, :k].to(network.dtype), values.flip(0)[:k])
 
 
 def _ggn_product(network: LossNetwork, inputs: Any, root: Tensor) -> Product:

@@ -31,9 +31,8 @@ from laplace_debiased.network.modes import differentiable_kernels, public_call, 
 from laplace_debiased.network.transforms import (
     Parameters,
     directional_outputs,
-    sample_axes,
+    over_samples,
     vmap,
-    with_batch_axis,
 )
 from laplace_debiased.options import Curvature, parse_choice
 
@@ -209,13 +208,11 @@ def _hessian_chunk(
 ) -> tuple[Tensor, Tensor]:
     functional = network.functional
     parameters, constants = functional.parameters(), functional.constants()
-    tangents, axes = functional.split(directions), sample_axes(inputs)
+    tangents = functional.split(directions)
 
     def of_sample(sample: Any, target: Tensor) -> tuple[Tensor, Tensor]:
-        single = with_batch_axis(sample, axes)
-
         def loss(values: Parameters) -> Tensor:
-            outputs = functional.call(values, constants, single)
+            outputs = functional.call(values, constants, sample)
             return network.loss.losses(outputs, target[None])[0]
 
         def along(tangent: Parameters) -> tuple[Tensor, Tensor]:
@@ -225,7 +222,7 @@ def _hessian_chunk(
         return vmap(along)(tangents)
 
     try:
-        return vmap(of_sample, in_dims=(axes, 0))(inputs, targets)
+        return over_samples(of_sample, inputs, targets)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.lowrank import RowPass
+from laplace_debiased.curvature.lowrank.rows import RowPass
 from laplace_debiased.data import split_batch
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.likelihoods import LossModel, loss_model
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import batch_length, check_dense
 from laplace_debiased.network.outputs import check_weights
-from laplace_debiased.network.transforms import plain_inputs
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 
@@ -77,7 +76,7 @@ class LossNetwork:
         if batch_length(inputs) == 0:
             raise ValueError("a batch is empty; it needs at least one sample.")
         functional = self.functional
-        targets = plain_inputs(targets.to(functional.device), functional.dtype)
+        targets = functional.prepare(targets)
         inputs = functional.prepare(inputs)
         outputs = functional.outputs(inputs)
         self.loss.check_targets(outputs, targets)

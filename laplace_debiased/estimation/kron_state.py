@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature import BlockFactors, KroneckerFactors
 from laplace_debiased.curvature.factors import BlockBasis
-from laplace_debiased.curvature.lowrank import relative_cutoff
+from laplace_debiased.curvature.lowrank.span import relative_cutoff
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor
 from laplace_debiased.curvature.rows.sides import is_thin
 from laplace_debiased.estimation.values import KronCurvature

@@ -10,13 +10,9 @@ import torch
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.coverage import parameter_coverage
-from laplace_debiased.curvature.lowrank import (
-    Eigenpairs,
-    FeatureRowPass,
-    JoinedPart,
-    RowPass,
-    average_of_first,
-)
+from laplace_debiased.curvature.lowrank.over_ranks import pairs_of_first
+from laplace_debiased.curvature.lowrank.rows import FeatureRowPass, RowPass
+from laplace_debiased.curvature.lowrank.span import Eigenpairs, JoinedPart, matrix_average
 from laplace_debiased.data import CurvaturePlan, loader_length
 from laplace_debiased.debiasing import Comparison, compared
 from laplace_debiased.estimation.arguments import Arguments
@@ -102,7 +98,7 @@ class LowRankStructure:
                 JoinedPart(old.basis, old.eigenvalues, 1 - share),
                 JoinedPart(pairs.basis, pairs.eigenvalues, share),
             ]
-            pairs = average_of_first(task.ranks, parts, self.arguments.rank)
+            pairs = pairs_of_first(task.ranks, lambda: matrix_average(parts, self.arguments.rank))
             comparisons = (*earlier.fit.comparisons, *comparisons)
         tally = survey.tally
         mean_loss = tally.mean_loss if plan.pool is None else float(plan.pool.losses.mean())

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.lowrank import (
+from laplace_debiased.curvature.lowrank.over_ranks import (
+    gram_over_ranks,
+    pairs_of_first,
+    pairs_over_ranks,
+)
+from laplace_debiased.curvature.lowrank.products import lanczos_eigenpairs
+from laplace_debiased.curvature.lowrank.rows import RowPass
+from laplace_debiased.curvature.lowrank.span import (
     Eigenpairs,
     JoinedPart,
-    RowPass,
     SpanDirections,
-    average_of_first,
     core_root,
-    gram_over_ranks,
-    lanczos_eigenpairs,
-    pairs_over_ranks,
+    matrix_average,
     relative_cutoff,
     span_eigenpairs,
 )
@@ -228,7 +231,7 @@ class LowRankEstimator:
             JoinedPart(pairs.basis, part.magnitudes, step.share)
             for pairs, part, step in zip(found, measured, steps, strict=True)
         ]
-        return average_of_first(self.task.ranks, parts, self.rank), measured
+        return pairs_of_first(self.task.ranks, lambda: matrix_average(parts, self.rank)), measured
 
     def _leading(self, survey: Survey, step: Measurement, rank: int) -> Eigenpairs:
         weights = survey.outputs.new_zeros(len(survey.outputs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.lowrank import RowPass
+from laplace_debiased.curvature.lowrank.rows import RowPass
 from laplace_debiased.estimation.columns import columns_per_sample
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.options import CurvatureOptions

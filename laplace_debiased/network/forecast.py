@@ -40,10 +40,6 @@ class Forecast:
     _done: float = field(default=0.0, init=False)
     _silent: bool = field(default=False, init=False)
 
-    @property
-    def _is_told(self) -> bool:
-        return self.owner is not None and self.owner in _TOLD
-
     def begin(self) -> None:
         """The clock starts with the first piece of work."""
         if self._start is None:
@@ -55,7 +51,8 @@ class Forecast:
         assert self._start is not None
         self._done += amount
         elapsed = now() - self._start
-        if self._silent or elapsed < _STEADY or not self._done or self._is_told:
+        told = self._silent or (self.owner is not None and self.owner in _TOLD)
+        if told or elapsed < _STEADY or not self._done:
             return
         seconds = elapsed * self.total / self._done
         if self._done < self.total and seconds > LONG:

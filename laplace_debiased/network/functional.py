@@ -15,14 +15,16 @@ from laplace_debiased.network.inputs import (
     call_arguments,
     explained_failure,
     logits_of,
+    map_tensors,
+    plain_containers,
     to_device,
 )
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import differentiable_kernels
-from laplace_debiased.network.outputs import check_outputs
+from laplace_debiased.network.outputs import check_outputs, checked_tensor
 from laplace_debiased.network.precision import HALF_DTYPES, full_precision
 from laplace_debiased.network.substitution import call_with
-from laplace_debiased.network.transforms import Parameters, plain_inputs, split_directions
+from laplace_debiased.network.transforms import Parameters, over_samples, vjp, vmap
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +39,13 @@ class FunctionalNetwork:
     model: nn.Module
     names: tuple[str, ...]
 
+    def _covered(self) -> dict[str, Tensor]:
+        named = dict(self.model.named_parameters())
+        return {name: named[name].detach() for name in self.names}
+
     def parameters(self) -> Parameters:
         """Current values of the covered parameters, detached."""
-        named = dict(self.model.named_parameters())
-        return {name: full_precision(named[name].detach()) for name in self.names}
+        return {name: full_precision(value) for name, value in self._covered().items()}
 
     def constants(self) -> Parameters:
         """What has to replace the model's other entries: those in half precision."""
@@ -54,8 +59,7 @@ class FunctionalNetwork:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each covered parameter."""
-        named = dict(self.model.named_parameters())
-        return tuple(named[name].numel() for name in self.names)
+        return tuple(value.numel() for value in self._covered().values())
 
     @property
     def n_params(self) -> int:
@@ -70,13 +74,18 @@ class FunctionalNetwork:
     @property
     def dtype(self) -> torch.dtype:
         """Float64 if any covered parameter is, else float32."""
-        named = dict(self.model.named_parameters())
-        wide = any(named[name].dtype is torch.float64 for name in self.names)
+        wide = any(value.dtype is torch.float64 for value in self._covered().values())
         return torch.float64 if wide else torch.float32
 
     def prepare(self, inputs: Any) -> Any:
-        """Inputs on the model's device, as plain tensors that derivatives can be taken through."""
-        return plain_inputs(to_device(inputs, self.device), self.dtype)
+        """Inputs on the model's device, in plain containers, so that derivatives can be taken."""
+        dtype = self.dtype
+
+        def usable(tensor: Tensor) -> Tensor:
+            tensor = tensor.clone() if tensor.is_inference() else tensor
+            return tensor.to(dtype) if tensor.dtype in HALF_DTYPES else tensor
+
+        return map_tensors(usable, plain_containers(to_device(inputs, self.device)))
 
     def call(self, parameters: Parameters, constants: Parameters, inputs: Any) -> Tensor:
         """Network outputs at some parameters, in float32 or better whatever the model casts to.
@@ -88,12 +97,7 @@ class FunctionalNetwork:
         inputs = AttributeDict(inputs) if isinstance(inputs, dict) else inputs
         args, kwargs = call_arguments(self.model, inputs)
         outputs = logits_of(call_with(self.model, {**constants, **parameters}, args, kwargs))
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it "
-                "in a module whose forward returns the logits."
-            )
-        return full_precision(outputs)
+        return full_precision(checked_tensor(outputs))
 
     def function_of(self, inputs: Any) -> Callable[[Parameters], Tensor]:
         """Outputs [m, C] of one prepared batch as a function of the covered parameters alone."""
@@ -112,9 +116,36 @@ class FunctionalNetwork:
         check_outputs(outputs, batch_length(inputs))
         return outputs
 
+    def rows(self, inputs: Any, columns: Tensor) -> Tensor:
+        """Rows J_nᵀ s [n, r, P] for every sample and every column s, in one vectorised call.
+
+        Args:
+            inputs: prepared inputs of n samples.
+            columns: cotangents [n, ..., r] of the outputs [n, ...].
+
+        Raises:
+            RuntimeError: if torch cannot vectorise the network.
+        """
+        parameters, constants = self.parameters(), self.constants()
+
+        def of_sample(sample: Any, cotangents: Tensor) -> Parameters:
+            pull = vjp(lambda values: self.call(values, constants, sample)[0], parameters)[1]
+            if cotangents.shape[-1] == 1:  # some functions (prelu) allow no vmap in a vmap
+                return pull(cotangents[..., 0])[0]
+            return vmap(lambda column: pull(column)[0], in_dims=-1)(cotangents)
+
+        found = over_samples(of_sample, inputs, columns)
+        n, width = columns.shape[0], columns.shape[-1]
+        return torch.cat([found[k].reshape(n, width, -1) for k in parameters], -1).to(self.dtype)
+
     def split(self, directions: Tensor) -> Parameters:
         """Columns of ``directions`` [P, k] as one tensor [k, *shape] per parameter."""
-        return split_directions(directions, self.parameters())
+        parameters = self.parameters().items()
+        pieces = directions.T.split([value.numel() for _, value in parameters], dim=1)
+        return {
+            name: piece.reshape(-1, *value.shape).to(value)
+            for (name, value), piece in zip(parameters, pieces, strict=True)
+        }
 
     def saved_entries(self, sample: Any) -> tuple[int, int]:
         """Entries that a forward pass saves for its backward pass: in all, and the largest.

@@ -139,12 +139,9 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
     """
     named = sorted(named_tensors(model))
     tensors = [tensor for _, tensor in named]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if size > _PARALLEL_BYTES:
-        with ThreadPoolExecutor(2) as pool:
-            digests = list(pool.map(tensor_digest, tensors))
-    else:
-        digests = [tensor_digest(tensor) for tensor in tensors]
+    with ThreadPoolExecutor(2) as pool:
+        is_large = sum(tensor.nbytes for tensor in tensors) > _PARALLEL_BYTES
+        digests = list((pool.map if is_large else map)(tensor_digest, tensors))
     return ModelFingerprint(
         {
             name: TensorPrint(tuple(tensor.shape), str(tensor.dtype), digest)
@@ -198,11 +195,9 @@ def tensor_digest(tensor: Tensor) -> str:
                 f"the model has a tensor on the {values.device} device with layout "
                 f"{values.layout}, whose values cannot be read; give it dense weights first."
             )
-        flat = values.cpu().contiguous().reshape(-1)
-        if flat.dtype in _FLOATS:
-            flat = flat + 0.0  # a step of length zero turns −0 into 0
-        raw = flat.view(torch.uint8) if flat.numel() else flat.new_zeros(0, dtype=torch.uint8)
-    return hashlib.sha256(raw.numpy().data).hexdigest()
+        if values.dtype in _FLOATS:
+            values = values.cpu() + 0.0  # a step of length zero turns −0 into 0
+        return hashlib.sha256(tensor_bytes(values)).hexdigest()
 
 
 def digest_of(tensors: Sequence[Tensor]) -> str:

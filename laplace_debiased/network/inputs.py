@@ -43,6 +43,15 @@ def map_tensors(function: Callable[[Tensor], Any], inputs: Any) -> Any:
     return inputs
 
 
+def plain_containers(inputs: Any) -> Any:
+    """The same entries in dicts, tuples and lists."""
+    if isinstance(inputs, Mapping):
+        return {key: plain_containers(value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return (tuple if isinstance(inputs, tuple) else list)(map(plain_containers, inputs))
+    return inputs
+
+
 class AttributeDict(dict[str, Any]):
     """A dict whose entries can be read as attributes too, as a tokenizer's batch allows."""
 
@@ -262,10 +271,10 @@ def invoke(model: nn.Module, inputs: Any) -> Any:
         ModelCallError: if the model fails on them; out of memory passes through as it is.
     """
     args, kwargs = call_arguments(model, inputs)
-    versions = _versions(inputs)
+    versions = list(map(version_of, tensors_of(inputs)))
     with explained_failure(inputs):
         outputs = logits_of(model(*args, **kwargs))
-    if _versions(inputs) != versions:
+    if list(map(version_of, tensors_of(inputs))) != versions:
         raise ModelCallError(
             "the model writes to its inputs in place, so that no second pass sees the same; let "
             "its first operation make a new tensor (nn.ReLU(inplace=False), x = x / 255)."
@@ -273,8 +282,9 @@ def invoke(model: nn.Module, inputs: Any) -> Any:
     return outputs
 
 
-def _versions(inputs: Any) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_of(inputs)]
+def version_of(tensor: Tensor) -> int:
+    """A tensor's version counter; an inference tensor counts none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 _BY_NAME = (

@@ -131,14 +131,7 @@ class LastLayerNetwork(FeatureExtractor):
 
 
 class _LastRead(BlockMode):
-    """Notes which parameter a torch function has computed with last.
-
-    Args:
-        parameters: those that count.
-
-    Attributes:
-        last: the parameter; None before the pass.
-    """
+    """Notes which of some parameters a torch function has computed with last."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()

@@ -29,19 +29,14 @@ class ModelLock:
     """
 
     def __init__(self, parts: Iterable[_Part]) -> None:
-        self._parts = tuple(sorted(set(parts)))
-
-    @property
-    def parts(self) -> tuple[_Part, ...]:
-        """The locks that it stands for."""
-        return self._parts
+        self.parts = tuple(sorted(set(parts)))
 
     @unbroken
     def held(self) -> Iterator[None]:
         """Hold it in the block; waiting for it can be interrupted."""
         taken = []
         try:
-            for part in self._parts:
+            for part in self.parts:
                 while not part.lock.acquire(timeout=_PATIENCE):
                     let_through()
                 taken.append(part)

@@ -30,8 +30,6 @@ from laplace_debiased.network.rng import preserved_rng
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
 
 @unbroken
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -45,8 +43,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     with model_lock(model), eager_execution():
         modules = list(model.modules())
-        if any(map(_rewrites_weights, modules)):
-            _refuse_rewritten_weights(model)
+        _refuse_rewritten_weights(modules, model)
         training = [module for module in modules if module.training]
         try:
             for module in training:
@@ -57,13 +54,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-def _rewrites_weights(module: nn.Module) -> bool:
-    return isinstance(module, _EMBEDDINGS) and module.max_norm is not None
-
-
-def _refuse_rewritten_weights(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if _rewrites_weights(module):
+def _refuse_rewritten_weights(modules: Iterable[nn.Module], model: nn.Module) -> None:
+    for module in modules:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            name = next(name for name, found in model.named_modules() if found is module)
             raise ValueError(
                 f"layer {name!r} is an {type(module).__name__} with max_norm={module.max_norm}: "
                 "its forward pass overwrites its own weight, so that no pass could leave the model "

@@ -26,9 +26,11 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
     """
     if outputs.ndim not in ((2, 3) if positions else (2,)) or outputs.shape[0] != length:
         sequences = f" or (batch, positions, outputs) = ({length}, T, C)" if positions else ""
+        one = outputs.ndim == 1 and len(outputs) == length
+        hint = " For one output per sample return outputs.unsqueeze(-1)." if one else ""
         raise ValueError(
             f"the model must return outputs of shape (batch, outputs) = ({length}, C){sequences}; "
-            f"got {tuple(outputs.shape)}.{_one_number(outputs, length)}"
+            f"got {tuple(outputs.shape)}.{hint}"
         )
     if not outputs.is_floating_point():
         raise ValueError(
@@ -44,17 +46,8 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
         )
 
 
-def _one_number(outputs: Tensor, length: int) -> str:
-    one = outputs.ndim == 1 and len(outputs) == length
-    return " For one output per sample return outputs.unsqueeze(-1)." if one else ""
-
-
 def check_repeatable(outputs: Tensor, again: Tensor) -> None:
-    """Check that two forward passes over the same samples agree, but for the order of sums.
-
-    Args:
-        outputs: network outputs of the one.
-        again: those of the other, of the same shape.
+    """Check that outputs of two passes over the same samples agree, but for the order of sums.
 
     Raises:
         ValueError: if they do not.
@@ -74,6 +67,20 @@ def largest_difference(outputs: Tensor, again: Tensor) -> float | None:
     tolerance = max(_REPEATABLE, torch.finfo(outputs.dtype).eps ** 0.5)
     difference = (outputs - again).abs().max()
     return float(difference) if difference > tolerance * (1 + outputs.abs().max()) else None
+
+
+def checked_tensor(outputs: object) -> Tensor:
+    """What a model returned, if it is a tensor.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it in "
+            "a module whose forward returns the logits."
+        )
+    return outputs
 
 
 def checked_model(model: object) -> nn.Module:

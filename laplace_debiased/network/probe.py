@@ -14,6 +14,7 @@ from laplace_debiased.network.inputs import (
     batch_length,
     invoke,
     map_tensors,
+    plain_containers,
     select_rows,
     tensors_of,
     to_device,
@@ -152,7 +153,7 @@ def _made_up(inputs: Any, device: torch.device) -> Any | None:
         known = values.double()
         return (known.mean() + known.std() * noise).to(values.dtype)
 
-    sample = select_rows(map_tensors(drawn, _plain(rows)), slice(0, 1))
+    sample = select_rows(map_tensors(drawn, plain_containers(rows)), slice(0, 1))
     return map_tensors(Tensor.clone, sample)  # a view would keep, and a file hold, the batch
 
 
@@ -171,18 +172,6 @@ def _is_plain(inputs: Any) -> bool:
         case tuple() | list():
             return all(map(_is_plain, inputs))
     return inputs is None or (isinstance(inputs, Tensor) and inputs.numel() > 0)
-
-
-def _plain(inputs: Any) -> Any:
-    """The same tensors in dicts, tuples and lists."""
-    match inputs:
-        case Mapping():
-            return {key: _plain(value) for key, value in inputs.items()}
-        case tuple():
-            return tuple(map(_plain, inputs))
-        case list():
-            return list(map(_plain, inputs))
-    return inputs
 
 
 def _device(model: nn.Module) -> torch.device:

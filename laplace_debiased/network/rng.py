@@ -23,14 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RngState:
-    """A snapshot of every global generator: torch (CPU, CUDA), numpy and ``random``.
+    """A snapshot of every global generator (torch, numpy's legacy one, ``random``), and of others.
 
     Attributes:
-        cpu: State of torch's CPU generator.
-        cuda: States of the CUDA generators, one per device; None where CUDA was not initialised.
-        numpy: State of numpy's legacy global generator.
-        python: State of the ``random`` module.
-        extra: Generators that are not global (a loader's ``generator=``) with their states.
+        cuda: one state per device; None where CUDA was not initialised.
+        extra: generators that are not global (a loader's ``generator=``) with their states.
     """
 
     cpu: torch.Tensor

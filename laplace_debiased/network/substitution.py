@@ -49,12 +49,7 @@ class _StandIns(BlockMode):
 
 @unbroken
 def substituted(stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Every torch function in the block computes with the stand-ins; this thread's only.
-
-    Args:
-        stand_ins: by the tensor that each stands in for: parameters and buffers, which are neither
-            written to nor asked for a gradient.
-    """
+    """Every torch function of this thread in the block computes with the stand-ins, by tensor."""
     with _StandIns(stand_ins):
         yield
 
@@ -74,7 +69,7 @@ def call_with(
         model: the module; never written to.
         values: tensors by the name of the entry that they replace.
         args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
+        kwargs: its keyword arguments.
 
     Raises:
         TypeError: if one of them belongs to a scripted module, whose code torch functions do not

@@ -19,6 +19,7 @@ from laplace_debiased.network.identity import (
     module_kinds,
     named_tensors,
 )
+from laplace_debiased.network.inputs import version_of
 from laplace_debiased.network.probe import Probe
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,6 +54,25 @@ class _Glance:
     probes: tuple[tuple[memoryview, int], ...]
     seen: tuple[int, ...]
 
+    @classmethod
+    def at(cls, model: nn.Module) -> _Glance:
+        """Of a model as it is."""
+        kinds = ("_parameters", "_buffers", "_modules")
+        registers = tuple(getattr(m, kind) for m in model.modules() for kind in kinds)
+        entries = tuple(_registered(registers))
+        tensors = tuple(tensor for _, tensor in named_tensors(model))
+        probes = tuple(probe for tensor in tensors if (probe := _probe(tensor)) is not None)
+        return cls(
+            registers,
+            entries,
+            tuple(map(id, entries)),
+            tensors,
+            _versions(tensors),
+            tuple(map(Tensor.data_ptr, tensors)),
+            probes,
+            tuple([bits[place] for bits, place in probes]),
+        )
+
     def still_holds(self) -> bool:
         """Whether all is as it was; some tens of nanoseconds per tensor."""
         return (
@@ -72,7 +92,7 @@ class Writes:
 
     def __init__(self, model: nn.Module) -> None:
         self._named = tuple(named_tensors(model))
-        self._versions = tuple(_version(tensor) for _, tensor in self._named)
+        self._versions = tuple(version_of(tensor) for _, tensor in self._named)
 
     def check(self) -> None:
         """Check that nothing has been written to.
@@ -81,7 +101,7 @@ class Writes:
             ValueError: naming the first tensor that has.
         """
         for (name, tensor), version in zip(self._named, self._versions, strict=True):
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 raise ValueError(
                     f"the model writes to its own {name!r} in a forward pass in evaluation mode, "
                     "so that every pass is one of another model. Compute with a copy of it, write "
@@ -126,35 +146,26 @@ class ModelWatch:
         Raises:
             ModelChangedError: naming what changed.
         """
-        if self._glance is not None and self._glance.still_holds():
-            attributes = _plain_attributes(model)
-            if attributes == self._attributes:
-                return False
-            now = replace(self.reference, kinds=module_kinds(model))
-            self._refuse(self.reference.differences(now))
-            self._compare_outputs(model)
-            self._attributes = _plain_attributes(model)
+        attributes = _plain_attributes(model)
+        same_tensors = self._glance is not None and self._glance.still_holds()
+        if same_tensors and attributes == self._attributes:
             return False
-        changes = self.reference.differences(fingerprint(model))
-        self._refuse(changes)
-        self._compare_outputs(model)
-        self._glance, self._attributes = _glance_at(model), _plain_attributes(model)
-        return True
-
-    def _compare_outputs(self, model: nn.Module) -> None:
-        change = None if self.probe is None else self.probe.change(model)
-        if change is not None:
-            self._refuse((change,))
-
-    def _refuse(self, changes: tuple[str, ...]) -> None:
-        if not changes:
-            return
-        more = f" and {len(changes) - _MAX_NAMED} more" if len(changes) > _MAX_NAMED else ""
-        raise ModelChangedError(
-            "the model is not the one that this posterior was fitted to: "
-            f"{', '.join(changes[:_MAX_NAMED])}{more}. Call fit again, or load the weights back "
-            "that it was fitted with."
-        )
+        now = replace(self.reference, kinds=module_kinds(model))
+        changes = self.reference.differences(now if same_tensors else fingerprint(model))
+        if not changes and self.probe is not None:
+            change = self.probe.change(model)
+            changes = () if change is None else (change,)
+        if changes:
+            more = f" and {len(changes) - _MAX_NAMED} more" if len(changes) > _MAX_NAMED else ""
+            raise ModelChangedError(
+                "the model is not the one that this posterior was fitted to: "
+                f"{', '.join(changes[:_MAX_NAMED])}{more}. Call fit again, or load the weights "
+                "back that it was fitted with."
+            )
+        if not same_tensors:
+            self._glance = _Glance.at(model)
+        self._attributes = _plain_attributes(model)
+        return not same_tensors
 
 
 _OWN = frozenset({"training", *vars(nn.Module()).keys()})
@@ -184,7 +195,7 @@ _MOST_PARTS = 64
 
 def _parts(value: Any) -> list[int]:
     if isinstance(value, Tensor):
-        return [id(value), _version(value)]
+        return [id(value), version_of(value)]
     if isinstance(value, list | tuple | dict) and len(value) <= _MOST_PARTS:
         return [id(value), *map(id, value.values() if isinstance(value, dict) else value)]
     return [id(value)]
@@ -194,37 +205,11 @@ def _registered(registers: tuple[dict[str, Any], ...]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, registers))
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
     try:
         return tuple(map(_VERSION, tensors))
     except RuntimeError:  # an inference tensor counts no versions
         return None
-
-
-def _glance_at(model: nn.Module) -> _Glance:
-    modules = list(model.modules())
-    registers = tuple(
-        register
-        for module in modules
-        for register in (module._parameters, module._buffers, module._modules)
-    )
-    entries = tuple(_registered(registers))
-    tensors = tuple(tensor for _, tensor in named_tensors(model))
-    probes = tuple(probe for tensor in tensors if (probe := _probe(tensor)) is not None)
-    return _Glance(
-        registers,
-        entries,
-        tuple(map(id, entries)),
-        tensors,
-        _versions(tensors),
-        tuple(map(Tensor.data_ptr, tensors)),
-        probes,
-        tuple([bits[place] for bits, place in probes]),
-    )
 
 
 def _probe(tensor: Tensor) -> tuple[memoryview, int] | None:

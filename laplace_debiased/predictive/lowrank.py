@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.lowrank import Eigenpairs, RowPass, Tile
+from laplace_debiased.curvature.lowrank.rows import RowPass, Tile
+from laplace_debiased.curvature.lowrank.span import Eigenpairs
 from laplace_debiased.curvature.passes import UnitColumns, identity_columns
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.grad_modes import outside_inference_mode

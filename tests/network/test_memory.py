@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased import directional_profile
-from laplace_debiased.curvature.lowrank import RowPass
+from laplace_debiased.curvature.lowrank.rows import RowPass
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import explained_failure

@@ -6,18 +6,16 @@ rotations where eigenvalues agree, so that machines would differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.lowrank.span import (
     Eigenpairs,
-    JoinedPart,
     SpanDirections,
     combined_rows,
     gram_matrix,
-    matrix_average,
     orthonormal_pairs,
     orthonormalised,
     products_of_rows,
@@ -58,13 +56,6 @@ def pairs_over_ranks(ranks: Ranks, rows: Tensor, directions: SpanDirections) -> 
     own = directions.coefficients.split(lengths)[ranks.rank]
     basis = summed(ranks, "the basis", [combined_rows(rows, own)])[0]
     return pairs_of_first(ranks, lambda: orthonormalised(basis, directions.eigenvalues))
-
-
-def average_of_first(
-    ranks: Ranks, parts: Sequence[JoinedPart], rank: int | None = None
-) -> Eigenpairs:
-    """:func:`matrix_average` on rank 0, for all."""
-    return pairs_of_first(ranks, lambda: matrix_average(parts, rank))
 
 
 def pairs_of_first(ranks: Ranks, make: Callable[[], Eigenpairs]) -> Eigenpairs:

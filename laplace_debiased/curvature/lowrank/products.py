@@ -75,18 +75,9 @@ def lanczos_eigenpairs(
     progress_bar: bool = False,
     ranks: Ranks = ALONE,
 ) -> Eigenpairs:
-    """The ``rank`` largest eigenvalues of G = Σ_n J_nᵀ S_n S_nᵀ J_n, and their eigenvectors.
+    """The ``rank`` < P largest eigenpairs of `ggn_product`'s G, whose samples ranks share.
 
     Fewer where the rest is rounding noise, see `product_cutoff`.
-
-    Args:
-        network: the network and its covered parameters.
-        walk: as in `ggn_product`.
-        columns_at: as in `ggn_product`.
-        rank: number of eigenpairs, below P.
-        seed: seed of the starting vector.
-        progress_bar: count products.
-        ranks: all ranks; each walks samples of its own.
 
     Raises:
         ValueError: if ``rank`` is not below P.
@@ -114,13 +105,13 @@ def arpack_eigenpairs(
     seed: int = 0,
     progress_bar: bool = False,
 ) -> Eigenpairs:
-    """The k algebraically largest eigenvalues of a symmetric matrix, descending; eigenvectors.
+    """The k < P algebraically largest eigenvalues of a symmetric matrix, descending; eigenvectors.
 
     Args:
-        product: with the matrix, computed in the network's dtype; the tolerance follows from it.
+        product: with the matrix [P, P], in the network's dtype: the tolerance follows from it.
         network: whose parameters are the matrix's rows and columns.
-        k: number of eigenpairs, below P.
-        seed: seed of the starting vector.
+        k: number of eigenpairs.
+        seed: of the starting vector.
         progress_bar: count products.
 
     Raises:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.features import FeaturePass
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length, select_rows, tensor_shapes
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_repeatable
-from laplace_debiased.network.transforms import Parameters, sample_rows
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 _LIVE_GRADIENTS = 4
@@ -95,7 +96,7 @@ class RowPass:
         with differentiable_kernels(self.network.model), torch.set_grad_enabled(differentiable):
             if not self._one_by_one.get("always", False):
                 try:
-                    return self._vectorised(inputs, columns)
+                    return self.network.rows(inputs, columns)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
@@ -140,14 +141,6 @@ class RowPass:
                 "batch needs running statistics (track_running_stats=True)."
             )
 
-    def _vectorised(self, inputs: Any, columns: Tensor) -> Tensor:
-        network, constants = self.network, self.network.constants()
-
-        def call(parameters: Parameters, sample: Any) -> Tensor:
-            return network.call(parameters, constants, sample)
-
-        return sample_rows(call, network.parameters(), inputs, columns).to(network.dtype)
-
     def _looped(self, inputs: Any, columns: Tensor, differentiable: bool) -> Tensor:
         network = self.network
         constants = network.constants()
@@ -179,3 +172,39 @@ class RowPass:
         saved, largest = self._saved[key]
         size = torch.finfo(self.network.dtype).bits // 8
         return saved * size, size * (_LIVE_ROWS * self.network.n_params + _LIVE_GRADIENTS * largest)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FeatureRowPass(RowPass):
+    """Rows s ⊗ φ of a last layer W φ + b, φ the features of an input.
+
+    Args:
+        network: the network, with the last layer's parameters covered.
+        byte_budget: working memory of one tile, in bytes.
+        feature_pass: gives outputs and features.
+    """
+
+    feature_pass: FeaturePass
+
+    def outputs(self, inputs: Any, *, differentiable: bool = False) -> Tensor:
+        """Network outputs [m, C]."""
+        return self._features(inputs, differentiable)[0]
+
+    def rows(self, inputs: Any, columns: Tensor, *, differentiable: bool = False) -> Tensor:
+        """J_nᵀ s [n, r, P] for every sample and every column s of ``columns`` [n, C, r]."""
+        features = self._features(inputs, differentiable)[1]
+        head = self.feature_pass.head
+        with outside_inference_mode(), torch.set_grad_enabled(differentiable):
+            columns = columns.to(features)
+            parts = {
+                head.weight: torch.einsum("ncr,nd->nrcd", columns, features).flatten(2),
+                head.bias: columns.mT,
+            }
+            return torch.cat([parts[name] for name in self.network.names], -1)
+
+    def _features(self, inputs: Any, differentiable: bool) -> tuple[Tensor, Tensor]:
+        outputs, features = self.feature_pass.features(inputs, differentiable=differentiable)
+        if not differentiable:
+            outputs, features = outputs.detach(), features.detach()
+        dtype = self.network.dtype
+        return outputs.to(dtype), features.to(dtype)

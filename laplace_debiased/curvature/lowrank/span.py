@@ -139,12 +139,7 @@ def span_eigenpairs(
 
 
 def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
-    """Form the basis Zᵀ A, orthonormal to the precision of its dtype.
-
-    Args:
-        rows: Z [q, P].
-        directions: coefficients and the eigenvalues that the result has.
-    """
+    """Form the basis Zᵀ A of rows Z [q, P], orthonormal to the precision of its dtype."""
     return orthonormalised(combined_rows(rows, directions.coefficients), directions.eigenvalues)
 
 

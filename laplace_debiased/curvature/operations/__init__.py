@@ -4,5 +4,5 @@ from laplace_debiased.curvature.operations import convolution, embedding, linear
 from laplace_debiased.curvature.operations.call import register_operation_rule
 
 for _module in (linear, convolution, embedding, norms):
-    for _function, _rule in _module.rules().items():
+    for _function, _rule in _module.RULES.items():
         register_operation_rule(_function, _rule)

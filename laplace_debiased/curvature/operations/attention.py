@@ -96,12 +96,6 @@ def attend_apart(
 ) -> Any:
     """Run ``multi_head_attention_forward`` with its projections made and recorded apart.
 
-    Args:
-        recording: the recorder.
-        func: torch's function.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-
     Returns:
         What the function returns; NotImplemented where it is to be run as it is.
     """

@@ -153,14 +153,9 @@ class OperationCall:
         """The same with a function of every input."""
         return replace(self, inputs=tuple(function(tensor) for tensor in self.inputs))
 
-    def flat(self, tensor: Tensor, lead: int) -> Tensor:
-        """A tensor [*lead dimensions, (k,) ...] with k merged into the one before it.
-
-        Args:
-            tensor: inputs (lead 1) or columns (lead 2).
-            lead: number of dimensions before k.
-        """
-        return tensor.flatten(lead - 1, lead) if self.folded else tensor
+    def flat(self, tensor: Tensor) -> Tensor:
+        """A tensor [m, (k,) ...] with k merged into the samples."""
+        return tensor.flatten(0, 1) if self.folded else tensor
 
 
 class PlainRule(RuleDefaults):
@@ -183,12 +178,7 @@ class PlainRule(RuleDefaults):
 
 
 def plain_call(name: str, parameter: Tensor) -> OperationCall:
-    """The call that "reads" a parameter as it is, whatever becomes of it.
-
-    Args:
-        name: its qualified name.
-        parameter: its tensor.
-    """
+    """The call that "reads" a parameter as it is, whatever becomes of it."""
     whole = Place((parameter.numel(),), (0,), (parameter.numel(),))
     return OperationCall("the parameter itself", PlainRule(), {"weight": Use(name, whole)}, ())
 
@@ -215,8 +205,8 @@ def parameter_rows(
 
     Args:
         calls: what was recorded.
-        places: which of them read the parameter, and in which slot.
-        columns: by call, R columns [m, R, ...] at what it wrote.
+        places: which of them read the parameter, and in which slot: of :func:`uses_of`.
+        columns: by call, R columns [m, R, ...].
     """
     found = [
         calls[index].rows(slot, pulled)
@@ -300,15 +290,3 @@ def register_operation_rule(
 def registered_operations() -> Mapping[Any, OperationRule]:
     """The torch functions that have a rule, read-only."""
     return MappingProxyType(_RULES)
-
-
-def in_front(tensor: Tensor, m: int) -> tuple[Tensor, bool]:
-    """A tensor [m·k, ...] as [m, ...] or, for k > 1, as [m, k, ...], and whether that is so."""
-    if len(tensor) == m:
-        return tensor, False
-    return tensor.unflatten(0, (m, -1)), True
-
-
-def shared_by_samples(tensor: Tensor, m: int) -> Tensor:
-    """A tensor that all m samples share, once for each of them [m, ...]; not copied."""
-    return tensor.unsqueeze(0).expand(m, *tensor.shape)

@@ -20,11 +20,10 @@ from laplace_debiased.curvature.operations.autocorrelation import (
     applies_to,
     patch_covariance,
 )
-from laplace_debiased.curvature.operations.call import OperationCall, Reading, RuleDefaults
-from laplace_debiased.curvature.operations.linear import fitting
+from laplace_debiased.curvature.operations.call import OperationCall, Reading
+from laplace_debiased.curvature.operations.linear import LinearRule
 from laplace_debiased.curvature.rows.base import BlockRows
-from laplace_debiased.curvature.rows.gram import Factor, input_factor
-from laplace_debiased.curvature.rows.parameters import BiasRows, MatrixRows
+from laplace_debiased.curvature.rows.gram import Factor
 
 
 def _each(value: Any, n: int) -> Sizes:
@@ -62,45 +61,10 @@ def _as_positions(found: Tensor, spatial: int) -> Tensor:
     return found.transpose(1, 2).flatten(2)
 
 
-class _ConvRule(RuleDefaults):
-    """What both directions do alike. A subclass gives a [m, T, ·] and g [m, R, T, ·]."""
-
-    transposed = False
-
-    def input_positions(self, call: OperationCall) -> Tensor:
-        """What acts on the columns of the weight."""
-        raise NotImplementedError
-
-    def output_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
-        """What acts on its rows."""
-        raise NotImplementedError
-
-    def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
-        """Inputs [m, C_in, *size], columns [m, R, C_out, *size]."""
-        if slot == "bias":
-            return BiasRows(_pixels(call, columns[0]))
-        _require_images(call)
-        g = self._grouped(call, self.output_positions(call, columns[0]))
-
-        def read() -> Tensor:
-            return fitting(call, self._grouped(call, self.input_positions(call)), g)
-
-        return MatrixRows(read, g, self.transposed)
-
-    def input_factor(
-        self, call: OperationCall, slot: str, counts: Tensor | None = None
-    ) -> Factor | None:
-        """Of what the weight reads."""
-        if slot == "bias":
-            return None
-        return input_factor(self._grouped(call, self.input_positions(call)), counts)
-
-    def _grouped(self, call: OperationCall, positions: Tensor) -> Tensor:
-        """[..., T, G·D] as [G, ..., T, D]; as it is where there is one group."""
-        groups = call.settings.groups
-        if groups == 1:
-            return positions
-        return positions.unflatten(-1, (groups, -1)).movedim(-2, 0)
+def _grouped(call: OperationCall, positions: Tensor) -> Tensor:
+    """[..., T, G·D] as [G, ..., T, D]; as it is where there is one group."""
+    groups = call.settings.groups
+    return positions if groups == 1 else positions.unflatten(-1, (groups, -1)).movedim(-2, 0)
 
 
 def _pixels(call: OperationCall, columns: Tensor) -> Tensor:
@@ -110,13 +74,22 @@ def _pixels(call: OperationCall, columns: Tensor) -> Tensor:
     return columns.flatten(3).transpose(2, 3)
 
 
-def _require_images(call: OperationCall) -> None:
-    spatial, images = len(call.settings.size), call.inputs[0]
-    if images.ndim != spatial + 2 + call.folded:
-        raise ValueError(
-            f"{call.operation} got an input of shape {tuple(images.shape)}; it needs a batch, "
-            f"channels and {spatial} more dimensions."
-        )
+class _ConvRule(LinearRule):
+    """What both directions do alike."""
+
+    def bias_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
+        """Pixels."""
+        return _pixels(call, columns)
+
+    def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
+        """Inputs [m, C_in, *size], columns [m, R, C_out, *size]."""
+        spatial, images = len(call.settings.size), call.inputs[0]
+        if slot != "bias" and images.ndim != spatial + 2 + call.folded:
+            raise ValueError(
+                f"{call.operation} got an input of shape {tuple(images.shape)}; it needs a batch, "
+                f"channels and {spatial} more dimensions."
+            )
+        return super().rows(call, slot, columns)
 
 
 def _same_padding(size: Sizes, dilation: Sizes) -> tuple[tuple[int, int], ...]:
@@ -151,12 +124,12 @@ class ConvRule(_ConvRule):
     def input_positions(self, call: OperationCall) -> Tensor:
         """Patches [m, T, C_in·k]."""
         (images,) = call.inputs
-        found = patches(call.flat(images, 1), call.settings)
-        return found.reshape(len(images), -1, found.shape[-1])
+        found = patches(call.flat(images), call.settings)
+        return _grouped(call, found.reshape(len(images), -1, found.shape[-1]))
 
     def output_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
         """Pixels [m, R, T, C_out]."""
-        return _pixels(call, columns)
+        return _grouped(call, _pixels(call, columns))
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -195,25 +168,25 @@ class ConvTransposeRule(_ConvRule):
         (images,) = call.inputs
         if call.folded:
             images = images.movedim(1, 2)
-        return images.flatten(2).transpose(1, 2)
+        return _grouped(call, images.flatten(2).transpose(1, 2))
 
     def output_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
         """Patches [m, R, T, C_out·k] of the columns that each input pixel wrote."""
         m, n_columns = columns.shape[:2]
         kernel, size = call.settings, call.inputs[0].shape[2 + call.folded :]
-        images = call.flat(columns.flatten(0, 1), 1)
+        images = call.flat(columns.flatten(0, 1))
         found = windows(functional.pad(images, kernel.pads), kernel)
         # Output padding adds rows that no input wrote; with a dilation there may be windows there.
         for axis, length in enumerate(size):
             found = found.narrow(2 + axis, 0, length)
         flat = _as_positions(found, len(size))
-        return flat.reshape(m, n_columns, -1, flat.shape[-1])
+        return _grouped(call, flat.reshape(m, n_columns, -1, flat.shape[-1]))
 
 
-def rules() -> dict[Any, _ConvRule]:
-    """Rules of this file by torch function."""
-    found: dict[Any, _ConvRule] = dict.fromkeys(
-        (torch.conv1d, torch.conv2d, torch.conv3d), ConvRule()
-    )
-    transposes = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-    return found | dict.fromkeys(transposes, ConvTransposeRule())
+RULES: dict[Any, _ConvRule] = {
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), ConvRule()),
+    **dict.fromkeys(
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        ConvTransposeRule(),
+    ),
+}

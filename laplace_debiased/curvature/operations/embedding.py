@@ -144,10 +144,8 @@ class EmbeddingBagRule(EmbeddingRule):
         return TokenRows(tokens, g, table.size)
 
 
-def rules() -> dict[Any, EmbeddingRule]:
-    """Rules of this file by torch function."""
-    return {
-        functional.embedding: EmbeddingRule(),
-        functional.embedding_bag: EmbeddingBagRule(),
-        torch.Tensor.__getitem__: RowIndexRule(),
-    }
+RULES: dict[Any, EmbeddingRule] = {
+    functional.embedding: EmbeddingRule(),
+    functional.embedding_bag: EmbeddingBagRule(),
+    Tensor.__getitem__: RowIndexRule(),
+}

@@ -38,12 +38,16 @@ class LinearRule(RuleDefaults):
         """Columns [m, R, ..., D_out] as g [m, R, T, D_out]."""
         return columns.reshape(*columns.shape[:2], -1, columns.shape[-1])
 
+    def bias_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
+        """Columns as a bias is added to them."""
+        return self.output_positions(call, columns)
+
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
         """Rows from the two."""
-        g = self.output_positions(call, columns[0])
         if slot == "bias":
-            return BiasRows(g)
-        return MatrixRows(lambda: fitting(call, self.input_positions(call), g), g)
+            return BiasRows(self.bias_positions(call, columns[0]))
+        g = self.output_positions(call, columns[0])
+        return MatrixRows(lambda: _fitting(call, self.input_positions(call), g), g, self.transposed)
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -52,7 +56,7 @@ class LinearRule(RuleDefaults):
         return None if slot == "bias" else input_factor(self.input_positions(call), counts)
 
 
-def fitting(call: OperationCall, a: Tensor, g: Tensor) -> Tensor:
+def _fitting(call: OperationCall, a: Tensor, g: Tensor) -> Tensor:
     """Inputs [..., m, T, D_in], checked to fit columns [..., m, R, T, D_out].
 
     Raises:
@@ -212,7 +216,7 @@ class EinsumRule(LinearRule):
         """In the order batch, positions, inputs."""
         spec: Contraction = call.settings
         (inputs,) = call.inputs
-        found = call.flat(inputs, 1).permute(spec.inputs)
+        found = call.flat(inputs).permute(spec.inputs)
         found = found.flatten(len(spec.inputs) - spec.n_inputs)
         return found.reshape(len(inputs), -1, found.shape[-1])
 
@@ -220,17 +224,17 @@ class EinsumRule(LinearRule):
         """In the order batch, positions, outputs."""
         spec: Contraction = call.settings
         m, n_columns = columns.shape[:2]
-        found = call.flat(columns.flatten(0, 1), 1).permute(spec.outputs)
+        found = call.flat(columns.flatten(0, 1)).permute(spec.outputs)
         found = found.flatten(len(spec.outputs) - spec.n_outputs)
         return found.reshape(m, n_columns, -1, found.shape[-1])
 
 
-def rules() -> dict[Any, LinearRule]:
-    """Rules of this file by torch function."""
-    found: dict[Any, LinearRule] = {functional.linear: LinearRule()}
-    found |= dict.fromkeys((torch.addmm, torch.Tensor.addmm), AddmmRule())
-    products = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm)
-    found |= dict.fromkeys((*products, torch.Tensor.__matmul__), MatmulRule())
-    found[torch.Tensor.__rmatmul__] = ReversedMatmulRule()
-    found[torch.einsum] = EinsumRule()
-    return found
+RULES: dict[Any, LinearRule] = {
+    functional.linear: LinearRule(),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), AddmmRule()),
+    **dict.fromkeys(
+        (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), MatmulRule()
+    ),
+    Tensor.__rmatmul__: ReversedMatmulRule(),
+    torch.einsum: EinsumRule(),
+}

@@ -52,7 +52,7 @@ class NormRule(RuleDefaults):
         """Inputs [m, ...], columns [m, R, ...] of the same shape."""
         norm: Normalisation = call.settings
         (inputs,), values = call.inputs, columns[0]
-        flat = call.flat(inputs, 1)
+        flat = call.flat(inputs)
         if norm.channels and (flat.ndim < 2 or flat.shape[1] != norm.size):
             raise ValueError(f"{call.operation} got an input without a batch dimension.")
         if slot == "weight":
@@ -151,13 +151,10 @@ def _reading(
     return (Reading({"weight": weight, "bias": bias}, (input,), settings, refused),)
 
 
-def rules() -> dict[Any, NormRule]:
-    """Rules of this file by torch function."""
-    found: dict[Any, Callable[..., tuple[Reading, ...]]] = {
-        functional.layer_norm: _layer_norm,
-        functional.rms_norm: _rms_norm,
-        functional.group_norm: _group_norm,
-        functional.batch_norm: _batch_norm,
-        functional.instance_norm: _instance_norm,
-    }
-    return {function: NormRule(readings) for function, readings in found.items()}
+RULES: dict[Any, NormRule] = {
+    functional.layer_norm: NormRule(_layer_norm),
+    functional.rms_norm: NormRule(_rms_norm),
+    functional.group_norm: NormRule(_group_norm),
+    functional.batch_norm: NormRule(_batch_norm),
+    functional.instance_norm: NormRule(_instance_norm),
+}

@@ -84,16 +84,7 @@ def vector_place(parameter: Tensor, argument: Tensor) -> Place | None:
 
 
 def matrix_place(parameter: Tensor, argument: Tensor, matrix: Tensor) -> Place | None:
-    """Where an argument lies in its parameter as a matrix.
-
-    Args:
-        parameter: in its own shape.
-        argument: a view of it.
-        matrix: the argument as [D_out, D_in].
-
-    Returns:
-        The place; None if the argument is no such part of the parameter.
-    """
+    """Where an argument, a ``matrix`` [D_out, D_in], lies in its parameter; None if it does not."""
     if parameter.ndim < 2:
         return None
     if not parameter.is_contiguous():  # in another memory format; only as a whole

@@ -105,24 +105,6 @@ def _diagonal_rows(diagonal: Tensor) -> Factor:
     return gram_of_rows(rows)
 
 
-def summed(factors: Sequence[Factor]) -> Factor:
-    """Sum of one or more factors."""
-    total = FactorSum()
-    for factor in factors:
-        total.add(factor)
-    return total.value()
-
-
-def factor_to_state(factor: Factor) -> Tensor | dict[str, Tensor]:
-    """As tensors: the matrix, or the rows by name."""
-    return {"rows": factor.rows} if isinstance(factor, RowsFactor) else factor
-
-
-def factor_from_state(state: Tensor | dict[str, Tensor]) -> Factor:
-    """Of :func:`factor_to_state`."""
-    return state if isinstance(state, Tensor) else RowsFactor(state["rows"])
-
-
 def input_factor(a: Tensor, counts: Tensor | None = None) -> Factor:
     """Input factor [D_in, D_in] of inputs [m, T, D_in], summed over samples.
 

@@ -46,57 +46,35 @@ class RowsSize:
     sparse: bool = False
 
     def working(self, basis: Basis | None) -> tuple[int, int]:
-        """Entries that are held while rows are turned into a basis and squared.
-
-        Args:
-            basis: the eigenbasis; None for a whole one of this size.
+        """Entries held while rows are turned into a basis (None: a whole one) and squared.
 
         Returns:
             What all columns share, and what each column takes.
         """
-        sides = (None, None) if basis is None else (basis.output_basis, basis.input_basis)
-        outs = _Side.of(self.outs, sides[1] if self.transposed else sides[0])
+        rows, columns = (None, None) if basis is None else (basis.output_basis, basis.input_basis)
+        if self.transposed:
+            rows, columns = columns, rows
+        outs, out_rank = _coordinates(self.outs, rows)
         if self.ins == 0:
-            return 0, self._of_vectors(outs)
-        ins = _Side.of(self.ins, sides[0] if self.transposed else sides[1])
-        read = self.groups * self.positions * (self.ins + ins.coordinates)
-        each = self.groups * self._of_maps(outs, ins)
+            lengthwise = self.positions if self.sparse else 1
+            return 0, self.positions * self.outs + 3 * lengthwise * outs
+        ins, in_rank = _coordinates(self.ins, columns)
+        thin = [side.shape[-2] for side in (rows, columns) if is_thin(side)]
+        each = self.positions * (self.outs + outs)
+        if self.positions > 1 and thin and self.positions <= min(thin):
+            each += self.positions * out_rank + 3 * out_rank * in_rank
+        elif self.positions > 1:
+            # Columns of many positions are summed over them before they are turned.
+            summed_first = not thin and self.positions > self.ins
+            each = 3 * outs * ins + (self.positions * self.outs if summed_first else each)
+        each, read = self.groups * each, self.groups * self.positions * (self.ins + ins)
         return (0, each + 2 * read) if self.own_inputs else (read, each)
 
-    def _of_vectors(self, outs: _Side) -> int:
-        lengthwise = self.positions if self.sparse else 1
-        return self.positions * self.outs + 3 * lengthwise * outs.coordinates
 
-    def _of_maps(self, outs: _Side, ins: _Side) -> int:
-        columns = self.positions * self.outs
-        turned = columns + self.positions * outs.coordinates
-        if self.positions == 1:
-            return turned
-        thin = [side.size for side in (outs, ins) if side.is_thin]
-        if thin and self.positions <= min(thin):
-            return turned + self.positions * outs.rank + 3 * outs.rank * ins.rank
-        # Columns of many positions are summed over them before they are turned.
-        before = turned if thin or self.positions <= self.ins else columns
-        return before + 3 * outs.coordinates * ins.coordinates
-
-
-@dataclass(frozen=True)
-class _Side:
-    size: int
-    rank: int
-
-    @classmethod
-    def of(cls, size: int, basis: Tensor | None) -> _Side:
-        return cls(size, basis.shape[-1] if is_thin(basis) else size)
-
-    @property
-    def is_thin(self) -> bool:
-        return self.rank < self.size
-
-    @property
-    def coordinates(self) -> int:
-        """As many as :func:`sides.coordinates` gives."""
-        return self.rank + self.size if self.is_thin else self.size
+def _coordinates(size: int, basis: Tensor | None) -> tuple[int, int]:
+    """As many as :func:`sides.coordinates` gives, and the rank of the basis."""
+    rank = basis.shape[-1] if is_thin(basis) else size
+    return (rank + size if rank < size else size), rank
 
 
 def largest_basis(bases: Sequence[Basis]) -> Basis:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from laplace_debiased.curvature.coverage import parameter_coverage
-from laplace_debiased.curvature.lowrank import RowPass, lanczos_eigenpairs
+from laplace_debiased.curvature.lowrank.products import lanczos_eigenpairs
+from laplace_debiased.curvature.lowrank.rows import RowPass
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.likelihoods import loss_model
 from laplace_debiased.network.functional import FunctionalNetwork

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from laplace_debiased.curvature.coverage import parameter_coverage
-from laplace_debiased.curvature.lowrank import RowPass
+from laplace_debiased.curvature.lowrank.rows import RowPass
 from laplace_debiased.network.functional import FunctionalNetwork
 from tests.lowrank.problems import ARCHITECTURES, Case, Tokens, case, jacobian
 from tests.tolerances import relative_error

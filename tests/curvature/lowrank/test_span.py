@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laplace_debiased.curvature.lowrank import (
+from laplace_debiased.curvature.lowrank.span import (
     JoinedPart,
     gram_matrix,
     matrix_average,
