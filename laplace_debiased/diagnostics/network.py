@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import batch_length, check_dense
 from laplace_debiased.network.outputs import check_weights
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
+
+
+class LossBatch(NamedTuple):
+    """One batch, on the parameters' device."""
+
+    inputs: Any
+    targets: Tensor
+    outputs: Tensor  # [m, C]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +57,8 @@ class LossNetwork:
         """Memory of ``n_rows`` rows of length P, in bytes."""
         return n_rows * self.functional.n_params * torch.finfo(self.functional.dtype).bits // 8
 
-    def batch(self, batch: object) -> tuple[Any, Tensor, Tensor]:
-        """Inputs, targets and outputs [m, C] of a batch that is not empty, on the right device."""
+    def batch(self, batch: object) -> LossBatch:
+        """A batch that is not empty, with outputs that are finite and targets that fit them."""
         inputs, targets = split_batch(batch, self.label_key)
         check_dense(inputs)
         if batch_length(inputs) == 0:
@@ -60,7 +68,7 @@ class LossNetwork:
         inputs = functional.prepare(inputs)
         outputs = functional.outputs(inputs)
         self.loss.check_targets(outputs, targets)
-        return inputs, targets, outputs
+        return LossBatch(inputs, targets, outputs)
 
 
 def check_data(batch: object, other_batch: object, reference: object, label_key: str) -> None:
