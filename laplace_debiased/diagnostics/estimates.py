@@ -33,14 +33,7 @@ class MeanEstimate:
         return self.covariance.diagonal().clamp_min(0.0).sqrt()
 
     def combine(self, weights: Tensor) -> MeanEstimate:
-        """Means of linear combinations of the quantities.
-
-        Args:
-            weights: coefficients [k, g], one column per combination.
-
-        Returns:
-            Means [g] with their covariance [g, g].
-        """
+        """Means [g] of linear combinations of the quantities, with coefficients [k, g]."""
         weights = weights.to(self.mean)
         return MeanEstimate(
             weights.T @ self.mean, weights.T @ self.covariance @ weights, self.n_samples
@@ -53,17 +46,11 @@ class MeanEstimate:
 
 @dataclass(frozen=True, eq=False)
 class MomentSums:
-    """Running first and second moments: merged batch by batch, never stored per sample.
-
-    Attributes:
-        count: number of samples so far.
-        mean: their mean [k], float64.
-        scatter: sum of outer products of deviations from the mean [k, k], float64.
-    """
+    """Running first and second moments: merged batch by batch, never stored per sample."""
 
     count: int
-    mean: Tensor
-    scatter: Tensor
+    mean: Tensor  # [k], float64
+    scatter: Tensor  # sum of outer products of deviations from the mean [k, k], float64
 
     @classmethod
     def of(cls, values: Tensor) -> MomentSums:
@@ -103,11 +90,7 @@ class QuadraticSums:
         self._sums = new
 
     def estimate(self) -> DirectionalQuadratic:
-        """Means over all samples.
-
-        Raises:
-            ValueError: if there were none.
-        """
+        """Means over all samples, of which there must be some."""
         if self._sums is None:
             raise ValueError("there are no batches to measure on; give at least one sample.")
         return DirectionalQuadratic(*(total.estimate() for total in self._sums))
@@ -149,12 +132,8 @@ class DirectionalQuadratic:
 
     def select(self, indices: Tensor) -> DirectionalQuadratic:
         """Only the directions at ``indices``."""
-
-        def pick(estimate: MeanEstimate) -> MeanEstimate:
-            return MeanEstimate(
-                estimate.mean[indices],
-                estimate.covariance[indices][:, indices],
-                estimate.n_samples,
-            )
-
-        return DirectionalQuadratic(pick(self.slope), pick(self.curvature))
+        picked = (
+            MeanEstimate(e.mean[indices], e.covariance[indices][:, indices], e.n_samples)
+            for e in (self.slope, self.curvature)
+        )
+        return DirectionalQuadratic(*picked)

@@ -87,11 +87,7 @@ class KfacBlockProfile:
         return replace(summary, rows=rows)
 
     def plot(self, axes: tuple[Axes, Axes] | None = None) -> Figure:
-        """Slopes and curvatures by rank; nothing is shown.
-
-        Args:
-            axes: where to draw slopes and curvatures; None makes a figure.
-        """
+        """Slopes and curvatures by rank, into ``axes`` or a new figure; nothing is shown."""
         figure = self.profile.plot(axes)
         self._finish((axes or figure.axes)[1])
         return figure
@@ -247,21 +243,13 @@ def kfac_profile(
 
 @dataclass(frozen=True, eq=False)
 class _Bands:
-    """One block's oriented eigenbasis, with the band of each direction.
+    """One block's oriented eigenbasis, with the band of each of its P directions."""
 
-    Attributes:
-        basis: eigenbasis of the own batch's factors, P = D_out·D_in directions (D_out for biases).
-        eigenvalues: own K-FAC eigenvalues [P].
-        signs: ±1 [P], so that every own slope is not negative.
-        band: number of each direction's band [P].
-        sizes: directions per band [k].
-    """
-
-    basis: BlockBasis
-    eigenvalues: Tensor
-    signs: Tensor
-    band: Tensor
-    sizes: Tensor
+    basis: BlockBasis  # of the own batch's factors, P = D_out·D_in (D_out for biases)
+    eigenvalues: Tensor  # own K-FAC eigenvalues [P]
+    signs: Tensor  # ±1 [P], so that every own slope is not negative
+    band: Tensor  # number of each direction's band [P]
+    sizes: Tensor  # directions per band [k]
 
     @classmethod
     def of(cls, basis: BlockBasis, gradient: Tensor, n_bands: int) -> _Bands:

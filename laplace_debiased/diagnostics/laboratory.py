@@ -138,11 +138,7 @@ def quadratic_along(
 ) -> tuple[Tensor, Tensor]:
     """Slopes and curvatures [..., k] of linear regression, per-sample means, in closed form.
 
-    Args:
-        inputs: [..., m, d].
-        targets: [..., m, 1].
-        weights: w [d].
-        directions: [..., d, k].
+    Of inputs [..., m, d], targets [..., m, 1] and weights [d] along directions [..., d, k].
     """
     along = inputs @ directions
     residuals = inputs @ weights.unsqueeze(-1) - targets

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
-from laplace_debiased.diagnostics.network import LossNetwork
+from laplace_debiased.diagnostics.network import LossBatch, LossNetwork
 from laplace_debiased.network.inputs import row_slices, select_rows
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
@@ -108,14 +108,13 @@ def directional_quadratic(
                 f"trainable parameters; got {tuple(directions.shape)}."
             )
         for batch in tqdm(batches, desc="directions", disable=not progress_bar):
-            inputs, targets, outputs = network.batch(batch)
+            data = network.batch(batch)
+            along = _forward
             if which is Curvature.HESSIAN:
-                values = _hessian(network, inputs, targets, directions, chunk_size)
-            elif _is_reverse(how, network, directions.shape[1], outputs.shape[1]):
-                values = _reverse(network, inputs, targets, outputs, directions, chunk_size)
-            else:
-                values = _forward(network, inputs, targets, outputs, directions, chunk_size)
-            sums.add(*values)
+                along = _hessian
+            elif _is_reverse(how, network, directions.shape[1], data.outputs.shape[1]):
+                along = _reverse
+            sums.add(*along(network, data, directions, chunk_size))
     return sums.estimate()
 
 
@@ -131,14 +130,10 @@ def _is_reverse(
 
 
 def _reverse(
-    network: LossNetwork,
-    inputs: Any,
-    targets: Tensor,
-    outputs: Tensor,
-    directions: Tensor,
-    chunk_size: int | None,
+    network: LossNetwork, batch: LossBatch, directions: Tensor, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and GGN curvatures [m, k] from rows J_nᵀ[S_n, ∇_f ℓ_n]."""
+    inputs, targets, outputs = batch
     gradient = network.loss.output_gradient(outputs, targets).unsqueeze(-1)
     columns = torch.cat([network.loss.hessian_root(outputs), gradient], dim=-1)
     m, _, n_columns = columns.shape
@@ -157,15 +152,10 @@ def _reverse(
 
 
 def _forward(
-    network: LossNetwork,
-    inputs: Any,
-    targets: Tensor,
-    outputs: Tensor,
-    directions: Tensor,
-    chunk_size: int | None,
+    network: LossNetwork, batch: LossBatch, directions: Tensor, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and GGN curvatures [m, k] from derivatives of the outputs."""
-    functional = network.functional
+    functional, (inputs, targets, outputs) = network.functional, batch
     call, parameters = functional.function_of(inputs), functional.parameters()
     gradient = network.loss.output_gradient(outputs, targets)
     root = network.loss.hessian_root(outputs)
@@ -179,7 +169,7 @@ def _forward(
 
 
 def _hessian(
-    network: LossNetwork, inputs: Any, targets: Tensor, directions: Tensor, chunk_size: int | None
+    network: LossNetwork, batch: LossBatch, directions: Tensor, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and Hessian curvatures [m, k], forward over reverse mode.
 
@@ -193,9 +183,9 @@ def _hessian(
     size = min(chunk_size or _HESSIAN_CHUNK_SAMPLES, n_rows)
     wide = max(1, n_rows // size)
     slopes, curvatures = [], []
-    for chosen in row_slices(len(targets), size):
+    for chosen in row_slices(len(batch.targets), size):
         parts = [
-            _hessian_chunk(network, select_rows(inputs, chosen), targets[chosen], part)
+            _hessian_chunk(network, select_rows(batch.inputs, chosen), batch.targets[chosen], part)
             for part in directions.split(wide, dim=1)
         ]
         slopes.append(torch.cat([part[0] for part in parts], 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +19,25 @@ from laplace_debiased.network.outputs import check_weights
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 
+class LossBatch(NamedTuple):
+    """One batch, on the parameters' device."""
+
+    inputs: Any
+    targets: Tensor
+    outputs: Tensor  # [m, C]
+
+
 @dataclass(frozen=True, eq=False)
 class LossNetwork:
-    """A network as a function of its trainable parameters, with the loss that it feeds.
-
-    Attributes:
-        row_pass: computes the network's per-sample rows.
-        loss: per-sample negative log likelihood.
-        label_key: key of the targets where a batch is a mapping.
-    """
+    """A network as a function of its trainable parameters, with the loss that it feeds."""
 
     row_pass: RowPass
     loss: LossModel
-    label_key: str = "labels"
+    label_key: str  # of the targets, where a batch is a mapping
 
     @classmethod
-    def of(cls, model: nn.Module, likelihood: str, label_key: str = "labels") -> LossNetwork:
-        """View of a model.
-
-        Raises:
-            ValueError: if no parameter is trainable; or for a likelihood other than
-                "classification" and "regression".
-            NumericalError: if a parameter is not finite.
-        """
+    def of(cls, model: nn.Module, likelihood: str, label_key: str) -> LossNetwork:
+        """View of a model whose parameters are finite, and some of them trainable."""
         names = tuple(name for name, p in model.named_parameters() if p.requires_grad)
         if not names:
             raise ValueError(
@@ -61,16 +57,8 @@ class LossNetwork:
         """Memory of ``n_rows`` rows of length P, in bytes."""
         return n_rows * self.functional.n_params * torch.finfo(self.functional.dtype).bits // 8
 
-    def batch(self, batch: object) -> tuple[Any, Tensor, Tensor]:
-        """Inputs, targets and outputs [m, C] of a batch, on the parameters' device.
-
-        Raises:
-            TypeError: if it is neither a pair nor a mapping.
-            ValueError: if the key of the targets is missing, the batch is empty, or inputs, outputs
-                and targets do not fit.
-            ModelCallError: if the model fails on the inputs.
-            NumericalError: if an output is not finite.
-        """
+    def batch(self, batch: object) -> LossBatch:
+        """A batch that is not empty, with outputs that are finite and targets that fit them."""
         inputs, targets = split_batch(batch, self.label_key)
         check_dense(inputs)
         if batch_length(inputs) == 0:
@@ -80,16 +68,11 @@ class LossNetwork:
         inputs = functional.prepare(inputs)
         outputs = functional.outputs(inputs)
         self.loss.check_targets(outputs, targets)
-        return inputs, targets, outputs
+        return LossBatch(inputs, targets, outputs)
 
 
 def check_data(batch: object, other_batch: object, reference: object, label_key: str) -> None:
-    """Check that two batches hold samples and that a reference, if there is one, gives batches.
-
-    Raises:
-        ValueError: if a batch is empty.
-        TypeError: if it is neither a pair nor a mapping, or the reference no loader.
-    """
+    """Check that two batches hold samples and that a reference, if there is one, gives batches."""
     for name, data in (("batch", batch), ("other_batch", other_batch)):
         if batch_length(split_batch(data, label_key)[0]) == 0:
             raise ValueError(f"{name} is empty; it needs at least one sample.")

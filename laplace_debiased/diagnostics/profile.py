@@ -101,14 +101,7 @@ class DirectionalProfile:
         return summarise(self.own, self.other, self.reference, n_groups)
 
     def plot(self, axes: tuple[Axes, Axes] | None = None) -> Figure:
-        """Slopes and curvatures along the directions by rank (paper, Figure 2).
-
-        Args:
-            axes: where to draw slopes and curvatures; None makes a figure.
-
-        Returns:
-            The figure; nothing is shown.
-        """
+        """Slopes and curvatures by rank (paper, Figure 2), into ``axes`` or a new figure."""
         return plot_quadratics((self.own, self.other, self.reference), axes)
 
 

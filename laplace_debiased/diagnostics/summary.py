@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_debiased.checks import checked_integer
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, MeanEstimate
 
 
@@ -101,17 +102,14 @@ def summarise(
     Raises:
         ValueError: if ``n_groups`` is not a positive integer.
     """
-    if isinstance(n_groups, bool) or not isinstance(n_groups, int) or n_groups < 1:
-        raise ValueError(f"n_groups must be a positive integer; got {n_groups!r}.")
-    k = own.n_directions
+    n_groups, k = checked_integer("n_groups", n_groups), own.n_directions
     groups = [g for g in torch.arange(k).tensor_split(min(n_groups, k)) if len(g)]
     rows = tuple(_row(group, own, other, reference) for group in groups)
-    if reference is None:
-        return BiasSummary(rows, None, None)
-    own_medians, other_medians = (
-        float((q.curvature.mean / reference.curvature.mean).median()) for q in (own, other)
-    )
-    return BiasSummary(rows, own_medians, other_medians)
+    medians = [
+        None if reference is None else float((q.curvature.mean / reference.curvature.mean).median())
+        for q in (own, other)
+    ]
+    return BiasSummary(rows, *medians)
 
 
 def _row(

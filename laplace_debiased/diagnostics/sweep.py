@@ -144,36 +144,24 @@ def batch_size_sweep(
             f"a sweep needs batch sizes and pairs; got {len(batch_sizes)} sizes, {pairs} pairs."
         )
     generator = torch.Generator().manual_seed(seed)
+    options["seed"] = seed
+    shared = {n: options[n] for n in ("matrix", "solver", "seed", "dict_key_y") if n in options}
     steps = [size for size in batch_sizes for _ in range(pairs)]
     rows = []
     for size in tqdm(steps, desc="pairs of batches", disable=not progress_bar):
         drawn = disjoint_batches(dataset, size, generator, collate_fn)
+        profile = directional_profile(model, likelihood, *drawn, reference_loader, k, **options)
+        there = top_eigenpairs(model, likelihood, drawn[1], k, **shared)
+        summary, here = profile.summary(), cast(Tensor, profile.directions)
+        both = min(profile.n_directions, there.vectors.shape[1])
+        spectrum = profile.own.curvature.mean[:both] - profile.weight_decay
         rows.append(
-            _one_pair(model, likelihood, drawn, reference_loader, k, options | {"seed": seed})
+            (
+                summary.median_own_to_reference,
+                summary.median_other_to_reference,
+                eigenspace_overlap(here[:, :both], there.vectors[:, :both]),
+                float((spectrum / there.values[:both]).median()),
+            )
         )
     table = torch.tensor(rows, dtype=torch.float64).reshape(len(batch_sizes), pairs, 4)
     return BatchSizeSweep(tuple(batch_sizes), k, *table.unbind(-1))
-
-
-def _one_pair(
-    model: nn.Module,
-    likelihood: str,
-    drawn: tuple[object, object],
-    reference_loader: Iterable[object],
-    k: int,
-    options: dict[str, Any],
-) -> tuple[float, float, float, float]:
-    """Own and other curvature over the reference's, eigenspace overlap, ratio of spectra."""
-    profile = directional_profile(model, likelihood, *drawn, reference_loader, k, **options)
-    shared = {n: options[n] for n in ("matrix", "solver", "seed", "dict_key_y") if n in options}
-    there = top_eigenpairs(model, likelihood, drawn[1], k, **shared)
-    summary = profile.summary()
-    here = cast(Tensor, profile.directions)
-    both = min(profile.n_directions, there.vectors.shape[1])
-    spectrum = profile.own.curvature.mean[:both] - profile.weight_decay
-    return (
-        cast(float, summary.median_own_to_reference),
-        cast(float, summary.median_other_to_reference),
-        eigenspace_overlap(here[:, :both], there.vectors[:, :both]),
-        float((spectrum / there.values[:both]).median()),
-    )

@@ -177,19 +177,12 @@ def _checked_start(initial: Tensor | None, gradient: Tensor) -> Tensor | None:
 
 
 class _Line(NamedTuple):
-    """The restriction q(x + αd) = q(x) + α·slope + ½α²·curvature of a quadratic to a line.
+    """The restriction q(x + αd) = q(x) + α·slope + ½α²·curvature of a quadratic to a line."""
 
-    Attributes:
-        slope: dᵀ(g + Hx).
-        curvature: dᵀHd.
-        resolution: Size of the rounding error of ``curvature``; below it the sign means nothing.
-        product: Hd [P].
-    """
-
-    slope: float
-    curvature: float
-    resolution: float
-    product: Tensor
+    slope: float  # dᵀ(g + Hx)
+    curvature: float  # dᵀHd
+    resolution: float  # rounding error of the curvature; below it the sign means nothing
+    product: Tensor  # Hd [P]
 
     @property
     def is_convex(self) -> bool:

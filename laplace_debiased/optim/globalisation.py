@@ -73,16 +73,10 @@ class Backtracking:
     def search(
         self, loss_at: Callable[[float], float], loss: float, slope: float, step_size: float
     ) -> "Trial":
-        """Try ``step_size`` and shorter ones.
+        """The first of ``step_size`` and shorter ones that falls enough, or step size 0.
 
-        Args:
-            loss_at: Mean loss at a step size; infinite or NaN counts as too large.
-            loss: Mean loss at step size 0.
-            slope: Derivative of the loss along the step; taken as 0 if it is positive.
-            step_size: First trial.
-
-        Returns:
-            The first that falls enough, or step size 0 if none of them does.
+        ``loss_at`` gives the mean loss at a step size, and infinite or NaN counts as too large;
+        ``loss`` is that at 0, and ``slope`` its derivative, taken as 0 if it is positive.
         """
         for n_trials in range(1, self.max_trials + 1):
             trial = loss_at(step_size)

@@ -92,20 +92,20 @@ def model_quadratic(
 
 @dataclass(frozen=True, eq=False)
 class ModelLoss:
-    """The mean loss of ``model`` as a function of some of its parameters.
-
-    Attributes:
-        model: Called as ``model(X)`` in evaluation mode; it comes out in its own.
-        loss_func: A loss module with ``reduction="mean"``, called as ``loss_func(model(X), y)``.
-        params: Parameters of ``model``, float32 or float64, P numbers in all.
-    """
+    """The mean loss of ``model`` as a function of some of its parameters, P numbers in all."""
 
     model: nn.Module
     loss_func: nn.Module
     params: tuple[nn.Parameter, ...]
 
     def __post_init__(self) -> None:
-        _check_loss(self.loss_func)
+        if isinstance(self.loss_func, type):
+            raise TypeError(f"loss_func is a class; pass an instance, {self.loss_func.__name__}().")
+        if getattr(self.loss_func, "reduction", None) != "mean":
+            raise ValueError(
+                'loss_func must be a loss module with reduction="mean", got '
+                f"{self.loss_func!r}: a sum would make the damping depend on the batch size."
+            )
         _check_params(self.model, self.params)
 
     def at(self, batch: Batch, displacement: Tensor) -> float:
@@ -126,11 +126,7 @@ class ModelLoss:
     def quadratic(
         self, batches: Sequence[Batch], curvature: Curvature, damping: float
     ) -> tuple[float, Quadratic]:
-        """Mean loss over all samples of ``batches`` [], and its damped quadratic.
-
-        Raises:
-            RuntimeError: If the loss or its gradient is not finite.
-        """
+        """Mean loss over all samples of ``batches`` [], and its damped quadratic."""
         n_samples = sum(batch_size(X) for X, _ in batches)
         total, mean_gradient = 0.0, torch.zeros_like(flatten(self.params))
         products: list[tuple[float, Matvec]] = []
@@ -279,16 +275,6 @@ def batch_size(X: Any) -> int:
             "X must be a tensor or a mapping, tuple or list that holds one, got "
             f"{type(X).__name__}."
         ) from None
-
-
-def _check_loss(loss_func: nn.Module) -> None:
-    if isinstance(loss_func, type):
-        raise TypeError(f"loss_func is a class; pass an instance, {loss_func.__name__}().")
-    if getattr(loss_func, "reduction", None) != "mean":
-        raise ValueError(
-            'loss_func must be a loss module with reduction="mean", got '
-            f"{loss_func!r}: a sum would make the damping depend on the batch size."
-        )
 
 
 def _check_params(model: nn.Module, params: Sequence[nn.Parameter]) -> None:

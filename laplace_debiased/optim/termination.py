@@ -59,27 +59,19 @@ class Termination:
     ) -> StopReason | None:
         """The reason to end after iteration i, or None to go on.
 
-        Args:
-            values: q(x_0), ..., q(x_i) of the magnitude quadratic.
-            residual_norm: Euclidean norm of the direction quadratic's residual at iteration i.
-            gradient_norm: Euclidean norm of the direction quadratic's gradient.
-            dimension: Number of unknowns.
+        ``values`` are q(x_0), ..., q(x_i) of the magnitude quadratic; the norms are those of the
+        direction quadratic's residual at iteration i, and of its gradient.
         """
         iteration = len(values) - 1
-        limit = dimension if self.max_iterations is None else self.max_iterations
         if residual_norm <= max(self.relative_residual * gradient_norm, self.absolute_residual):
             return StopReason.RESIDUAL
-        if self._stalled(values):
-            return StopReason.PROGRESS
-        return StopReason.MAX_ITERATIONS if iteration >= limit else None
-
-    def _stalled(self, values: Sequence[float]) -> bool:
-        iteration = len(values) - 1
         window = max(10, iteration // 10)
-        if self.relative_progress is None or iteration <= window or values[-1] >= 0:
-            return False
-        progress = (values[-1] - values[-1 - window]) / values[-1]
-        return progress < window * self.relative_progress
+        if self.relative_progress is not None and iteration > window and values[-1] < 0:
+            progress = (values[-1] - values[-1 - window]) / values[-1]
+            if progress < window * self.relative_progress:
+                return StopReason.PROGRESS
+        limit = dimension if self.max_iterations is None else self.max_iterations
+        return StopReason.MAX_ITERATIONS if iteration >= limit else None
 
 
 DEFAULT_TERMINATION = Termination()
