@@ -7,9 +7,8 @@ value of the right kind out of range raises ValueError.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from numbers import Real
 from typing import Any
 
@@ -123,24 +122,6 @@ def generator_seed(seed: Any) -> int:
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must lie in -2**63..2**64 - 1, got {number}.")
     return number
-
-
-def checked_fractions(folds: int, fractions: Sequence[float] | None) -> tuple[float, ...] | None:
-    """The share of each fold, or None for equal parts.
-
-    Raises:
-        ValueError: if there is not one positive fraction per fold, or they do not sum to one.
-    """
-    if fractions is None:
-        return None
-    shares = tuple(float(share) for share in fractions)
-    if len(shares) != folds:
-        raise ValueError(f"fractions needs one entry per fold ({folds}), got {len(shares)}.")
-    if not all(math.isfinite(share) and share > 0 for share in shares):
-        raise ValueError(f"fractions must be positive, got {shares}.")
-    if not math.isclose(sum(shares), 1.0, rel_tol=1e-9):
-        raise ValueError(f"fractions must sum to 1, got {shares} (sum {sum(shares)}).")
-    return shares
 
 
 def positive_value(

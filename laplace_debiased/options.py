@@ -122,7 +122,7 @@ class CurvatureOptions:
     Args:
         scheme: which data give directions and which magnitudes.
         magnitudes: how curvature along a direction is measured.
-        sampling: how a budget is drawn; see ``estimation/keywords.py`` for its default.
+        sampling: how a budget is drawn; see ``estimation/arguments.py`` for its default.
         fisher: which second moment stands for the loss Hessian.
         mc_samples: label draws per sample for ``Fisher.MC``.
         columns: columns per sample for ``Fisher.TYPE2``: None for all of the loss Hessian's root,
@@ -195,19 +195,12 @@ class CurvatureOptions:
         return self.columns if self.columns < n_outputs else None
 
     @property
-    def n_folds(self) -> int:
-        """Number of disjoint parts into which a budget is split."""
+    def fold_fractions(self) -> tuple[float, ...]:
+        """Shares of the disjoint parts into which a budget is split."""
         match self.scheme:
             case Scheme.SINGLE:
-                return 1
+                return (1.0,)
             case Scheme.TWO_BATCH:
-                return 2
+                return (self.direction_fraction, 1.0 - self.direction_fraction)
             case Scheme.CROSS_FIT:
-                return self.folds
-
-    @property
-    def fold_fractions(self) -> tuple[float, ...] | None:
-        """Shares of the budget per fold; None for equal parts."""
-        if self.scheme is Scheme.TWO_BATCH:
-            return (self.direction_fraction, 1.0 - self.direction_fraction)
-        return None
+                return (1.0 / self.folds,) * self.folds

@@ -10,9 +10,7 @@ from laplace_debiased.posterior import DebiasedKronLaplace
 
 ROOMS = [
     "likelihoods",
-    "data",
     "curvature",
-    "debiasing",
     "operators",
     "predictive",
     "posterior",

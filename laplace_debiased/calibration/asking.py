@@ -31,7 +31,7 @@ from laplace_debiased.calibration.predictions import (
     likelihood_name,
 )
 from laplace_debiased.options import Positions
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 from laplace_debiased.posterior.host import DebiasedPosterior
 from laplace_debiased.posterior.predicting import informed_probabilities
 from laplace_debiased.predictive.selection import last_labels

@@ -15,11 +15,11 @@ from torch.utils.data import (
 )
 
 from laplace_debiased.checks import check_key, checked_flag
-from laplace_debiased.data import Block
+from laplace_debiased.data.block import Block
 from laplace_debiased.data.loaders import loader_generators, refuse_unshifted
 from laplace_debiased.network import inputs
 from laplace_debiased.network.modes import undisturbed
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -36,11 +36,11 @@ from laplace_debiased.calibration.temperature import (
 )
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.errors import CoverageError, RankFailedError
-from laplace_debiased.estimation import FitRequest
+from laplace_debiased.estimation.arguments import FitRequest
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.modes import public_call, undisturbed
 from laplace_debiased.network.precision import exact_arithmetic
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 from laplace_debiased.posterior import DebiasedKronLLLaplace, predicting
 from laplace_debiased.posterior.host import DebiasedPosterior
 from laplace_debiased.posterior.priors import subject_of

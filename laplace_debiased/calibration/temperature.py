@@ -28,7 +28,7 @@ from laplace_debiased.calibration.predictions import class_labels, finite
 from laplace_debiased.checks import as_integer
 from laplace_debiased.network.inputs import invoke
 from laplace_debiased.network.modes import public_call
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
 

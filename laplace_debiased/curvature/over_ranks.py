@@ -15,7 +15,8 @@ import torch
 
 from laplace_debiased.curvature.factors import FactorAccumulator, MagnitudeAccumulator
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
-from laplace_debiased.parallel import Ranks, summed
+from laplace_debiased.parallel.ranks import Ranks
+from laplace_debiased.parallel.sums import summed
 
 Key = tuple[int, str, str]
 """Which fold, which side of the parameter as a matrix ("rows" or "columns"), and its name."""

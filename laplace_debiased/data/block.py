@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from laplace_debiased.data.loaders import index_batches, inner_loader, whole_loader
 from laplace_debiased.data.sources import content_checksum
 from laplace_debiased.network.inputs import map_tensors
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 
 T = TypeVar("T")
 
@@ -58,9 +58,7 @@ class Block:
     def everyones(self, what: str, value: T) -> list[T]:
         """What every rank found in its block, in the order of the loader; after a walk.
 
-        Args:
-            what: What it is.
-            value: Plain values and CPU tensors.
+        The value is of plain values and CPU tensors.
         """
         if self._ranks.world == 1:
             return [value]
@@ -72,9 +70,7 @@ class Block:
     def joined(self, what: str, *lists: list[Any]) -> list[list[Any]]:
         """Lists that every rank made of its batches, as one process would have made them.
 
-        Args:
-            what: What they are.
-            lists: Values per batch; tensors come out on the CPU.
+        Their values are per batch; tensors come out on the CPU.
         """
         if self._ranks.world == 1:
             return list(lists)

@@ -1,40 +1,140 @@
-"""Build plans from loaders: everything, a budget, or two explicit batches."""
+"""What a loader gives to a fit, and plans of it: everything, a uniform budget, or two batches."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.checks import as_integer, checked_fractions, checked_integer
-from laplace_debiased.data.folds import fold_sizes, interleaved_folds, random_folds
+from laplace_debiased.checks import checked_integer
 from laplace_debiased.data.loaders import (
     base_indices,
     check_loader,
     index_batches,
     loader_length,
+    sampler_indices,
 )
-from laplace_debiased.data.plan import CurvaturePlan, Draws, Source, plan_of
-from laplace_debiased.data.sources import IndexedSource, StreamSource, record_stream
-from laplace_debiased.data.supply import Supply
+from laplace_debiased.data.plan import CurvaturePlan, plan_of
+from laplace_debiased.data.sources import Draws, IndexedSource, Source, StreamSource, record_stream
 from laplace_debiased.network.rng import derived_seed
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 
 _DEFAULT_BATCH_SIZE = 128
 
 
-def plan_from_supply(
-    supply: Supply,
-    *,
-    folds: int,
-    fractions: tuple[float, ...] | None = None,
-    seed: int = 0,
-    dict_key_y: str = "labels",
-    ranks: Ranks = ALONE,
-) -> CurvaturePlan:
+@dataclass(frozen=True, eq=False)
+class Supply:
+    """A loader, how it is read, and the budget that is drawn from what is behind it.
+
+    Attributes:
+        loader: The training loader.
+        n_data: N, size of the training set.
+        seed: Decides draws, splits, the shuffle and augmentations.
+        dict_key_y: Key of the targets in mapping batches.
+        ranks: All ranks.
+        budget: Samples m to draw; None for everything that one walk yields.
+        pool: Dataset indices that the budget is drawn from, ascending; None without a budget.
+            [M] int64
+        n_excluded: How many samples were taken out of the pool.
+    """
+
+    loader: Any
+    n_data: int
+    seed: int = 0
+    dict_key_y: str = "labels"
+    ranks: Ranks = ALONE
+    budget: int | None = None
+    pool: Tensor | None = None
+    n_excluded: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        loader: Any,
+        *,
+        n_samples: int | None = None,
+        n_data: int | None = None,
+        n_folds: int = 1,
+        **reading: Any,
+    ) -> Supply:
+        """Look a loader up; ``reading`` are ``seed``, ``dict_key_y`` and ``ranks``.
+
+        Args:
+            loader: The training loader.
+            n_samples: Budget m in all folds together; None for everything.
+            n_data: N where it is not ``len(loader.dataset)``.
+            n_folds: Folds that the budget is split into.
+            reading: The rest of the supply.
+
+        Raises:
+            TypeError: A number is no int, or the loader cannot be walked.
+            ValueError: N is unknown, not n_folds <= m <= N, or the sampler does not tell its
+                indices.
+        """
+        check_loader(loader, "loader")
+        if n_samples is None:
+            return cls(loader, loader_length(loader, n_data), **reading)
+        budget = checked_integer("n_samples", n_samples)
+        n = loader_length(loader, n_data)
+        if budget > n:
+            raise ValueError(
+                f"n_samples={budget} exceeds the size of the training set ({n}): lower it, or pass "
+                "n_samples=None for everything."
+            )
+        if budget < n_folds:
+            raise ValueError(f"n_samples={budget} is too few for {n_folds} folds of at least one.")
+        pool = sampler_indices(loader)
+        return cls(loader, n, budget=budget, pool=pool, **reading)._checked()
+
+    def without(self, indices: frozenset[int]) -> Supply:
+        """The same supply, with a budget, with samples taken out of its pool.
+
+        Raises:
+            ValueError: The rest is smaller than the budget.
+        """
+        assert self.pool is not None
+        taken = torch.tensor(sorted(indices), dtype=torch.int64)
+        kept = self.pool[~torch.isin(self.pool, taken)]
+        return replace(self, pool=kept, n_excluded=len(indices))._checked()
+
+    def _checked(self) -> Supply:
+        assert self.pool is not None
+        assert self.budget is not None
+        if self.budget > len(self.pool):
+            excluded = f" after {self.n_excluded} excluded ones" if self.n_excluded else ""
+            raise ValueError(
+                f"n_samples={self.budget} exceeds the {len(self.pool)} samples that the loader's "
+                f"sampler can give{excluded}: lower n_samples."
+            )
+        return self
+
+    @property
+    def population(self) -> int:
+        """Size of what draws from the pool stand for: N without the samples that were excluded."""
+        pool_size = 0 if self.pool is None else len(self.pool)
+        return max(pool_size, self.n_data - self.n_excluded)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """CPU generator of a stream of its own for ``purpose``."""
+        return torch.Generator().manual_seed(derived_seed(self.seed, purpose))
+
+    def source(
+        self, draws: Draws, purpose: str, batch_sizes: tuple[int, ...] | None = None
+    ) -> IndexedSource:
+        """Draws of dataset indices, by default in batches of the loader's own size."""
+        if batch_sizes is None:
+            sampled = getattr(self.loader.batch_sampler, "batch_size", None)
+            size = self.loader.batch_size or sampled or _DEFAULT_BATCH_SIZE
+            batch_sizes = tuple(min(size, len(draws) - i) for i in range(0, len(draws), size))
+        seed = derived_seed(self.seed, purpose)
+        return IndexedSource(self.loader, draws, batch_sizes, seed, self.dict_key_y)
+
+
+def plan_from_supply(supply: Supply, fractions: Sequence[float]) -> CurvaturePlan:
     """Split a loader's samples into disjoint folds, all of them or a uniform draw.
 
     Without a budget everything that the loader yields in one walk is walked, in the loader's own
@@ -44,72 +144,33 @@ def plan_from_supply(
     fold. With a budget, samples are drawn without replacement from the indices of the loader's
     sampler and loaded with its ``collate_fn``.
 
-    Args:
-        supply: The loader, looked up.
-        folds: Number K of folds: 1 for one batch, 2 for directions and magnitudes, more to
-            cross-fit.
-        fractions: Share of each fold; None for equal parts, which differ by at most one.
-        seed: Decides draws, splits, the shuffle and augmentations.
-        dict_key_y: Key of the targets in mapping batches.
-        ranks: All ranks.
-
-    Returns:
-        The plan. Its population is N (less what is excluded), of which the pool drawn from, or all
-        samples of one walk, are a sample or the whole.
+    The plan's population is N (less what is excluded), of which the pool drawn from, or all samples
+    of one walk, are a sample or the whole. ``fractions`` are the shares of the folds.
 
     Raises:
-        TypeError: A number is no int, or the loader yields no batches that split into inputs and
-            targets.
+        TypeError: The loader yields no batches that split into inputs and targets.
         ValueError: The loader is empty.
-
-    Warns:
-        UserWarning: A stream gives more samples than the training set has.
     """
-    n_folds, seed = checked_integer("folds", folds), as_integer("seed", seed)
-    shares = checked_fractions(n_folds, fractions)
-    if supply.budget is None:
-        split = _split_into(n_folds, shares)
-        return _whole_plan(supply, split, n_folds, seed, dict_key_y, ranks)
-    assert supply.pool is not None
-    source = uniform_source(
-        supply.loader,
-        supply.pool,
-        fold_sizes(supply.budget, n_folds, shares),
-        seed=seed,
-        dict_key_y=dict_key_y,
-    )
+    n, population = supply.n_data, supply.population
+    if supply.budget is not None:
+        assert supply.pool is not None
+        source: Source = uniform_source(supply, supply.pool, fold_sizes(supply.budget, fractions))
+        pool_size = len(supply.pool)
+    else:
+        source = _whole_source(supply, fractions)
+        pool_size = len(source.draws)
+        population = max(pool_size, n)
+        if isinstance(source, StreamSource) and pool_size > n:
+            warnings.warn(
+                f"one walk through the loader gives {pool_size} samples, more than the training "
+                f"set has (N={n}): a copy of a sample may measure the directions that it chose. "
+                "With an IterableDataset and several workers, let every worker yield a share of "
+                "its own (torch.utils.data.get_worker_info); otherwise correct n_data.",
+                UserWarning,
+                stacklevel=3,
+            )
     return plan_of(
-        (source,),
-        n_data=supply.n_data,
-        n_folds=n_folds,
-        population=supply.population,
-        pool_size=len(supply.pool),
-    )
-
-
-def _whole_plan(
-    supply: Supply,
-    split: _Split,
-    n_folds: int,
-    seed: int,
-    dict_key_y: str,
-    ranks: Ranks,
-) -> CurvaturePlan:
-    """Everything that one walk yields."""
-    n = supply.n_data
-    source = _whole_source(supply.loader, split, seed, dict_key_y, ranks)
-    walked = len(source.draws)
-    if isinstance(source, StreamSource) and walked > n:
-        warnings.warn(
-            f"one walk through the loader gives {walked} samples, more than the training set "
-            f"has (N={n}): a copy of a sample may measure the directions that it chose. With "
-            "an IterableDataset and several workers, let every worker yield a share of its "
-            "own (torch.utils.data.get_worker_info); otherwise correct n_data.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return plan_of(
-        (source,), n_data=n, n_folds=n_folds, population=max(walked, n), pool_size=walked
+        (source,), n_data=n, n_folds=len(fractions), population=population, pool_size=pool_size
     )
 
 
@@ -124,28 +185,18 @@ def plan_from_two_loaders(
 ) -> CurvaturePlan:
     """Walk two loaders whole: fold 0 is ``loader`` (B), fold 1 ``magnitude_loader`` (B̃).
 
-    Args:
-        loader: Loader of the directions' batch.
-        magnitude_loader: Loader of the magnitudes' batch.
-        n_data: Size N of the training set; may be None if both loaders share one ``.dataset``.
-        seed: Decides shuffles and augmentations.
-        dict_key_y: Key of the targets in mapping batches.
-        ranks: All ranks.
-
-    Returns:
-        A plan whose folds are samples of an unknown population (``population=None``).
+    They are samples of an unknown population (``population=None``); ``n_data``, the size N of the
+    training set, may be None if both share one ``.dataset``. Shared samples, which bring the bias
+    of a single batch back, are warned of.
 
     Raises:
         TypeError: A loader cannot be walked or yields no batches that split into inputs and
             targets, or ``n_data`` is no int.
         ValueError: A loader is empty, or N is unknown.
-
-    Warns:
-        UserWarning: The loaders share samples, which brings the bias of a single batch back.
     """
-    check_loader(loader, "loader")
-    check_loader(magnitude_loader, "magnitude_loader")
-    seed = as_integer("seed", seed)
+    both = {"loader": loader, "magnitude_loader": magnitude_loader}
+    for name, one in both.items():
+        check_loader(one, name)
     shared = getattr(loader, "dataset", None)
     if n_data is None and (
         shared is None or shared is not getattr(magnitude_loader, "dataset", None)
@@ -154,13 +205,13 @@ def plan_from_two_loaders(
             "The size of the training set is unknown: pass n_data (loader and magnitude_loader do "
             "not share one .dataset)."
         )
-    n = loader_length(loader, n_data)
-    both = ((loader, "loader"), (magnitude_loader, "magnitude_loader"))
-    sources = tuple(
-        _whole_source(one, _one_fold(k), derived_seed(seed, name), dict_key_y, ranks, name)
-        for k, (one, name) in enumerate(both)
-    )
-    overlap = batches_overlap(loader, sources[0].draws, magnitude_loader, sources[1].draws)
+    n, sources = loader_length(loader, n_data), []
+    for fold, (name, one) in enumerate(both.items()):
+        supply = Supply(one, n, derived_seed(seed, name), dict_key_y, ranks)
+        source = _whole_source(supply, (1.0,), name)
+        folds = torch.full_like(source.draws.folds, fold)
+        sources.append(replace(source, draws=replace(source.draws, folds=folds)))
+    overlap = _overlap(*sources)
     if overlap:
         warnings.warn(
             f"loader and magnitude_loader share {overlap} samples: magnitudes measured on samples "
@@ -171,109 +222,95 @@ def plan_from_two_loaders(
     return plan_of(sources, n_data=n, n_folds=2, population=None)
 
 
-def batches_overlap(loader: Any, draws: Draws, other_loader: Any, other: Draws) -> int:
-    """Count the distinct samples that two sets of draws share, through nested ``Subset``s too.
+def _overlap(one: Source, other: Source) -> int:
+    """Count the distinct samples that two sources share, through nested ``Subset``s too.
 
     Loaders without indices share what one walk gives where they are one object or have one
     ``.dataset``; otherwise nothing is known of them and the count is 0.
     """
-    if draws.indices is not None and other.indices is not None:
-        base, indices = base_indices(loader.dataset, draws.indices)
-        other_base, other_indices = base_indices(other_loader.dataset, other.indices)
+    if one.draws.indices is not None and other.draws.indices is not None:
+        base, indices = base_indices(one.loader.dataset, one.draws.indices)
+        other_base, other_indices = base_indices(other.loader.dataset, other.draws.indices)
         if base is not other_base:
             return 0
         return int(torch.isin(torch.unique(indices), other_indices).sum())
-    dataset = getattr(loader, "dataset", None)
-    same = loader is other_loader or (
-        dataset is not None and dataset is getattr(other_loader, "dataset", None)
+    dataset = getattr(one.loader, "dataset", None)
+    same = one.loader is other.loader or (
+        dataset is not None and dataset is getattr(other.loader, "dataset", None)
     )
-    return min(len(draws), len(other)) if same else 0
+    return min(len(one.draws), len(other.draws)) if same else 0
 
 
-def uniform_source(
-    loader: Any,
-    pool: Tensor,
-    sizes: Sequence[int],
-    *,
-    seed: int,
-    dict_key_y: str,
-) -> IndexedSource:
+def uniform_source(supply: Supply, pool: Tensor, sizes: Sequence[int]) -> IndexedSource:
     """Draw folds of ``sizes`` from the ``pool`` [M] of dataset indices without replacement."""
-    order = torch.randperm(len(pool), generator=seeded_generator(seed, "draw"))
+    order = torch.randperm(len(pool), generator=supply.generator("draw"))
     folds = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    return IndexedSource(
-        loader,
-        Draws.uniform(folds, pool[order[: sum(sizes)]]),
-        batch_sizes(sum(sizes), loader),
-        derived_seed(seed, "walk"),
-        dict_key_y,
-    )
+    return supply.source(Draws.uniform(folds, pool[order[: sum(sizes)]]), "walk")
 
 
-def batch_sizes(n: int, loader: Any) -> tuple[int, ...]:
-    """Cut n samples into batches of the loader's own size."""
-    sampled = getattr(loader.batch_sampler, "batch_size", None)
-    size = loader.batch_size or sampled or _DEFAULT_BATCH_SIZE
-    return tuple(min(size, n - start) for start in range(0, n, size))
-
-
-def seeded_generator(seed: int, purpose: str) -> torch.Generator:
-    """CPU generator of a stream of its own for ``purpose``."""
-    return torch.Generator().manual_seed(derived_seed(seed, purpose))
-
-
-# Folds of a walk: (dataset indices [n] or None, length n, seed) -> folds [n].
-_Split = Callable[[Tensor | None, int, int], Tensor]
-
-
-def _one_fold(fold: int) -> _Split:
-    return lambda indices, n, seed: torch.full((n,), fold)
-
-
-def _split_into(n_folds: int, shares: tuple[float, ...] | None) -> _Split:
-    def split(indices: Tensor | None, n: int, seed: int) -> Tensor:
-        if indices is None:
-            return interleaved_folds(fold_sizes(n, n_folds, shares), equal=shares is None)
-        sizes = fold_sizes(len(torch.unique(indices)), n_folds, shares)
-        return random_folds(indices, sizes, seeded_generator(seed, "folds"))
-
-    return split
-
-
-def _whole_source(
-    loader: Any,
-    split: _Split,
-    seed: int,
-    dict_key_y: str,
-    ranks: Ranks,
-    name: str = "loader",
-) -> Source:
-    walk_seed = derived_seed(seed, "walk")
-    batches = index_batches(loader, derived_seed(seed, "list"))
+def _whole_source(supply: Supply, fractions: Sequence[float], name: str = "loader") -> Source:
+    """Everything that one walk yields, split into folds."""
+    batches = index_batches(supply.loader, derived_seed(supply.seed, "list"))
     if batches is None:
-        return _stream_source(loader, split, seed, dict_key_y, ranks, name)
+        return _stream_source(supply, fractions, name)
     indices = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
     if not len(indices):
         raise ValueError(
             f"{name} is empty: it yields no samples (drop_last on a small dataset drops them all)."
         )
-    sizes = tuple(len(batch) for batch in batches if batch)
-    draws = Draws.uniform(split(indices, len(indices), seed), indices)
-    return IndexedSource(loader, draws, sizes, walk_seed, dict_key_y)
+    # Equal indices belong to the same fold.
+    distinct, inverse = torch.unique(indices, return_inverse=True)
+    sizes = torch.tensor(fold_sizes(len(distinct), fractions))
+    fold_of = torch.empty_like(distinct)
+    order = torch.randperm(len(distinct), generator=supply.generator("folds"))
+    fold_of[order] = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    lengths = tuple(len(batch) for batch in batches if batch)
+    return supply.source(Draws.uniform(fold_of[inverse], indices), "walk", lengths)
 
 
-def _stream_source(
-    loader: Any, split: _Split, seed: int, dict_key_y: str, ranks: Ranks, name: str
-) -> StreamSource:
+def _stream_source(supply: Supply, fractions: Sequence[float], name: str) -> StreamSource:
     """A loader without indices: the same on all ranks, or one after the other's."""
-    walk_seed = derived_seed(seed, "walk")
-    record = record_stream(loader, walk_seed, dict_key_y, content=ranks.world > 1)
+    seed, key, ranks = derived_seed(supply.seed, "walk"), supply.dict_key_y, supply.ranks
+    record = record_stream(supply.loader, seed, key, content=ranks.world > 1)
     records = ranks.gathered(f"the stream of {name}", record)
     if all(other == record for other in records):
         records = [record]
-    sizes = tuple(size for one in records for size in one.sizes)
-    if not sum(sizes):
+    sizes = tuple(size for one in records for size in one.sizes if size)
+    if not sizes:
         raise ValueError(f"{name} is empty: it yields no samples.")
-    draws = Draws.uniform(split(None, sum(sizes), seed))
+    draws = Draws.uniform(interleaved_folds(fold_sizes(sum(sizes), fractions)))
     first = sum(one.n_samples for one in records[: ranks.rank]) if len(records) > 1 else 0
-    return StreamSource(loader, draws, sizes, record, walk_seed, dict_key_y, first)
+    return StreamSource(supply.loader, draws, sizes, record, seed, key, first)
+
+
+def fold_sizes(n: int, fractions: Sequence[float]) -> tuple[int, ...]:
+    """Sizes of the folds of ``n`` samples: at least 1 each, n in all.
+
+    ``fractions`` are their shares; of equal ones the sizes differ by at most one.
+
+    Raises:
+        ValueError: Fewer samples than folds.
+    """
+    folds = range(len(fractions))
+    if n < len(folds):
+        raise ValueError(
+            f"{n} sample(s) cannot be split into {len(folds)} folds of at least one: raise "
+            "n_samples, use fewer folds, or scheme='single'."
+        )
+    sizes = [int(n * share) for share in fractions]
+    # Largest remainders first, so that rounding never moves a fold by a whole sample.
+    order = sorted(folds, key=lambda k: sizes[k] - n * fractions[k])
+    for k in order[: n - sum(sizes)]:
+        sizes[k] += 1
+    for k in folds:
+        if sizes[k] == 0:
+            sizes[sizes.index(max(sizes))] -= 1
+            sizes[k] = 1
+    return tuple(sizes)
+
+
+def interleaved_folds(sizes: Sequence[int]) -> Tensor:
+    """Folds [n] of a stream's n samples by position, spread evenly; equal ones in turn. int64."""
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    times = torch.cat([(torch.arange(size).double() + 0.5) / size for size in sizes])
+    return labels[torch.argsort(times, stable=True)]

@@ -7,12 +7,13 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from laplace_debiased.data.plan import Batch, CurvaturePlan, Draws
+from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.data.sources import Draws
 
 _NEGLIGIBLE = 1 / 24
 
 
-def draw_coefficients(plan: CurvaturePlan, batch: Batch | Draws, folds: Collection[int]) -> Tensor:
+def draw_coefficients(plan: CurvaturePlan, batch: Draws, folds: Collection[int]) -> Tensor:
     """Coefficients of the mean over the draws of some folds.
 
     c_n = count_n w_n / m for samples in ``folds`` (m their draws in all), 0 for others. These give
@@ -36,7 +37,7 @@ def draw_coefficients(plan: CurvaturePlan, batch: Batch | Draws, folds: Collecti
 
 
 def magnitude_coefficients(
-    plan: CurvaturePlan, batch: Batch | Draws, basis_folds: Collection[int]
+    plan: CurvaturePlan, batch: Draws, basis_folds: Collection[int]
 ) -> Tensor:
     """Coefficients that make λ(u) unbiased along directions from ``basis_folds``.
 
@@ -105,7 +106,7 @@ def _own_and_unseen(
     return 1 / plan.population, unseen
 
 
-def _in(batch: Batch | Draws, folds: Collection[int]) -> Tensor:
+def _in(batch: Draws, folds: Collection[int]) -> Tensor:
     return torch.isin(batch.folds, torch.tensor(sorted(folds), dtype=torch.int64))
 
 

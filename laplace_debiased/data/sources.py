@@ -1,38 +1,81 @@
-"""Where a plan's samples come from: a dataset with indices, or a stream of batches."""
+"""Samples that were drawn, and where they come from: a dataset with indices, or a stream."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_debiased.data.loaders import (
-    inner_loader,
-    loader_generators,
-    restartable,
-    split_batch,
-)
-from laplace_debiased.data.plan import Batch, Draws
+from laplace_debiased.data.loaders import inner_loader, loader_generators, restartable, split_batch
 from laplace_debiased.network.identity import tensor_bytes
+from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.network.rng import derived_seed, guarded_iter
-from laplace_debiased.parallel import Ranks
 
 
-def _batch(inputs: Any, targets: Tensor, draws: Draws, start: int) -> Batch:
-    rows = slice(start, start + len(targets))
-    return Batch(
-        inputs,
-        targets,
-        draws.folds[rows],
-        draws.counts[rows],
-        draws.weights[rows],
-        None if draws.positions is None else draws.positions[rows],
-    )
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Samples that were drawn, one entry per sample and fold, in the order of the walk.
+
+    All tensors are on the CPU.
+
+    Attributes:
+        folds: Fold of each sample, 0..K-1. [n] int64
+        counts: How often the sample was drawn into its fold; 1 unless drawn with replacement.
+            [n] int64
+        weights: w_n = 1/(M q_n), the weight of gradient terms with which a mean over draws is
+            unbiased for the mean over the pool; 1 for uniform draws. [n] float64
+        indices: Index in the loader's dataset, None where unknown. [n] int64
+        positions: Place of each sample in the walk over a plan; None outside of a plan. [n] int64
+    """
+
+    folds: Tensor
+    counts: Tensor
+    weights: Tensor
+    indices: Tensor | None = None
+    positions: Tensor | None = None
+
+    @classmethod
+    def uniform(cls, folds: Tensor, indices: Tensor | None = None) -> Draws:
+        """Draws of count one and weight one."""
+        return Draws(folds, torch.ones_like(folds), torch.ones(len(folds)).double(), indices)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Draws]) -> Draws:
+        """All draws of some parts, one part after the other; None of what a part does not know."""
+        values: dict[str, Any] = {}
+        for name in (column.name for column in fields(Draws)):
+            column = [getattr(part, name) for part in parts]
+            values[name] = None if any(v is None for v in column) else torch.cat(column)
+        return Draws(**values)
+
+    def __len__(self) -> int:
+        return len(self.folds)
+
+    def select(self, rows: Tensor | slice) -> Self:
+        """Those samples; without what is not there."""
+        values: dict[str, Any] = {
+            name: None if value is None else select_rows(value, rows)
+            for name, value in vars(self).items()
+        }
+        return type(self)(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Draws):
+    """A mini-batch on its way into a curvature pass.
+
+    Attributes:
+        inputs: As the loader's ``collate_fn`` gives it; for a mapping the whole mapping.
+        targets: Targets. [m, ...]
+    """
+
+    inputs: Any = field(kw_only=True)
+    targets: Tensor = field(kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +84,7 @@ class IndexedSource:
 
     Attributes:
         loader: The user's loader: its dataset, ``collate_fn`` and workers are used.
-        draws: The samples, with their indices. [n]
+        draws: The samples, with their indices, in the order of the walk. [n]
         batch_sizes: Samples in each batch; they sum to n.
         seed: Seed of the augmentations.
         dict_key_y: Key of the targets in mapping batches.
@@ -52,23 +95,15 @@ class IndexedSource:
     batch_sizes: tuple[int, ...]
     seed: int
     dict_key_y: str
+    is_own = False
 
-    @property
-    def is_own(self) -> bool:
-        """All ranks have the dataset."""
-        return False
-
-    def redrawn(self, draws: Draws, batch_sizes: tuple[int, ...]) -> IndexedSource:
-        """The same source with other draws."""
-        return replace(self, draws=draws, batch_sizes=batch_sizes)
-
-    def share(self, ranks: Ranks, rows: Tensor, start: int) -> IndexedSource:
-        """Every world-th sample, in batches of the largest size that the source has."""
-        rows, size = rows[ranks.positions(len(rows), start)], max(self.batch_sizes)
+    def part(self, rows: Tensor, rank: int) -> IndexedSource:
+        """Some of the draws [k], ascending, in batches of the largest size that the source has."""
+        size = max(self.batch_sizes)
         sizes = tuple(min(size, len(rows) - i) for i in range(0, len(rows), size))
         # Equal streams would augment the samples of all ranks alike.
-        seed = derived_seed(self.seed, "rank", ranks.rank)
-        return replace(self, draws=self.draws.take(rows, start), batch_sizes=sizes, seed=seed)
+        seed = derived_seed(self.seed, "rank", rank)
+        return replace(self, draws=self.draws.select(rows), batch_sizes=sizes, seed=seed)
 
     def walk(self) -> Iterator[Batch]:
         """Load the draws, in their order."""
@@ -91,7 +126,8 @@ class IndexedSource:
                     "cannot be told apart: use one that keeps every sample, or pass a list of "
                     "batches."
                 )
-            yield _batch(inputs, targets, self.draws, start)
+            draws = self.draws.select(slice(start, start + size))
+            yield Batch(**vars(draws), inputs=inputs, targets=targets)
             start += size
 
 
@@ -135,15 +171,7 @@ def _stream(loader: Any, seed: int) -> Iterator[Any]:
 def record_stream(loader: Any, seed: int, dict_key_y: str, *, content: bool) -> StreamRecord:
     """Walk a loader without indices once, for its batch sizes and checksums; loads all its data.
 
-    Args:
-        loader: The loader.
-        seed: Seed of a shuffle and of augmentations in it.
-        dict_key_y: Key of the targets in mapping batches.
-        content: Whether everything enters a checksum, and not the targets alone.
-
-    Raises:
-        ValueError: A batch lacks its targets.
-        TypeError: A batch is neither a pair nor a mapping.
+    ``content``: whether everything enters a checksum, and not the targets alone.
     """
     sizes, checksums, whole = [], [], 0
     for item in _stream(loader, seed):
@@ -159,17 +187,14 @@ def record_stream(loader: Any, seed: int, dict_key_y: str, *, content: bool) -> 
 class StreamSource:
     """Samples of a loader without indices, in the order in which they come.
 
-    Several ranks have either the same stream, or each its own; the draws are those of all then,
-    one stream after the other.
+    Several ranks have either the same stream, or each its own; the draws [n] are those of all then,
+    one stream after the other, and so are the batch sizes.
 
     Attributes:
-        loader: The user's loader or iterable of batches.
-        draws: The samples. [n]
-        batch_sizes: Samples in each batch; they sum to n.
         record: The walk over this rank's stream that the folds were assigned on.
-        seed: Seed of a shuffle and of augmentations in the loader.
-        dict_key_y: Key of the targets in mapping batches.
         first: Which of the draws is the first of this rank's stream.
+        rows: Which of the draws are taken of a stream that is walked whole, ascending; None for
+            all. [k] int64
     """
 
     loader: Any
@@ -179,24 +204,19 @@ class StreamSource:
     seed: int
     dict_key_y: str
     first: int = 0
+    rows: Tensor | None = None
 
     @property
     def is_own(self) -> bool:
         """Whether every rank has a stream of its own."""
         return self.record.n_samples < len(self.draws)
 
-    def redrawn(self, draws: Draws, batch_sizes: tuple[int, ...]) -> StreamSource:
-        """The same source with other draws."""
-        return replace(self, draws=draws, batch_sizes=batch_sizes)
-
-    def share(self, ranks: Ranks, rows: Tensor, start: int) -> StreamPart:
-        """Every world-th sample of a stream that all have; of its own stream, a rank takes all."""
-        if self.is_own:
-            last = self.first + self.record.n_samples
-            rows = rows[(rows >= self.first) & (rows < last)]
-        else:
-            rows = rows[ranks.positions(len(rows), start)]
-        return StreamPart(self, self.draws.take(rows, start), rows)
+    def part(self, rows: Tensor, rank: int) -> StreamSource:
+        """Some of the draws [k], ascending: what of them is in this rank's stream."""
+        rows = rows[(rows >= self.first) & (rows < self.first + self.record.n_samples)]
+        ends = torch.tensor(self.record.sizes, dtype=torch.int64).cumsum(0) + self.first
+        counts = torch.bincount(torch.searchsorted(ends, rows, right=True)).tolist()
+        return replace(self, rows=rows, batch_sizes=tuple(filter(None, counts)))
 
     def walk(self) -> Iterator[Batch]:
         """Walk the loader; where it is split into folds its order must be as recorded.
@@ -204,23 +224,27 @@ class StreamSource:
         Raises:
             RuntimeError: Other samples than when the plan was made, or in another order.
         """
+        if self.rows is not None and not len(self.rows):
+            return
+        taken = torch.zeros(len(self.draws), dtype=torch.bool)
+        taken[slice(None) if self.rows is None else self.rows] = True
         # One fold is a set: it may come in any order. Several are told apart by position.
         ordered = bool((self.draws.folds != self.draws.folds[0]).any())
-        start, length = 0, self.record.n_samples
+        known = list(zip(self.record.sizes, self.record.checksums, strict=True))
+        start, last = self.first, self.first + self.record.n_samples
         for number, item in enumerate(_stream(self.loader, self.seed)):
             inputs, targets = split_batch(item, self.dict_key_y)
-            seen = (len(targets), content_checksum(targets)) if ordered else None
-            if start + len(targets) > length or (ordered and seen != self._at(number)):
+            end = start + len(targets)
+            seen = [(len(targets), content_checksum(targets))] if ordered else []
+            if end > last or (ordered and seen != known[number : number + 1]):
                 raise self._changed(number)
-            yield _batch(inputs, targets, self.draws, self.first + start)
-            start += len(targets)
-        if start != length:
-            raise self._changed(len(self.record.sizes))
-
-    def _at(self, number: int) -> tuple[int, int] | None:
-        if number >= len(self.record.sizes):
-            return None
-        return self.record.sizes[number], self.record.checksums[number]
+            draws, rows = self.draws.select(slice(start, end)), taken[start:end].nonzero()[:, 0]
+            batch = Batch(**vars(draws), inputs=inputs, targets=targets)
+            if len(rows):
+                yield batch if len(rows) == len(batch) else batch.select(rows)
+            start = end
+        if start != last:
+            raise self._changed(len(known))
 
     def _changed(self, number: int) -> RuntimeError:
         return RuntimeError(
@@ -230,38 +254,5 @@ class StreamSource:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class StreamPart:
-    """Some samples of a stream, which is walked whole.
-
-    Attributes:
-        whole: The stream.
-        draws: The samples. [k]
-        rows: Which of the stream's draws they are, ascending. [k] int64
-    """
-
-    whole: StreamSource
-    draws: Draws
-    rows: Tensor
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """Samples in each batch that has any."""
-        ends = torch.tensor(self.whole.record.sizes, dtype=torch.int64).cumsum(0) + self.whole.first
-        counts = torch.bincount(torch.searchsorted(ends, self.rows, right=True))
-        return tuple(count for count in counts.tolist() if count)
-
-    def walk(self) -> Iterator[Batch]:
-        """The samples, in the order in which they come."""
-        taken = torch.zeros(len(self.whole.draws), dtype=torch.bool)
-        taken[self.rows] = True
-        start, done = self.whole.first, 0
-        for batch in self.whole.walk() if len(self.rows) else ():
-            rows = taken[start : start + len(batch)].nonzero().squeeze(-1)
-            start += len(batch)
-            if len(rows):
-                part = batch if len(rows) == len(batch) else batch.select(rows)
-                positions = self.draws.positions
-                assert positions is not None
-                yield replace(part, positions=positions[done : done + len(rows)])
-                done += len(rows)
+Source = IndexedSource | StreamSource
+"""Part of a plan; it knows its draws before it loads them."""

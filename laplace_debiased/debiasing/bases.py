@@ -14,54 +14,55 @@ from laplace_debiased.curvature.factors import (
     KroneckerFactors,
     require_finite,
 )
+from laplace_debiased.curvature.lowrank.span import relative_cutoff
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor, dense
 from laplace_debiased.curvature.rows.sides import energies, is_thin, mean_energies
 from laplace_debiased.curvature.symmetric import eigenpairs
-from laplace_debiased.debiasing.thin import leading, thin_eigenpairs
 from laplace_debiased.errors import NumericalError
-from laplace_debiased.parallel import Job, Result, Runner, in_turn
+from laplace_debiased.parallel.jobs import Job, Runner, in_turn
+
+_FEW_ROWS = 0.6
+"""Rows up to this share of the side go through their Gram matrix, in float64; beyond, a
+decomposition of the whole factor in its own dtype is faster."""
+
+_ORTHONORMAL = 1e-12
 
 
 def eigenbases(
     parts: Sequence[KroneckerFactors], max_rank: int | None = None, run: Runner = in_turn
 ) -> list[tuple[BlockBasis, ...]]:
-    """Eigendecompose every factor of every part.
+    """Eigendecompose every factor of every part; ``run`` runs the decompositions.
 
-    A factor that is kept as k < D rows gives a thin side of its rank.
-
-    Args:
-        parts: sets of factors.
-        max_rank: at most so many directions per side, the leading ones; None for all.
-        run: runs the decompositions.
+    A factor that is kept as k < D rows gives a thin side of its rank. At most ``max_rank``
+    directions per side are kept, the leading ones; None for all.
 
     Raises:
         NumericalError: naming the parameter, if a factor is not finite or does not converge.
     """
-    jobs = [
-        Job(block.name, _cost(factor), partial(_side, block.name, factor, what, max_rank))
-        for factors in parts
-        for block in factors.blocks
-        for factor, what in _sides(block)
-    ]
+    jobs = []
+    for block in (block for part in parts for block in part.blocks):
+        for factor, what in (
+            (block.output, "output-gradient covariance"),
+            (block.input, "input covariance"),
+        ):
+            if factor is not None:
+                side = partial(_side, block.name, factor, what, max_rank)
+                jobs.append(Job(block.name, _cost(factor), side))
     found = iter(run(jobs))
-    return [
-        tuple(
-            _block_basis(block.name, [next(found) for _ in _sides(block)]) for block in part.blocks
-        )
-        for part in parts
-    ]
+
+    def basis_of(block: BlockFactors) -> BlockBasis:
+        values, vectors = next(found)
+        if block.input is None:
+            return BlockBasis(block.name, vectors, values)
+        input_values, input_vectors = next(found)
+        return BlockBasis(block.name, vectors, values, input_vectors, input_values)
+
+    return [tuple(map(basis_of, part.blocks)) for part in parts]
 
 
 def eigenbasis(factors: KroneckerFactors, max_rank: int | None = None) -> tuple[BlockBasis, ...]:
     """:func:`eigenbases` of one set of factors."""
     return eigenbases([factors], max_rank)[0]
-
-
-def _sides(block: BlockFactors) -> list[tuple[Factor, str]]:
-    sides: list[tuple[Factor, str]] = [(block.output, "output-gradient covariance")]
-    if block.input is not None:
-        sides.append((block.input, "input covariance"))
-    return sides
 
 
 def _cost(factor: Factor) -> float:
@@ -72,25 +73,19 @@ def _cost(factor: Factor) -> float:
     return 0.0 if factor.ndim == 1 else float(factor.shape[-1] * factor.numel())
 
 
-def _block_basis(name: str, sides: Sequence[Result]) -> BlockBasis:
-    [values, vectors], *inputs = sides
-    assert values is not None
-    if not inputs:
-        return BlockBasis(name, vectors, values)
-    return BlockBasis(name, vectors, values, inputs[0][1], inputs[0][0])
-
-
 def _side(
     name: str, factor: Factor, what: str, max_rank: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues and basis of a factor, thin where it lacks rank or has more than ``max_rank``."""
     require_finite(name, factor, what)
     if isinstance(factor, RowsFactor):
-        return thin_eigenpairs(factor, max_rank, lambda dense: _eigh(name, dense, what))
+        return thin_eigenpairs(name, factor, what, max_rank)
     values, vectors = _eigh(name, factor, what)
     if vectors is None or max_rank is None or vectors.shape[-1] <= max_rank:
         return values, vectors
-    return leading(values, vectors, max_rank)
+    others = values[..., :-max_rank].mean(-1, keepdim=True)
+    values = torch.cat([values[..., -max_rank:], others], dim=-1)
+    return values, vectors[..., -max_rank:].contiguous()
 
 
 def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
@@ -110,22 +105,72 @@ def _eigh(name: str, factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
     return values.clamp_min(0.0), vectors
 
 
+def thin_eigenpairs(
+    name: str, factor: RowsFactor, what: str, max_rank: int | None
+) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of Rᵀ R above rounding, ascending, through the smaller of R Rᵀ and Rᵀ R.
+
+    R is [k, D] or [G, k, D], k < D; at most ``max_rank`` leading pairs, None for all. Returns
+    eigenvalues [..., r + 1], last the mean of all that is left out, and the basis [..., D, r]. In
+    a group of lower rank than the others the first columns are zeros, with that mean.
+    """
+    rows = factor.rows
+    n_rows, side = rows.shape[-2:]
+    if n_rows <= _FEW_ROWS * side or rows.dtype is torch.float64:
+        values, vectors = _through_gram(rows.double(), relative_cutoff(rows.dtype))
+    else:
+        found, whole = _eigh(name, factor.dense(), what)
+        assert whole is not None
+        values, vectors = found.flip(-1)[..., :n_rows], whole.flip(-1)[..., :n_rows]
+        kept = values > relative_cutoff(rows.dtype) * values[..., :1]
+        values, vectors = values * kept, vectors * kept.unsqueeze(-2)
+    return _kept(values.to(rows), vectors.to(rows), max_rank)
+
+
+def _through_gram(rows: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., k] and vectors [..., D, k] of Rᵀ R, descending, zero below the cutoff."""
+    gram = rows @ rows.mT
+    values, small = eigenpairs((gram + gram.mT) / 2)
+    values, small = values.flip(-1).clamp_min(0.0), small.flip(-1)
+    kept = values > cutoff * values[..., :1]
+    rank = int(kept.sum(-1).max())
+    kept, values, small = kept[..., :rank], values[..., :rank], small[..., :rank]
+    scales = torch.where(kept, values, 1.0).rsqrt() * kept
+    vectors = rows.mT @ (small * scales.unsqueeze(-2))
+    overlap = vectors.mT @ vectors - torch.diag_embed(kept.to(values))
+    if rank and float(overlap.abs().max()) > _ORTHONORMAL:
+        # Of small eigenvalues: the leading ones come first and stay as they are.
+        q, r = torch.linalg.qr(vectors)
+        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+        vectors = q * (signs * kept).unsqueeze(-2)
+    return values * kept, vectors
+
+
+def _kept(values: Tensor, vectors: Tensor, max_rank: int | None) -> tuple[Tensor, Tensor]:
+    """The leading pairs of descending ones that may be zeros, ascending, with the rest's mean."""
+    rank = int((values > 0).sum(-1).max()) if values.shape[-1] else 0
+    rank = rank if max_rank is None else min(rank, max_rank)
+    kept = values[..., :rank]
+    n_rest = vectors.shape[-2] - (kept > 0).sum(-1, keepdim=True)
+    rest = values[..., rank:].sum(-1, keepdim=True) / n_rest
+    kept = torch.where(kept > 0, kept, rest)
+    # A basis of no direction has its shape still.
+    return torch.cat([kept.flip(-1), rest], dim=-1), vectors[..., :rank].flip(-1).contiguous()
+
+
 def kfac_magnitudes(basis: Sequence[BlockBasis], factors: KroneckerFactors) -> tuple[Tensor, ...]:
     r"""λ_ij = (u_B,iᵀ B̃ u_B,i)(u_A,jᵀ Ã u_A,j) per block: the paper's magnitudes.
 
     Tatzel et al. 2025, section 6. Per-sample means, like ``factors``. With the basis of the same
     factors this is the K-FAC eigenvalue table itself.
     """
-    return tuple(
-        _kfac_table(block, measured) for block, measured in zip(basis, factors.blocks, strict=True)
-    )
-
-
-def _kfac_table(basis: BlockBasis, factors: BlockFactors) -> Tensor:
-    outputs = _quadratic_forms(basis.output_basis, factors.output)
-    if factors.input is None:
-        return outputs
-    return _outer(outputs, _quadratic_forms(basis.input_basis, factors.input))
+    tables = []
+    for block, measured in zip(basis, factors.blocks, strict=True):
+        table = _quadratic_forms(block.output_basis, measured.output)
+        if measured.input is not None:
+            table = _outer(table, _quadratic_forms(block.input_basis, measured.input))
+        tables.append(table)
+    return tuple(tables)
 
 
 def _quadratic_forms(basis: Tensor | None, factor: Factor) -> Tensor:

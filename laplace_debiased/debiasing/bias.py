@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Comparison:
 
     def to_state(self) -> dict[str, Tensor]:
         """By name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
     @classmethod
     def from_state(cls, state: Any) -> Comparison:
@@ -46,12 +46,9 @@ class Comparison:
 def compared(
     own: Sequence[Tensor], other: Sequence[Tensor], counts: Sequence[Tensor] | None = None
 ) -> Comparison:
-    """Summarise a pair of magnitude tables.
+    """Summarise magnitude tables, one per block: of the own batch, and of held-out samples.
 
-    Args:
-        own: magnitudes as the directions' own batch reports them, one table per block.
-        other: as held-out samples measure them.
-        counts: how many directions every entry stands for; None for one.
+    ``counts``: how many directions every entry stands for; None for one.
     """
     of_own = _flat(own)
     order = of_own.argsort(descending=True)
@@ -139,36 +136,21 @@ def bias_report(comparisons: Sequence[Comparison], names: Sequence[str]) -> Bias
             "bias_report compares a batch with others, but scheme='single' has one batch only. "
             "Fit with scheme='two_batch' or 'cross_fit'."
         )
-    deciles = [_ratios(part.own, part.other) for part in comparisons]
-    scales = [_ratio(float(part.own.sum()), float(part.other.sum())) for part in comparisons]
-    means, errors = zip(
-        *(_mean_and_error(column) for column in zip(*deciles, strict=True)), strict=True
+    ratios = torch.stack(
+        [
+            torch.cat([part.own / part.other, part.own.sum(0, True) / part.other.sum(0, True)])
+            for part in comparisons
+        ]
     )
-    scale, scale_error = _mean_and_error(scales)
-    tops = [_ratios(part.own_tops, part.other_tops) for part in comparisons]
-    by_block = [sum(ratios) / len(tops) for ratios in zip(*tops, strict=True)]
-    return BiasReport(means, errors, scale, scale_error, dict(zip(names, by_block, strict=True)))
+    spread = ratios.std(0) if len(ratios) > 1 else torch.full_like(ratios[0], math.nan)
+    *means, scale = ratios.mean(0).tolist()
+    *errors, scale_error = (spread / math.sqrt(len(ratios))).tolist()
+    tops = torch.stack([part.own_tops / part.other_tops for part in comparisons]).mean(0).tolist()
+    by_block = dict(zip(names, tops, strict=True))
+    return BiasReport(tuple(means), tuple(errors), scale, scale_error, by_block)
 
 
 def _stated(ratio: float, error: float) -> str:
     if math.isnan(ratio):
         return "no curvature on either"
     return f"{ratio:>9.3g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
-
-
-def _ratios(own: Tensor, other: Tensor) -> list[float]:
-    return [_ratio(a, b) for a, b in zip(own.tolist(), other.tolist(), strict=True)]
-
-
-def _ratio(own: float, other: float) -> float:
-    if other > 0:
-        return own / other
-    return math.inf if own > 0 else math.nan
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))

@@ -29,9 +29,8 @@ from laplace_debiased.curvature import (
 )
 from laplace_debiased.curvature.operations.call import parameter_rows, uses_of
 from laplace_debiased.curvature.rows.base import BlockRows
-from laplace_debiased.data import split_batch
-from laplace_debiased.data.loaders import loader_generators
-from laplace_debiased.debiasing import eigenbasis, own_magnitudes
+from laplace_debiased.data.loaders import loader_generators, split_batch
+from laplace_debiased.debiasing.bases import eigenbasis, own_magnitudes
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
 from laplace_debiased.diagnostics.network import check_data
 from laplace_debiased.diagnostics.profile import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.lowrank.rows import RowPass
-from laplace_debiased.data import split_batch
+from laplace_debiased.data.loaders import split_batch
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.likelihoods import LossModel, loss_model
 from laplace_debiased.network.functional import FunctionalNetwork

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.data import CurvaturePlan, PoolScores
+from laplace_debiased.data.plan import CurvaturePlan, PoolScores
 from laplace_debiased.errors import StoredFileError
 from laplace_debiased.estimation.progress import (
     Progress,
@@ -34,10 +34,10 @@ from laplace_debiased.estimation.progress import (
 from laplace_debiased.files import PathLike, read_record, remove_file, resolved_path, write_record
 from laplace_debiased.network.inputs import to_device
 from laplace_debiased.network.interrupts import uninterrupted
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import Ranks
 
 KIND = "laplace_debiased fit checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DEFAULT_INTERVAL = 60.0
 """Seconds between two checkpoints."""
 
@@ -53,8 +53,8 @@ class FitCheckpoint:
         ranks: all ranks.
 
     Raises:
-        TypeError: if ``path`` is no path or ``interval`` no number.
-        ValueError: if a file belongs to another fit, or ``interval`` is negative.
+        TypeError: if ``path`` is no path.
+        ValueError: if a file belongs to another fit.
         StoredFileError: if a file is damaged, something else, or of an earlier version.
         FileNotFoundError: if the folder does not exist.
     """
@@ -63,11 +63,12 @@ class FitCheckpoint:
         self,
         path: PathLike,
         task: Mapping[str, Any],
-        interval: float = DEFAULT_INTERVAL,
-        ranks: Ranks = ALONE,
+        interval: float,
+        ranks: Ranks,
     ) -> None:
         self._base, self._ranks = resolved_path(path), ranks
-        self.path = self._base if ranks.is_first else self._of_rank(ranks.rank)
+        suffix = "" if ranks.is_first else f".rank{ranks.rank}"
+        self.path = self._base.with_name(self._base.name + suffix)
         self._interval = interval
         if not self._base.parent.is_dir():
             raise FileNotFoundError(f"checkpoint: the folder {self._base.parent} does not exist.")
@@ -94,11 +95,7 @@ class FitCheckpoint:
         return found
 
     def bind(self, plan: CurvaturePlan, **details: Any) -> None:
-        """Check that the plan is that of the interrupted fit.
-
-        Args:
-            plan: the plan of this fit.
-            details: further plain values that must agree.
+        """Check that the plan, and further plain values, are those of the interrupted fit.
 
         Raises:
             ValueError: if the data or draws are others.
@@ -112,13 +109,9 @@ class FitCheckpoint:
     def walk(
         self, name: str, sums: Sequence[Resumable], plan: CurvaturePlan, key: str = ""
     ) -> Progress:
-        """One walk over the plan.
+        """One walk over the plan; what the files hold of it is added to the sums.
 
-        Args:
-            name: which walk of the fit.
-            sums: what adds up what the walk gives; what the files hold is added here.
-            plan: the whole plan.
-            key: what the sums were made along; a walk along something else starts anew.
+        ``key`` is what the sums are made along: a walk along something else starts anew.
         """
         stored = [
             walk
@@ -131,8 +124,9 @@ class FitCheckpoint:
                 self._restore(sums, walk)
                 self._record["walks"][name] = walk
             first = stored[0] if stored else None
+            complete = first is not None and bool(first["complete"])
             write = partial(self._write, name)
-            return WalkProgress(write, self.path, key, sums, plan.share(self._ranks), first)
+            return WalkProgress(plan, complete, write, key, sums, self.path, first)
         return self._shared(name, sums, plan, key, stored)
 
     def _shared(
@@ -158,13 +152,13 @@ class FitCheckpoint:
         own = torch.cat([nothing, *(places[index] for index in mine)])
         share = plan.share(self._ranks, done)
         write, close = partial(self._write, name), partial(self._close, name)
-        return SharedProgress(write, close, key, sums, share, own, complete)
+        return SharedProgress(share, complete, write, key, sums, [own], close)
 
     def _restore(self, sums: Sequence[Resumable], walk: Mapping[str, Any]) -> None:
         for one, state in zip(sums, walk["sums"], strict=True):
             one.restore(to_device(state, self._ranks.home))
 
-    def _write(self, name: str, state: State, *, now: bool = False) -> None:
+    def _write(self, name: str, state: State, now: bool) -> None:
         """Write a walk's state if the last write is long enough ago, or ``now``."""
         if not now and time.monotonic() - self._written < self._interval:
             return
@@ -176,7 +170,7 @@ class FitCheckpoint:
     def _close(self, name: str, state: State) -> None:
         """Keep a walk's state, of all ranks, with rank 0 alone."""
         if self._ranks.is_first:
-            self._write(name, state, now=True)
+            self._write(name, state, True)
         self._ranks.meet(f"the file of {name}")
         if not self._ranks.is_first:
             self._record["walks"].pop(name, None)
@@ -187,9 +181,6 @@ class FitCheckpoint:
             remove_file(path)
 
     # -- files -------------------------------------------------------------------------------
-
-    def _of_rank(self, rank: int) -> Path:
-        return self._base.with_name(f"{self._base.name}.rank{rank}")
 
     def _files_of_ranks(self) -> list[Path]:
         prefix = f"{self._base.name}.rank"
@@ -223,8 +214,7 @@ def _places(walk: Mapping[str, Any], plan: CurvaturePlan) -> Tensor:
     """Places in the plan that sums stand for; one process has stored the number of batches."""
     if "places" in walk:
         return walk["places"]
-    sizes = [size for source in plan.sources for size in source.batch_sizes]
-    return torch.arange(sum(sizes[: walk["position"]]))
+    return torch.arange(sum(plan.batch_sizes[: walk["position"]]))
 
 
 def _readers(everyones: Sequence[Sequence[str]], base: str) -> dict[str, int]:

@@ -9,13 +9,14 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.inspection import MISMATCH
-from laplace_debiased.data import CurvaturePlan, PoolScores, Supply
+from laplace_debiased.data.build import Supply
 from laplace_debiased.data.loaders import is_indexable
-from laplace_debiased.estimation.arguments import Arguments
+from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.errors import ModelChangedError
+from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
 from laplace_debiased.estimation.plan import (
     Scorer,
@@ -25,10 +26,8 @@ from laplace_debiased.estimation.plan import (
     supply_for,
 )
 from laplace_debiased.estimation.report import FitClock
-from laplace_debiased.estimation.request import FitRequest
-from laplace_debiased.estimation.structure import Structure, Task
+from laplace_debiased.estimation.structure import Earlier, Fit, Structure, Task
 from laplace_debiased.estimation.target import Target
-from laplace_debiased.estimation.values import Earlier, Fit, check_same_model
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.identity import ModelFingerprint, digest_of, fingerprint
 from laplace_debiased.network.inputs import tensors_of
@@ -40,7 +39,7 @@ from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.network.watch import Writes
 from laplace_debiased.network.wrappers import check_whole
 from laplace_debiased.options import CurvatureOptions
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 
 
 def run_fit(
@@ -61,26 +60,22 @@ def run_fit(
         structure: Kronecker or low rank.
         target: the network, and which of its weights.
         arguments: what the posterior was asked for.
-        request: the call of ``fit``.
+        request: the call of ``fit``, where the errors are listed.
         previous: the fit that this one is added to; None for a new one.
         chosen: which parameters the structure named when the posterior was made, if any.
         accept: refuses a coverage that hyper-parameters do not fit, before the long work begins.
         ranks: all ranks, in a collective call.
-
-    Raises:
-        ValueError, TypeError: for bad data, budgets, a checkpoint of another fit, or arguments
-            that contradict each other.
-        NumericalError: for NaN or infinite weights, outputs or curvature.
-        CoverageError: if nothing can be covered.
-        ModelChangedError: if the fit to add to was made at other weights.
     """
     clock = FitClock(shows=request.progress_bar)
     options = arguments.options_for(request)
     check_whole(target.model)
     check_weights(target.model)
     model, writes = fingerprint(target.model), Writes(target.model)
-    if previous is not None:
-        check_same_model(previous, model)
+    if previous is not None and previous.model != model:
+        raise ModelChangedError(
+            "override=False adds to a fit at the same weights, but the model has changed since. "
+            "Fit anew with override=True."
+        )
     # What a fit keeps must not be inference tensors, even where the caller is in that mode.
     with preserved_rng(request.seed), outside_inference_mode(), exact_arithmetic(target.device):
         target = _located(target, request, ranks)
@@ -90,29 +85,25 @@ def run_fit(
         engine = structure.engine(target, coverage)
 
         def recommended() -> int | None:
-            # By rank 0: what fits in memory may differ from rank to rank.
-            def budget() -> list[int | None]:
-                return [structure.recommended_samples(engine, request, loss)]
+            return structure.recommended_samples(engine, request, loss)
 
-            return ranks.from_first("the budget", budget)[0]
-
-        supply = supply_for(request, options.n_folds, recommended)
-        earlier = None
-        if previous is not None:
-            earlier = Earlier(previous, supply is not None and supply.budget is not None)
+        supply = supply_for(request, len(options.fold_fractions), recommended, ranks)
+        is_drawn = supply is not None and supply.budget is not None
+        earlier = None if previous is None else Earlier(previous, is_drawn)
         described = _described(structure, target, arguments, request, options, model, earlier)
         given = {"checkpoint": request.checkpoint is not None, "override": request.override}
         ranks.agree("fit", described | given)
         kept = _opened_checkpoint(structure, request, described, ranks)
-        score = Scorer(engine, target.model, loss, options.fisher)
+        score = Scorer(engine.outputs, target.model, loss, options.fisher)
         with clock.scoring(score) as counted:
-            scores = _scored_anew if kept is None else kept.scores
+            scores = None if kept is None else kept.scores
             plan = make_plan(supply, request, options, earlier, counted, ranks, scores)
             plan = _same_plan(plan, supply, request, ranks)
-        _check_size(request.n_data, plan)
+        inputs = first_inputs_of_plan(plan)
         try:
-            coverage = _inspected(structure, engine, target, plan, coverage, ranks)
-            probe = _probed(target, plan, coverage)
+            coverage = _inspected(structure, engine, target, inputs, coverage, ranks)
+            mixes = MISMATCH in coverage.excluded.values()
+            probe = None if inputs is None else Probe.of(target.model, inputs, may_mix=mixes)
         finally:  # what writes to itself looks stochastic, or like other things
             writes.check()
         coverage.require(strict=arguments.strict)
@@ -120,8 +111,8 @@ def run_fit(
         if little is not None:
             warnings.warn(little, UserWarning, stacklevel=3)
         accept(coverage)
-        if earlier is not None:
-            earlier.check_coverage(coverage)
+        if earlier is not None and earlier.fit.coverage.covered != coverage.covered:
+            raise ValueError("override=False needs the same covered parameters as the earlier fit.")
         if kept is not None:
             kept.bind(plan, covered=list(coverage.covered))
         task = Task(
@@ -129,8 +120,9 @@ def run_fit(
             options,
             loss,
             request,
-            supply,
             plan,
+            is_drawn,
+            inputs,
             coverage,
             model,
             clock,
@@ -145,13 +137,9 @@ def run_fit(
     return replace(fit, report=clock.report(), probe=probe)
 
 
-def _scored_anew(indices: Tensor, score: Callable[[], PoolScores]) -> PoolScores:
-    return score()
-
-
 def _located(target: Target, request: FitRequest, ranks: Ranks) -> Target:
     """The target with its last layer known, from any rank that has samples."""
-    if not target.is_to_be_found:
+    if target.last_layer is None or target.last_layer.is_given:
         return target
     inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
     name = None if inputs is None else found_last_layer(target.model, inputs)
@@ -165,24 +153,16 @@ def _inspected(
     structure: Structure,
     engine: Any,
     target: Target,
-    plan: CurvaturePlan,
+    inputs: Any,
     coverage: Coverage,
     ranks: Ranks,
 ) -> Coverage:
     """What a look at the data leaves of the coverage; what any rank sees counts."""
-    own = structure.inspect(engine, target, plan, coverage)
+    own = coverage if inputs is None else structure.inspect(engine, target, inputs, coverage)
     general: frozenset[str] = frozenset()
     for excluded, theirs in ranks.gathered("coverage", (dict(own.excluded), own.general)):
         coverage, general = coverage.without(excluded), general | theirs
     return replace(coverage, general=general - coverage.excluded.keys())
-
-
-def _probed(target: Target, plan: CurvaturePlan, coverage: Coverage) -> Probe | None:
-    """A sample of the first batch and its outputs; None where this rank has none."""
-    inputs = first_inputs_of_plan(plan)
-    if inputs is None:
-        return None
-    return Probe.of(target.model, inputs, may_mix=MISMATCH in coverage.excluded.values())
 
 
 def _same_plan(
@@ -191,44 +171,34 @@ def _same_plan(
     """Rank 0's plan, if all ranks read the same data set or streams of their own.
 
     Raises:
-        ValueError: if they do not, or if N of several streams is not given.
+        ValueError: if they do not, if N of several streams is not given, or if a training set of
+            the given N (1 asks for per-sample means) cannot hold what the fit looks at.
     """
-    if ranks.world == 1:
-        return plan
-    if any(source.is_own for source in plan.sources):
+    if ranks.world > 1 and any(source.is_own for source in plan.sources):
         if request.n_data is None:
             raise ValueError(
                 "every rank's loader gives batches of its own, so that the size of the training "
                 "set is unknown: pass n_data, the samples of all ranks together."
             )
-        return plan.of_first(ranks)
-    pool = None if supply is None else supply.pool
-    if pool is None and plan.indices is not None:
-        pool = torch.unique(torch.cat(plan.indices))
-    behind = None if pool is None else digest_of([pool])
-    ranks.agree("fit", {"samples that a sampler leaves to it (pass whole data sets)": behind})
-    plan = plan.of_first(ranks)
-    labels = digest_of([next(plan.batches()).targets])
-    ranks.agree("fit", {"labels of the first batch of the data set": labels})
-    return plan
-
-
-def _check_size(n_data: int | None, plan: CurvaturePlan) -> None:
-    """Check a given N against the samples that the fit looks at; 1 asks for per-sample means.
-
-    Raises:
-        ValueError: naming both, where a training set of that size cannot hold them.
-    """
-    seen = plan.n_distinct
-    if n_data is not None and 1 < n_data < seen:
+        plan = plan.of_first(ranks)
+    elif ranks.world > 1:
+        pool = None if supply is None else supply.pool
+        if pool is None and plan.indices is not None:
+            pool = torch.unique(torch.cat(plan.indices))
+        behind = None if pool is None else digest_of([pool])
+        ranks.agree("fit", {"samples that a sampler leaves to it (pass whole data sets)": behind})
+        plan = plan.of_first(ranks)
+        labels = digest_of([next(plan.batches()).targets])
+        ranks.agree("fit", {"labels of the first batch of the data set": labels})
+    seen = max(len(source.draws) for source in plan.sources)
+    if plan.indices is not None:
+        seen = len(torch.cat(plan.indices).unique())
+    if request.n_data is not None and 1 < request.n_data < seen:
         raise ValueError(
-            f"n_data={n_data} is smaller than the {seen} samples that the fit looks at; it is the "
-            "number of training samples (len(loader.dataset)), not of batches."
+            f"n_data={request.n_data} is smaller than the {seen} samples that the fit looks at; it "
+            "is the number of training samples (len(loader.dataset)), not of batches."
         )
-
-
-_OF_NO_CONSEQUENCE = ("byte_budget",)
-"""Options that change no result beyond rounding."""
+    return plan
 
 
 def _described(
@@ -241,6 +211,16 @@ def _described(
     earlier: Earlier | None,
 ) -> dict[str, Any]:
     """What identifies a fit, as plain values: the same on all ranks, and when it is continued."""
+    # Of a stream the plan knows more.
+    sizes = [
+        len(loader.dataset) if is_indexable(loader) else None
+        for loader in (request.train_loader, request.magnitude_loader)
+    ]
+    before = None
+    if earlier is not None:
+        fit = earlier.fit
+        digest = digest_of(list(tensors_of(structure.to_state(fit))))
+        before = f"{digest} of {fit.n_samples}, N {fit.n_data}"
     task: dict[str, Any] = {
         "class": type(structure).__name__,
         "last layer": None if target.last_layer is None else target.last_layer.name,
@@ -250,13 +230,13 @@ def _described(
         "n_samples": request.n_samples,
         "n_data": request.n_data,
         "seed": request.seed,
-        "training set": _length(request.train_loader),
-        "magnitude_loader": _length(request.magnitude_loader),
-        "earlier fit": None if earlier is None else _digest(structure, earlier.fit),
+        "training set": sizes[0],
+        "magnitude_loader": sizes[1],
+        "earlier fit": before,
         "loader": type(request.train_loader).__name__,
     }
     for name, value in asdict(options).items():
-        if name not in _OF_NO_CONSEQUENCE:
+        if name != "byte_budget":  # changes no result beyond rounding
             task[name] = value.value if isinstance(value, Enum) else value
     return task
 
@@ -276,13 +256,3 @@ def _opened_checkpoint(
             "without a checkpoint."
         )
     return FitCheckpoint(request.checkpoint, described, request.checkpoint_interval, ranks)
-
-
-def _length(loader: Any) -> int | None:
-    """Size of the data set; of a stream the plan knows more."""
-    return len(loader.dataset) if is_indexable(loader) else None
-
-
-def _digest(structure: Structure, fit: Fit) -> str:
-    digest = digest_of(list(tensors_of(structure.to_state(fit))))
-    return f"{digest} of {fit.n_samples}, N {fit.n_data}"

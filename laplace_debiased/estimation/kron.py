@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.curvature import (
     BackwardPass,
-    BlockFactors,
     Coverage,
     CurvaturePass,
     FeaturePass,
@@ -22,37 +22,22 @@ from laplace_debiased.curvature import (
 )
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.rows.gram import dense
-from laplace_debiased.data import CurvaturePlan
 from laplace_debiased.data.loaders import can_draw, sampler_indices
-from laplace_debiased.debiasing import (
-    Comparison,
-    SchemePlan,
-    compared,
-    eigenbases,
-    join_by_rank,
-    kfac_magnitudes,
-    own_magnitudes,
-    scheme_plan,
-)
-from laplace_debiased.estimation.arguments import Arguments
+from laplace_debiased.debiasing.bases import eigenbases, kfac_magnitudes, own_magnitudes
+from laplace_debiased.debiasing.bias import Comparison, compared
+from laplace_debiased.debiasing.schemes import join_by_rank, scheme_plan
+from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.backends import BackendFactors, check_backend
-from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator
-from laplace_debiased.estimation.kron_state import (
-    as_kept,
-    curvature_from_state,
-    curvature_to_state,
-)
-from laplace_debiased.estimation.plan import first_inputs_of_loader, first_inputs_of_plan
-from laplace_debiased.estimation.request import FitRequest
-from laplace_debiased.estimation.softmax_head import in_closed_form
-from laplace_debiased.estimation.structure import Task
+from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator, in_closed_form
+from laplace_debiased.estimation.kron_state import as_kept, curvature_from_state, curvature_to_state
+from laplace_debiased.estimation.plan import first_inputs_of_loader
+from laplace_debiased.estimation.structure import Earlier, Fit, KronCurvature, Task
 from laplace_debiased.estimation.target import Target
-from laplace_debiased.estimation.values import Earlier, Fit, KronCurvature
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.memory import working_memory
 from laplace_debiased.operators import EigenBlock, EigenKron
 from laplace_debiased.options import Magnitudes, Sampling, Scheme
-from laplace_debiased.parallel import shared_out
+from laplace_debiased.parallel.jobs import shared_out
 from laplace_debiased.predictive import KronPredictor, LastLayerKronPredictor, Predictor
 
 RECOMMENDED_SAMPLES = 256
@@ -69,17 +54,10 @@ RECOMMENDED_LAST_LAYER_SAMPLES = 2_048
 RECOMMENDED_SKETCHED_SAMPLES = 768
 """With two sketched columns each: three times as many samples of as many signs are as steady."""
 
-Tables = tuple[Tensor, ...]
-Block = TypeVar("Block", BlockBasis, BlockFactors)
-
 
 @dataclass(frozen=True, eq=False)
 class KronStructure:
-    """Kronecker curvature from our own pass, or its factors from a laplace-torch backend.
-
-    Args:
-        arguments: what the posterior was asked for.
-    """
+    """Kronecker curvature from our own pass, or its factors from a laplace-torch backend."""
 
     arguments: Arguments
     takes_positions = True
@@ -130,19 +108,15 @@ class KronStructure:
         return recommended if n_data > recommended else None
 
     def inspect(
-        self, engine: CurvaturePass, target: Target, plan: CurvaturePlan, coverage: Coverage
+        self, engine: CurvaturePass, target: Target, inputs: Any, coverage: Coverage
     ) -> Coverage:
         """What one look at what the network does with its parameters leaves."""
-        if target.last_layer is not None and self.arguments.backend is None:
-            return coverage  # our own pass checks every batch
-        inputs = first_inputs_of_plan(plan)
-        if inputs is None:
-            return coverage
         if target.last_layer is None:
             return inspected(target.model, coverage, inputs)
-        # A backend differentiates the whole network, and would not see that its outputs are not
-        # the last layer's.
-        engine.outputs(inputs)
+        if self.arguments.backend is not None:
+            # It differentiates the whole network, and would not see that its outputs are not the
+            # last layer's. Our own pass checks every batch.
+            engine.outputs(inputs)
         return coverage
 
     def estimate(self, engine: CurvaturePass, task: Task) -> Fit:
@@ -157,16 +131,16 @@ class KronStructure:
         earlier = task.earlier
         sketch = None
         if isinstance(engine, BackwardPass):
-            inputs = first_inputs_of_plan(task.plan)
-            own = 0 if inputs is None else engine.output_shape(inputs).numel()
+            own = 0 if task.inputs is None else engine.output_shape(task.inputs).numel()
             sketch = task.options.sketched(max(task.ranks.gathered("outputs", own)))
         estimator = in_closed_form(KronEstimator(engine, task, sketch))
         with torch.no_grad():
-            new = self._statistics(estimator, task)
+            backend, walk = self.arguments.backend, estimator.fold_statistics
+            if backend is not None and task.options.magnitudes is Magnitudes.KFAC:
+                walk = BackendFactors(backend, task, self.arguments).fold_statistics
+            new = walk()
             if earlier is None:
-                measured = _measured(new, estimator, task)
-                curvature = KronCurvature(measured.basis, measured.tables, new.factors)
-                comparisons = measured.comparisons
+                curvature, comparisons = _measured(new, estimator, task)
             else:
                 curvature, comparisons = _added(earlier, new, estimator, task)
             # The same to the bit on every rank: products differ in their last digits from one
@@ -176,20 +150,8 @@ class KronStructure:
             )
             folds = tuple(as_kept(fold, curvature.basis) for fold in curvature.folds)
             curvature = replace(curvature, tables=tuple(tables), folds=folds)
-        return task.result(
-            curvature, comparisons, new.mean_loss, new.n_outputs, new.effective_samples
-        )
-
-    def _statistics(self, estimator: KronEstimator, task: Task) -> FoldStatistics:
-        """First walk: by the backend if there is one, else by our own pass."""
-        backend = self.arguments.backend
-        if backend is None or task.options.magnitudes is not Magnitudes.KFAC:
-            statistics = estimator.fold_statistics()
-        else:
-            statistics = BackendFactors(backend, task, self.arguments).fold_statistics()
-        if task.plan.pool is None:
-            return statistics
-        return replace(statistics, mean_loss=float(task.plan.pool.losses.mean()))
+        found = (new.mean_loss, new.n_outputs, new.effective_samples)
+        return task.result(curvature, comparisons, *found)
 
     def predictor(self, engine: CurvaturePass, fit: Fit) -> Predictor:
         """From N·λ in the posterior's eigenbasis."""
@@ -221,56 +183,41 @@ class KronStructure:
         return curvature_from_state(tuple(state["covered"]), state, device), comparisons
 
 
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """Magnitudes of a scheme along the eigenbasis of its posterior."""
-
-    basis: tuple[BlockBasis, ...]
-    tables: Tables
-    comparisons: tuple[Comparison, ...]
-
-
 def _measured(
-    statistics: FoldStatistics,
-    estimator: KronEstimator,
-    task: Task,
-) -> _Measured:
+    statistics: FoldStatistics, estimator: KronEstimator, task: Task
+) -> tuple[KronCurvature, tuple[Comparison, ...]]:
     """Directions and magnitudes of a scheme, with a second walk if they are exact."""
     options, scheme = task.options, scheme_plan(task.options.scheme, task.plan.fold_sizes)
-    bases = _directions(statistics, [step.direction_folds for step in scheme.measurements], task)
+    steps = scheme.measurements
+    bases = _directions(statistics, [step.direction_folds for step in steps], task)
     held_out = [
         kfac_magnitudes(basis, statistics.merged(step.magnitude_folds))
-        for basis, step in zip(bases, scheme.measurements, strict=True)
+        for basis, step in zip(bases, steps, strict=True)
     ]
     match options.magnitudes:
         case Magnitudes.KFAC:
             tables = held_out
         case Magnitudes.GGN:
-            tables = estimator.exact_magnitudes(scheme.measurements, bases)
+            tables = estimator.exact_magnitudes(steps, bases)
     comparisons: tuple[Comparison, ...] = ()
     if options.scheme is not Scheme.SINGLE:
         comparisons = tuple(
             compared(own_magnitudes(basis), held, [block.multiplicities() for block in basis])
             for basis, held in zip(bases, held_out, strict=True)
         )
-    basis = (
-        bases[0]
-        if scheme.posterior_basis_is_measured
-        else _directions(statistics, [scheme.posterior_folds], task)[0]
-    )
-    shares = [step.share for step in scheme.measurements]
-    return _Measured(
-        basis,
-        join_by_rank(tables, shares, bases, basis),
-        comparisons,
-    )
+    basis = bases[0]
+    if [step.direction_folds for step in steps] != [scheme.posterior_folds]:
+        [basis] = _directions(statistics, [scheme.posterior_folds], task)
+    joined = join_by_rank(tables, [step.share for step in steps], bases, basis)
+    return KronCurvature(basis, joined, statistics.factors), comparisons
 
 
 def _directions(
     statistics: FoldStatistics, sets: Sequence[Sequence[int]], task: Task
 ) -> list[tuple[BlockBasis, ...]]:
     """Eigenbases of sets of folds."""
-    run = shared_out(task.ranks, "eigenbases", task.clock.decomposed)
+    watched = task.clock.decomposed
+    run = partial(shared_out, ranks=task.ranks, what="eigenbases", watched=watched)
     return eigenbases([statistics.merged(folds) for folds in sets], task.options.max_rank, run)
 
 
@@ -278,64 +225,50 @@ def _added(
     earlier: Earlier, new: FoldStatistics, estimator: KronEstimator, task: Task
 ) -> tuple[KronCurvature, tuple[Comparison, ...]]:
     """A new fit's statistics added to an earlier fit."""
-    old: KronCurvature = earlier.fit.curvature
-    _check_can_add(earlier, task)
-    merged = _merged_statistics(earlier, new, task)
-    scheme = scheme_plan(task.options.scheme, task.plan.fold_sizes)
-    if earlier.same_data and task.options.sampling is Sampling.CURVATURE:
-        measured = _measured(new, estimator, task)
-        [basis] = _directions(merged, [scheme.posterior_folds], task)
-        comparisons = (*earlier.fit.comparisons, *measured.comparisons)
-    else:
-        measured = _measured(merged, estimator, task)
-        basis, comparisons = measured.basis, measured.comparisons
-    tables = measured.tables
-    if task.options.magnitudes is Magnitudes.GGN:
-        share = earlier.share(task.plan)
-        bases = [old.basis, measured.basis]
-        tables = join_by_rank([old.tables, tables], [1 - share, share], bases, basis)
-    weights = sum(earlier.weights(task.plan))
-    n_samples = earlier.fit.n_samples + sum(task.plan.fold_sizes)
-    folds = tuple(
-        replace(fold, n_samples=fold.n_samples * n_samples / weights) for fold in merged.factors
-    )
-    return KronCurvature(basis, tables, folds), comparisons
-
-
-def _merged_statistics(earlier: Earlier, new: FoldStatistics, task: Task) -> FoldStatistics:
-    """Factors of both fits, fold by fold."""
-    old_weight, new_weight = earlier.weights(task.plan)
-    old_draws, new_draws = earlier.fit.n_samples, sum(task.plan.fold_sizes)
-    factors = tuple(
-        KroneckerFactors.merge(
-            [
-                replace(before, n_samples=before.n_samples * old_weight / old_draws),
-                replace(after, n_samples=after.n_samples * new_weight / new_draws),
-            ]
-        )
-        for before, after in zip(earlier.fit.curvature.folds, new.factors, strict=True)
-    )
-    return replace(new, factors=factors)
-
-
-def _check_can_add(earlier: Earlier, task: Task) -> None:
-    fit, n_folds = earlier.fit, len(earlier.fit.curvature.folds)
-    if fit.scheme is not task.options.scheme or n_folds != len(task.plan.fold_sizes):
+    fit, options, sizes = earlier.fit, task.options, task.plan.fold_sizes
+    old: KronCurvature = fit.curvature
+    if fit.scheme is not options.scheme or len(old.folds) != len(sizes):
         raise ValueError(
-            f"override=False adds to a fit with scheme={fit.scheme.value!r} and {n_folds} folds, "
-            f"but this one has scheme={task.options.scheme.value!r} and "
-            f"{len(task.plan.fold_sizes)}."
+            f"override=False adds to a fit with scheme={fit.scheme.value!r} and {len(old.folds)} "
+            f"folds, but this one has scheme={options.scheme.value!r} and {len(sizes)}."
         )
+    weights, n_draws = earlier.weights(task.plan), (fit.n_samples, sum(sizes))
+    merged = replace(
+        new,
+        factors=tuple(
+            KroneckerFactors.merge(
+                [
+                    replace(part, n_samples=part.n_samples * weight / n)
+                    for part, weight, n in zip(parts, weights, n_draws, strict=True)
+                ]
+            )
+            for parts in zip(old.folds, new.factors, strict=True)
+        ),
+    )
+    if earlier.same_data and options.sampling is Sampling.CURVATURE:
+        measured, comparisons = _measured(new, estimator, task)
+        comparisons = (*fit.comparisons, *comparisons)
+        [basis] = _directions(merged, [scheme_plan(options.scheme, sizes).posterior_folds], task)
+    else:
+        measured, comparisons = _measured(merged, estimator, task)
+        basis = measured.basis
+    tables = measured.tables
+    if options.magnitudes is Magnitudes.GGN:
+        shares = [weight / sum(weights) for weight in weights]
+        bases = [old.basis, measured.basis]
+        tables = join_by_rank([old.tables, tables], shares, bases, basis)
+    scale = sum(n_draws) / sum(weights)
+    folds = tuple(replace(fold, n_samples=fold.n_samples * scale) for fold in merged.factors)
+    return KronCurvature(basis, tables, folds), comparisons
 
 
 def posterior_factors(fit: Fit) -> list[list[Tensor]]:
     """The posterior directions' factors as laplace-torch keeps them: [N·B, A] and [N·B]."""
     folds: Sequence[KroneckerFactors] = fit.curvature.folds
-    scheme: SchemePlan = scheme_plan(fit.scheme, tuple(int(fold.n_samples) for fold in folds))
+    scheme = scheme_plan(fit.scheme, tuple(int(fold.n_samples) for fold in folds))
     merged = KroneckerFactors.merge([folds[index] for index in scheme.posterior_folds])
+    inputs = [[] if block.input is None else [dense(block.input)] for block in merged.blocks]
     return [
-        [dense(block.output) * fit.n_data]
-        if block.input is None
-        else [dense(block.output) * fit.n_data, dense(block.input)]
-        for block in merged.blocks
+        [dense(block.output) * fit.n_data, *sides]
+        for block, sides in zip(merged.blocks, inputs, strict=True)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -14,6 +14,7 @@ from laplace_debiased.curvature import (
     Chunk,
     CurvaturePass,
     FactorAccumulator,
+    FeaturePass,
     KroneckerFactors,
     MagnitudeAccumulator,
 )
@@ -21,42 +22,33 @@ from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.over_ranks import factors_over_ranks, magnitudes_over_ranks
 from laplace_debiased.curvature.passes import Columns
 from laplace_debiased.curvature.rows.size import largest_basis
-from laplace_debiased.data import Batch
-from laplace_debiased.debiasing import Measurement
-from laplace_debiased.estimation.columns import (
-    SharedNoise,
-    columns_per_sample,
-    drawing,
-    fit_columns,
-)
+from laplace_debiased.curvature.softmax_head import SoftmaxHeadRule
+from laplace_debiased.data.sources import Batch
+from laplace_debiased.debiasing.schemes import Measurement
 from laplace_debiased.estimation.progress import Progress, Resumable
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.walking import (
     Tally,
     by_fold,
     coefficients_of,
+    columns_per_sample,
+    fit_columns,
     fold_slices,
     nonzero_slice,
     rows_of,
-    scaled_columns,
 )
+from laplace_debiased.likelihoods import SoftmaxCrossEntropy
 from laplace_debiased.network.forecast import Forecast
 from laplace_debiased.network.identity import digest_of
-from laplace_debiased.options import SKETCHED_COLUMNS, Magnitudes
+from laplace_debiased.options import SKETCHED_COLUMNS, Fisher, Magnitudes
+
+DENSE_UP_TO = 4_096
+"""With more classes the factor [C, C] of the outputs is never formed."""
 
 
 @dataclass(frozen=True, eq=False)
 class FoldStatistics:
-    """What the first walk over a plan gives.
-
-    Attributes:
-        factors: per fold, means over its draws.
-        mean_loss: mean loss over all draws, in nats.
-        n_outputs: C.
-        effective_samples: (Σ w h)² / Σ (w h)² over draws, with h the trace of a sample's loss
-            Hessian and w its importance weight: how many samples of equal curvature would give
-            as steady an estimate of the scale; None where it was not computed.
-    """
+    """What the first walk over a plan gives: per fold means over its draws; see :class:`Fit`."""
 
     factors: tuple[KroneckerFactors, ...]
     mean_loss: float
@@ -72,10 +64,7 @@ class FoldStatistics:
 class KronEstimator:
     """Estimates Kronecker curvature with our own pass.
 
-    Args:
-        engine: the pass over the network.
-        task: what the fit works on.
-        sketch: number of columns that stand for the loss Hessian's root; None for all of it.
+    ``sketch``: number of columns that stand for the loss Hessian's root; None for all of it.
     """
 
     engine: CurvaturePass
@@ -87,19 +76,17 @@ class KronEstimator:
         plan, loss = self.task.plan, self.task.loss
         summed_bias = self.task.options.magnitudes is not Magnitudes.KFAC
         sums = [
-            FactorAccumulator(self.task.names, summed_bias=summed_bias, thin=True)
+            FactorAccumulator(self.task.coverage.covered, summed_bias=summed_bias, thin=True)
             for _ in plan.fold_sizes
         ]
         tally = Tally()
         walk = self._progress("factors", [*sums, tally])
-        for batch, chunk in self._walk("factors", walk, streaming=True):
-            part = rows_of(batch, chunk.rows, chunk.outputs.device)
+        for part, chunk in self._walk("factors", walk, streaming=True):
             tally.add(loss, chunk.outputs, part)
             self._add_chunk(sums, chunk, part)
         tally = tally.over_ranks(self.task.ranks)
         factors_over_ranks(self.task.ranks, sums)
-        if walk is not None:
-            walk.close([*sums, tally])
+        walk.close([*sums, tally])
         tally.require_usable(loss)
         factors = tuple(
             accumulator.means(size) for accumulator, size in zip(sums, plan.fold_sizes, strict=True)
@@ -130,8 +117,7 @@ class KronEstimator:
         walk = self._progress("magnitudes", sums, bases)
         plan = self.task.plan
         largest = {group[0].name: largest_basis(group) for group in zip(*bases, strict=True)}
-        for batch, chunk in self._walk("magnitudes", walk, bases=largest):
-            part = rows_of(batch, chunk.rows, chunk.outputs.device)
+        for part, chunk in self._walk("magnitudes", walk, bases=largest):
             wanted = [coefficients_of(plan, measurement, part) for measurement in measurements]
             for name, rows in (block for _, tile in chunk.tiles() for block in tile):
                 for accumulator, coefficients in zip(sums, wanted, strict=True):
@@ -141,8 +127,7 @@ class KronEstimator:
                             name, rows.select(used), coefficients[used].to(rows.columns)
                         )
         magnitudes_over_ranks(self.task.ranks, sums)
-        if walk is not None:
-            walk.close(sums)
+        walk.close(sums)
         return [accumulator.tables() for accumulator in sums]
 
     def _progress(
@@ -150,86 +135,105 @@ class KronEstimator:
         what: str,
         sums: Sequence[Resumable],
         bases: Sequence[tuple[BlockBasis, ...]] = (),
-    ) -> Progress | None:
+    ) -> Progress:
         """Where a walk is, with its sums set to the checkpoint's; only along the same bases."""
         if self.task.checkpoint is None:
-            return None
+            return Progress(self.task.plan.share(self.task.ranks), complete=False)
         values = [v for basis in bases for block in basis for v in vars(block).values()]
         key = digest_of([value for value in values if isinstance(value, Tensor)])
         return self.task.checkpoint.walk(what, sums, self.task.plan, key)
 
-    def _walk(
-        self, what: str, walk: Progress | None, **options: Any
-    ) -> Iterator[tuple[Batch, Chunk]]:
-        """Batches of the plan with their chunks.
+    def _walk(self, what: str, walk: Progress, **options: Any) -> Iterator[tuple[Batch, Chunk]]:
+        """Chunks of the plan's batches, each with its samples; whoever asks on is done with one.
 
-        Args:
-            what: what is measured, as progress bar and report say it.
-            walk: where the walk is.
-            options: of the pass's chunks. In a streaming walk columns are scaled by the square
-                roots of their samples' weights.
+        ``options`` are of the pass's chunks. In a streaming walk columns are scaled by the square
+        roots of their samples' weights.
         """
-        forecast, weighted = self._forecast(), options.get("streaming", False)
-        for batch, columns in self._batches(what, walk):
-            if weighted:
-                columns = scaled_columns(columns, batch.weights * batch.counts)
+        if walk.complete:
+            return
+        forecast, weighted = self._forecast(walk), options.get("streaming", False)
+        for unsorted in self.task.clock.walk(walk.share, what):
+            if walk.is_behind(unsorted):
+                continue
+            batch = by_fold(unsorted)
+            columns = self._columns_of(batch, weighted=weighted)
             forecast.begin()
             for chunk in self.engine.chunks(
                 batch.inputs, columns, n_columns=self._n_columns, **options
             ):
-                yield batch, chunk
+                yield rows_of(batch, chunk.rows, chunk.outputs.device), chunk
                 if weighted:  # the first walk speaks for both
                     forecast.done(len(chunk.outputs))
+            walk.add(unsorted)
+        walk.finish()
 
-    def _forecast(self) -> Forecast:
+    def _forecast(self, walk: Progress) -> Forecast:
         """Foretells the walks of a fit from its first chunks."""
-        plan, exact = self.task.plan, self.task.options.magnitudes is Magnitudes.GGN
-        share = plan.share(self.task.ranks)
+        n_walks = 2 if self.task.options.magnitudes is Magnitudes.GGN else 1
         if self._n_columns is None:
             advice = f"columns={SKETCHED_COLUMNS} takes so many backward passes per sample"
         else:
             advice = "A smaller n_samples takes less; subset_of_weights='last_layer' least"
-        n_samples = sum(size for part in share.parts for size in part.batch_sizes)
-        return Forecast("this fit", (2 if exact else 1) * n_samples, f"{advice}.")
-
-    def _batches(self, what: str, walk: Progress | None) -> Iterator[tuple[Batch, Columns]]:
-        """Batches of the plan and their columns; label draws repeat from walk to walk.
-
-        Whoever asks for the next batch is done with the one before.
-        """
-        if walk is not None and walk.complete:
-            return
-        plan, request = self.task.plan, self.task.request
-        share = plan.share(self.task.ranks) if walk is None else walk.share
-        generator = torch.Generator().manual_seed(request.seed)
-        noise = SharedNoise(plan, share, request.seed, by_fold=True)
-        for unsorted in self.task.clock.walk(share, what):
-            if walk is not None and walk.is_behind(unsorted, generator):
-                continue
-            batch = by_fold(unsorted)
-            with torch.no_grad():
-                yield batch, self._columns_of(batch, generator, noise)
-            if walk is not None:
-                walk.add(unsorted, generator)
-        if walk is not None:
-            walk.finish(generator)
+        return Forecast("this fit", n_walks * sum(walk.share.batch_sizes), f"{advice}.")
 
     @property
     def _n_columns(self) -> int | None:
         return columns_per_sample(self.task.options, self.sketch)
 
-    def _columns_of(self, batch: Batch, generator: torch.Generator, shared: SharedNoise) -> Columns:
-        loss, options = self.task.loss, self.task.options
-        noise: Tensor | None = None
-
+    def _columns_of(self, batch: Batch, *, weighted: bool) -> Columns:
         def columns(outputs: Tensor, rows: slice) -> Tensor:
-            nonlocal noise
-            targets = batch.targets[rows].to(outputs.device)
-            loss.check_targets(outputs, targets)
-            draw = drawing(loss, options, outputs, self.sketch)
-            if draw is not None and noise is None:
-                noise = shared.of(batch, draw, generator)
-            drawn = None if noise is None else noise[rows]
-            return fit_columns(loss, options.fisher, outputs, targets, drawn, self.sketch)
+            part = rows_of(batch, rows, outputs.device)
+            self.task.loss.check_targets(outputs, part.targets)
+            found, weights = self._columns(part, outputs), part.weights * part.counts
+            if not weighted or bool((weights == 1).all()):
+                return found
+            return found * weights.sqrt().to(found).reshape(-1, *[1] * (found.ndim - 1))
 
         return columns
+
+    def _columns(self, part: Batch, outputs: Tensor) -> Tensor:
+        return fit_columns(self.task, part, outputs, self.sketch)
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxHeadEstimator(KronEstimator):
+    """The estimator whose columns are √p, one per sample, and stand for a whole root.
+
+    Attributes:
+        directions: takes the first walk where C is large: its factors are kept as the rows of
+            sketched columns, and give a thin eigenbasis. Curvature along it is measured in closed
+            form all the same, so that the sketch costs no bias and no noise of magnitudes.
+    """
+
+    directions: KronEstimator | None = None
+
+    def fold_statistics(self) -> FoldStatistics:
+        """First walk: factors of every fold, and the loss."""
+        if self.directions is not None:
+            return self.directions.fold_statistics()
+        return super().fold_statistics()
+
+    @property
+    def _n_columns(self) -> int:
+        return 1
+
+    def _columns(self, part: Batch, outputs: Tensor) -> Tensor:
+        roots = torch.softmax(outputs, dim=-1).sqrt().unsqueeze(-1)
+        mask = self.task.loss.label_mask(part.targets)
+        return roots if mask is None else roots * mask.reshape(-1, 1, 1)
+
+
+def in_closed_form(estimator: KronEstimator) -> KronEstimator:
+    """The same estimator in closed form where there is one: softmax, type-2 Fisher, features."""
+    engine, task = estimator.engine, estimator.task
+    if not (
+        isinstance(engine, FeaturePass)
+        and isinstance(task.loss, SoftmaxCrossEntropy)
+        and task.options.fisher is Fisher.TYPE2
+    ):
+        return estimator
+    directions = None
+    if engine.n_outputs > DENSE_UP_TO:
+        directions = replace(estimator, sketch=SKETCHED_COLUMNS)
+    closed = replace(engine, rule=SoftmaxHeadRule())
+    return SoftmaxHeadEstimator(closed, task, directions=directions)

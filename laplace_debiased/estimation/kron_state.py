@@ -15,9 +15,9 @@ from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.lowrank.span import relative_cutoff
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor
 from laplace_debiased.curvature.rows.sides import is_thin
-from laplace_debiased.estimation.values import KronCurvature
-from laplace_debiased.network.inputs import to_device
-from laplace_debiased.parallel import from_triangle, triangle_of
+from laplace_debiased.estimation.structure import KronCurvature
+from laplace_debiased.network.inputs import map_tensors, to_device
+from laplace_debiased.parallel.sums import from_triangle, triangle_of
 
 Block = TypeVar("Block", BlockBasis, BlockFactors)
 
@@ -75,56 +75,82 @@ def _mirrored(factor: Tensor) -> Tensor:
 
 def curvature_to_state(curvature: KronCurvature) -> dict[str, Any]:
     """Eigenbases, tables and factors of the folds."""
+    names = [field.name for field in fields(BlockBasis)][1:]
+    bases = [{name: getattr(block, name) for name in names} for block in curvature.basis]
     return {
-        "H": [_basis_to_state(block) for block in curvature.basis],
-        "tables": [table.detach().clone() for table in curvature.tables],
-        "folds": [_factors_to_state(fold) for fold in curvature.folds],
+        "H": map_tensors(_copied, bases),
+        "tables": map_tensors(_copied, list(curvature.tables)),
+        "folds": [
+            {
+                "n_samples": fold.n_samples,
+                "blocks": [
+                    {
+                        "output": _factor_to_state(block.output),
+                        "input": _factor_to_state(block.input),
+                    }
+                    for block in fold.blocks
+                ],
+            }
+            for fold in curvature.folds
+        ],
     }
 
 
 def curvature_from_state(
     names: Sequence[str], state: Mapping[str, Any], device: torch.device
 ) -> KronCurvature:
-    """Curvature of :func:`curvature_to_state`, or of earlier versions.
-
-    Args:
-        names: the covered parameters.
-        state: holds it.
-        device: of the tensors.
+    """Curvature of :func:`curvature_to_state`, or of earlier versions, of the covered parameters.
 
     Raises:
         ValueError: if a table does not fit its eigenbasis.
     """
+    bases, tables, folds = to_device((state["H"], state["tables"], state["folds"]), device)
     basis = tuple(
-        BlockBasis(name, **to_device(_fields_of(BlockBasis, entry), device))
-        for name, entry in zip(names, state["H"], strict=True)
+        BlockBasis(name, **_fields_of(BlockBasis, entry))
+        for name, entry in zip(names, bases, strict=True)
     )
-    tables = tuple(table.to(device) for table in state["tables"])
     for block, table in zip(basis, tables, strict=True):
         if tuple(table.shape) != block.table_shape:
             raise ValueError(f"the state's table of {block.name!r} does not fit its eigenbasis.")
-    folds = tuple(_factors_from_state(basis, fold, device) for fold in state["folds"])
-    return KronCurvature(basis, tables, folds)
+    factors = []
+    for fold in folds:
+        blocks = []
+        for along, entry in zip(basis, fold["blocks"], strict=True):
+            values: dict[str, Any] = {
+                side: _factor_from_state(value, getattr(along, f"{side}_basis"))
+                for side, value in _fields_of(BlockFactors, entry).items()
+            }
+            blocks.append(BlockFactors(along.name, **values))
+        factors.append(KroneckerFactors(tuple(blocks), fold["n_samples"]))
+    return KronCurvature(basis, tuple(tables), tuple(factors))
 
 
-def _basis_to_state(block: BlockBasis) -> dict[str, Tensor | None]:
-    """Every field but the name, tensors as copies."""
-    values = {field.name: getattr(block, field.name) for field in fields(block)[1:]}
-    return {n: None if value is None else value.detach().clone() for n, value in values.items()}
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _factor_to_state(factor: Factor | None) -> Tensor | dict[str, Tensor] | None:
     """Factors of few rows as these, matrices as upper triangles, diagonals as copies."""
     match factor:
         case SpannedRows():
-            return {"coordinates": factor.coordinates.detach().clone()}
+            return {"coordinates": _copied(factor.coordinates)}
         case RowsFactor():
-            return {"rows": factor.rows.detach().clone()}
+            return {"rows": _copied(factor.rows)}
         case None:
             return None
-    if factor.ndim == 1:
-        return factor.detach().clone()
-    return {"triangle": triangle_of(factor.detach())}
+    return _copied(factor) if factor.ndim == 1 else {"triangle": triangle_of(factor.detach())}
+
+
+def _factor_from_state(value: Any, basis: Tensor | None) -> Factor | None:
+    if not isinstance(value, Mapping):
+        return None if value is None else _mirrored(value)
+    if "rows" in value:
+        return RowsFactor(value["rows"])
+    if "triangle" in value:
+        triangle = value["triangle"]
+        return from_triangle(triangle, (math.isqrt(8 * triangle.shape[-1] + 1) - 1) // 2)
+    assert basis is not None
+    return SpannedRows.along(value["coordinates"], basis)
 
 
 def _fields_of(kind: type[Block], entry: Mapping[str, Any] | Sequence[Tensor]) -> dict[str, Any]:
@@ -132,38 +158,3 @@ def _fields_of(kind: type[Block], entry: Mapping[str, Any] | Sequence[Tensor]) -
     if isinstance(entry, Mapping):
         return dict(entry)
     return dict(zip([field.name for field in fields(kind)][1:], entry, strict=False))
-
-
-def _factor_from_state(value: Any, basis: Tensor | None, device: torch.device) -> Factor | None:
-    if not isinstance(value, Mapping):
-        return None if value is None else _mirrored(value.to(device))
-    if "rows" in value:
-        return RowsFactor(value["rows"].to(device))
-    if "triangle" in value:
-        triangle = value["triangle"].to(device)
-        return from_triangle(triangle, (math.isqrt(8 * triangle.shape[-1] + 1) - 1) // 2)
-    assert basis is not None
-    return SpannedRows.along(value["coordinates"].to(device), basis)
-
-
-def _factors_to_state(factors: KroneckerFactors) -> dict[str, Any]:
-    return {
-        "n_samples": factors.n_samples,
-        "blocks": [
-            {"output": _factor_to_state(block.output), "input": _factor_to_state(block.input)}
-            for block in factors.blocks
-        ],
-    }
-
-
-def _factors_from_state(
-    basis: Sequence[BlockBasis], state: Mapping[str, Any], device: torch.device
-) -> KroneckerFactors:
-    blocks = []
-    for directions, entry in zip(basis, state["blocks"], strict=True):
-        values: dict[str, Any] = {
-            side: _factor_from_state(value, getattr(directions, f"{side}_basis"), device)
-            for side, value in _fields_of(BlockFactors, entry).items()
-        }
-        blocks.append(BlockFactors(directions.name, **values))
-    return KroneckerFactors(tuple(blocks), state["n_samples"])

@@ -13,16 +13,14 @@ from laplace_debiased.curvature.coverage import parameter_coverage
 from laplace_debiased.curvature.lowrank.over_ranks import pairs_of_first
 from laplace_debiased.curvature.lowrank.rows import FeatureRowPass, RowPass
 from laplace_debiased.curvature.lowrank.span import Eigenpairs, JoinedPart, matrix_average
-from laplace_debiased.data import CurvaturePlan, loader_length
-from laplace_debiased.debiasing import Comparison, compared
-from laplace_debiased.estimation.arguments import Arguments
-from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator
-from laplace_debiased.estimation.plan import first_inputs_of_loader, first_inputs_of_plan
-from laplace_debiased.estimation.request import FitRequest
-from laplace_debiased.estimation.row_budget import automatic_budget
-from laplace_debiased.estimation.structure import Task
+from laplace_debiased.data.loaders import loader_length
+from laplace_debiased.debiasing.bias import Comparison, compared
+from laplace_debiased.estimation.arguments import Arguments, FitRequest
+from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator, max_gram_rows
+from laplace_debiased.estimation.plan import first_inputs_of_loader
+from laplace_debiased.estimation.structure import Fit, Task
 from laplace_debiased.estimation.target import Target
-from laplace_debiased.estimation.values import Fit
+from laplace_debiased.estimation.walking import columns_per_sample
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.options import Scheme
@@ -31,11 +29,7 @@ from laplace_debiased.predictive import LowRankPredictor, Predictor
 
 @dataclass(frozen=True, eq=False)
 class LowRankStructure:
-    """Leading eigenpairs, of any differentiable network.
-
-    Args:
-        arguments: what the posterior was asked for.
-    """
+    """Leading eigenpairs, of any differentiable network."""
 
     arguments: Arguments
     takes_positions = False
@@ -67,15 +61,24 @@ class LowRankStructure:
             raise ValueError("train_loader is empty.")
         n_data = loader_length(request.train_loader, request.n_data)
         options = self.arguments.options_for(request)
-        return automatic_budget(engine, loss, options, engine.outputs(inputs)[:1], n_data)
+        outputs, n_folds = engine.outputs(inputs)[:1], len(options.fold_fractions)
+        n_columns = columns_per_sample(options, options.sketched(outputs[0].numel()))
+        if n_columns is None:
+            n_columns = loss.hessian_root(outputs).shape[-1]
+        fitting = max_gram_rows(engine, options.byte_budget) // n_columns
+        if n_data <= fitting:
+            return None
+        if fitting < n_folds:
+            raise ValueError(
+                f"the curvature rows of {n_folds} samples do not fit byte_budget="
+                f"{options.byte_budget}. Pass a larger byte_budget, or a rank: that many leading "
+                "directions are then found without rows."
+            )
+        return fitting
 
-    def inspect(
-        self, engine: RowPass, target: Target, plan: CurvaturePlan, coverage: Coverage
-    ) -> Coverage:
+    def inspect(self, engine: RowPass, target: Target, inputs: Any, coverage: Coverage) -> Coverage:
         """Nothing is excluded; samples that depend on each other are an error."""
-        inputs = first_inputs_of_plan(plan)
-        if inputs is not None:
-            engine.check_samples_are_independent(inputs)
+        engine.check_samples_are_independent(inputs)
         return coverage
 
     def estimate(self, engine: RowPass, task: Task) -> Fit:
@@ -88,21 +91,20 @@ class LowRankStructure:
         estimator = LowRankEstimator(engine, task, self.arguments.rank)
         survey = estimator.survey()
         pairs, measured = estimator.estimate(survey)
-        biased = task.options.scheme is Scheme.SINGLE
         comparisons: tuple[Comparison, ...] = ()
-        if not biased:
+        if task.options.scheme is not Scheme.SINGLE:
             comparisons = tuple(compared((part.own,), (part.held_out,)) for part in measured)
         if earlier is not None:
-            old, share = earlier.fit.curvature, earlier.share(plan)
+            weights = earlier.weights(plan)
             parts = [
-                JoinedPart(old.basis, old.eigenvalues, 1 - share),
-                JoinedPart(pairs.basis, pairs.eigenvalues, share),
+                JoinedPart(one.basis, one.eigenvalues, weight / sum(weights))
+                for one, weight in zip((earlier.fit.curvature, pairs), weights, strict=True)
             ]
             pairs = pairs_of_first(task.ranks, lambda: matrix_average(parts, self.arguments.rank))
             comparisons = (*earlier.fit.comparisons, *comparisons)
         tally = survey.tally
-        mean_loss = tally.mean_loss if plan.pool is None else float(plan.pool.losses.mean())
-        return task.result(pairs, comparisons, mean_loss, tally.n_outputs, tally.effective_samples)
+        found = (tally.mean_loss, tally.n_outputs, tally.effective_samples)
+        return task.result(pairs, comparisons, *found)
 
     def predictor(self, engine: RowPass, fit: Fit) -> Predictor:
         """From the eigenpairs of the mean."""

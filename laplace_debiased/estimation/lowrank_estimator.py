@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,21 +25,27 @@ from laplace_debiased.curvature.lowrank.span import (
     relative_cutoff,
     span_eigenpairs,
 )
-from laplace_debiased.data import (
-    Batch,
-    Draws,
-    Share,
-    draw_coefficients,
-)
-from laplace_debiased.debiasing import Measurement, scheme_plan
-from laplace_debiased.estimation.columns import SharedNoise, drawing, fit_columns
-from laplace_debiased.estimation.row_budget import fits_gram, max_gram_samples
+from laplace_debiased.data.coefficients import draw_coefficients
+from laplace_debiased.data.sources import Batch, Draws
+from laplace_debiased.debiasing.schemes import Measurement, scheme_plan
 from laplace_debiased.estimation.structure import Task
-from laplace_debiased.estimation.walking import Tally, coefficients_of, rows_of
-from laplace_debiased.likelihoods import LossModel
+from laplace_debiased.estimation.walking import Tally, coefficients_of, fit_columns, rows_of
 from laplace_debiased.network.inputs import select_rows
-from laplace_debiased.options import Fisher
-from laplace_debiased.parallel import Ranks, summed
+from laplace_debiased.parallel.sums import summed
+
+ROW_BUDGETS = 4
+"""The rows of the Gram route may take so many times the byte budget of a pass. They are as large as
+the posterior's own basis when every direction is kept."""
+
+MAX_GRAM_ROWS = 4096
+"""The eigendecomposition of a Gram matrix of this size takes about half a minute on two cores."""
+
+
+def max_gram_rows(row_pass: RowPass, byte_budget: int) -> int:
+    """How many rows are held in memory at most, with their Gram matrix."""
+    network = row_pass.network
+    row_bytes = network.n_params * torch.finfo(network.dtype).bits // 8
+    return min(MAX_GRAM_ROWS, ROW_BUDGETS * byte_budget // row_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,22 +53,18 @@ class Survey:
     """One forward pass over a plan: all that columns and coefficients are made of.
 
     Attributes:
-        loss: the loss model.
-        fisher: which second moment of output gradients.
+        task: what the fit works on.
         outputs: f [M, C] of this rank's samples, in the order of their walk.
-        targets: [M, ...].
-        noise: label noise [M, ...] for ``Fisher.MC``; seeds [M] of sketched columns.
+        samples: these, without inputs.
         draws: folds, counts and weights of the samples of all ranks, one rank after the other.
         tally: the loss, and more, of all ranks.
         n_columns: R.
         sketch: number of columns that stand for the loss Hessian's root; None for all of it.
     """
 
-    loss: LossModel
-    fisher: Fisher
+    task: Task
     outputs: Tensor
-    targets: Tensor
-    noise: Tensor | None
+    samples: Batch
     draws: Draws
     tally: Tally
     n_columns: int
@@ -71,9 +72,7 @@ class Survey:
 
     def columns(self, index: Tensor | slice) -> Tensor:
         """Columns S [n, C, R] of some of this rank's samples."""
-        noise = None if self.noise is None else self.noise[index]
-        outputs, targets = self.outputs[index], self.targets[index]
-        return fit_columns(self.loss, self.fisher, outputs, targets, noise, self.sketch)
+        return fit_columns(self.task, self.samples.select(index), self.outputs[index], self.sketch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +92,7 @@ class MeasuredDirections:
 
 @dataclass(frozen=True, eq=False)
 class LowRankEstimator:
-    """Estimates low-rank curvature.
-
-    Args:
-        row_pass: the network, and how rows are computed.
-        task: what the fit works on.
-        rank: number of directions; None for all above the cutoff.
-    """
+    """Estimates low-rank curvature, of at most ``rank`` directions; None for all that count."""
 
     row_pass: RowPass
     task: Task
@@ -114,45 +107,45 @@ class LowRankEstimator:
         """
         n_rows = len(survey.draws) * survey.n_columns
         # The budget may follow from what memory is free, which differs from rank to rank.
-        fits = fits_gram(n_rows, self.row_pass, self.task.options.byte_budget)
-        if self.task.ranks.from_first("the way to the eigenpairs", lambda: [fits])[0]:
+        most = max_gram_rows(self.row_pass, self.task.options.byte_budget)
+        if n_rows <= self.task.ranks.from_first("the way to the eigenpairs", lambda: [most])[0]:
             return self._by_gram_matrix(survey)
-        return self._by_products(survey, n_rows)
+        if self.rank is None:
+            raise ValueError(
+                f"the {n_rows} curvature rows of the drawn samples do not fit byte_budget="
+                f"{self.task.options.byte_budget}. Pass n_samples (at most "
+                f"{most // survey.n_columns} here), a larger byte_budget, or a rank: that many "
+                "leading directions are then found without rows."
+            )
+        return self._by_products(survey, self.rank)
 
     def survey(self) -> Survey:
         """The first walk: outputs, targets and draws."""
-        plan, ranks, network = self.task.plan, self.task.ranks, self.row_pass.network
-        generator, tally = torch.Generator().manual_seed(self.task.request.seed), Tally()
-        shared = SharedNoise(plan, self._share, self.task.request.seed, by_fold=False)
-        outputs, targets, noises, parts, sketch = [], [], [], [], None
-        for batch in self._batches("outputs"):
+        task, network, tally = self.task, self.row_pass.network, Tally()
+        outputs: list[Tensor] = []
+        parts: list[Batch] = []
+        for _, batch in self._positioned("outputs"):
             outputs.append(self.row_pass.outputs(batch.inputs))
-            part = rows_of(batch, slice(None), outputs[-1].device)
-            self.task.loss.check_targets(outputs[-1], part.targets)
-            tally.add(self.task.loss, outputs[-1], part)
-            targets.append(part.targets)
-            parts.append(part)
-            sketch = self.task.options.sketched(outputs[-1][0].numel())
-            draw = drawing(self.task.loss, self.task.options, outputs[-1], sketch)
-            if draw is not None:
-                noises.append(shared.of(batch, draw, generator))
-        tally = tally.over_ranks(ranks)
-        tally.require_usable(self.task.loss)
+            parts.append(rows_of(batch, slice(None), outputs[-1].device))
+            task.loss.check_targets(outputs[-1], parts[-1].targets)
+            tally.add(task.loss, outputs[-1], parts[-1])
+        tally = tally.over_ranks(task.ranks)
+        tally.require_usable(task.loss)
         none = torch.empty((0, tally.n_outputs), dtype=network.dtype, device=network.device)
-        found = torch.cat(outputs) if outputs else none
+        nowhere = torch.empty(0, dtype=torch.int64)
+        own = Draws.joined([replace(Draws.uniform(nowhere), positions=nowhere), *parts])
+        targets = torch.cat([part.targets for part in parts]) if parts else none[:, 0]
         survey = Survey(
-            self.task.loss,
-            self.task.options.fisher,
-            found,
-            torch.cat(targets) if targets else none[:, 0],
-            torch.cat(noises).to(found.device) if noises else None,
-            _draws_of(parts, ranks),
+            task,
+            torch.cat(outputs) if outputs else none,
+            Batch(**vars(own), inputs=None, targets=targets),
+            Draws.joined(task.ranks.gathered("draws", own)),
             tally,
             0,
-            sketch,
+            task.options.sketched(outputs[-1][0].numel()) if outputs else None,
         )
         n_columns = survey.columns(slice(0, 1)).shape[-1] if outputs else 0
-        return replace(survey, n_columns=max(ranks.gathered("columns", n_columns)))
+        return replace(survey, n_columns=max(task.ranks.gathered("columns", n_columns)))
 
     # -- all rows in memory ----------------------------------------------------------------
 
@@ -180,8 +173,11 @@ class LowRankEstimator:
             own = draw_coefficients(plan, survey.draws, step.direction_folds)
             root = _per_row(own.sqrt(), survey, gram)
             found = span_eigenpairs(gram, root, rank=self.rank, cutoff=cutoff)
-            projections = gram @ found.coefficients
-            part = self._measure_rows(step, survey, found, projections)
+            squares = (gram @ found.coefficients).square()
+            held_out = draw_coefficients(plan, survey.draws, step.magnitude_folds)
+            both = (held_out, coefficients_of(plan, step, survey.draws))
+            values = (_per_row(one, survey, gram) @ squares for one in both)
+            part = MeasuredDirections(found.eigenvalues, *values)
             measured.append(part)
             factors.append(found.coefficients @ core_root(part.magnitudes, step.share))
         factor = torch.cat(factors, 1)
@@ -198,40 +194,21 @@ class LowRankEstimator:
                 rows[start : start + len(batch)][tile.samples, tile.columns] = values
         return rows.flatten(0, 1)
 
-    def _measure_rows(
-        self,
-        step: Measurement,
-        survey: Survey,
-        found: SpanDirections,
-        projections: Tensor,
-    ) -> MeasuredDirections:
-        plan = self.task.plan
-        held_out = draw_coefficients(plan, survey.draws, step.magnitude_folds)
-        return MeasuredDirections(
-            found.eigenvalues,
-            _per_row(held_out, survey, projections) @ projections.square(),
-            _per_row(coefficients_of(plan, step, survey.draws), survey, projections)
-            @ projections.square(),
-        )
-
     # -- no rows in memory -----------------------------------------------------------------
 
     def _by_products(
-        self, survey: Survey, n_rows: int
+        self, survey: Survey, rank: int
     ) -> tuple[Eigenpairs, list[MeasuredDirections]]:
         """Lanczos on GGN-vector products per set of directions, then one walk to measure them."""
-        if self.rank is None:
-            raise ValueError(self._too_many_rows(n_rows, survey.n_columns))
-        plan = self.task.plan
-        steps = scheme_plan(self.task.options.scheme, plan.fold_sizes).measurements
+        steps = scheme_plan(self.task.options.scheme, self.task.plan.fold_sizes).measurements
         with self.task.clock.stage("products"):
-            found = [self._leading(survey, step, self.rank) for step in steps]
+            found = [self._leading(survey, step, rank) for step in steps]
         measured = self._measure_products(survey, steps, found)
         parts = [
             JoinedPart(pairs.basis, part.magnitudes, step.share)
             for pairs, part, step in zip(found, measured, steps, strict=True)
         ]
-        return pairs_of_first(self.task.ranks, lambda: matrix_average(parts, self.rank)), measured
+        return pairs_of_first(self.task.ranks, lambda: matrix_average(parts, rank)), measured
 
     def _leading(self, survey: Survey, step: Measurement, rank: int) -> Eigenpairs:
         weights = survey.outputs.new_zeros(len(survey.outputs))
@@ -266,9 +243,11 @@ class LowRankEstimator:
         for start, batch in self._positioned("magnitudes"):
             columns = survey.columns(slice(start, start + len(batch)))
             wanted = [
-                (coefficients_of(plan, step, batch), draw_coefficients(plan, batch, folds))
+                (
+                    draw_coefficients(plan, batch, step.magnitude_folds),
+                    coefficients_of(plan, step, batch),
+                )
                 for step in steps
-                for folds in (step.magnitude_folds,)
             ]
             for tile, rows in self.row_pass.walk(batch.inputs, columns):
                 for both, pairs, total in zip(wanted, found, sums, strict=True):
@@ -282,48 +261,15 @@ class LowRankEstimator:
         flat = summed(self.task.ranks, "directional curvature", [t for both in sums for t in both])
         return [
             MeasuredDirections(pairs.eigenvalues, held, core)
-            for pairs, core, held in zip(found, flat[::2], flat[1::2], strict=True)
+            for pairs, held, core in zip(found, flat[::2], flat[1::2], strict=True)
         ]
 
-    def _too_many_rows(self, n_rows: int, n_columns: int) -> str:
-        fitting = max_gram_samples(n_columns, self.row_pass, self.task.options.byte_budget)
-        return (
-            f"the {n_rows} curvature rows of the drawn samples do not fit byte_budget="
-            f"{self.task.options.byte_budget}. Pass n_samples (at most {fitting} here), a larger "
-            "byte_budget, or a rank: that many leading directions are then found without rows."
-        )
-
-    # -- walks -----------------------------------------------------------------------------
-
     def _positioned(self, what: str | None) -> Iterator[tuple[int, Batch]]:
-        """Batches with the position of their first sample in the walk."""
-        start = 0
-        for batch in self._batches(what):
+        """Batches of what this rank walks, with the position of their first sample in the walk."""
+        share, start = self.task.plan.share(self.task.ranks), 0
+        for batch in share.batches() if what is None else self.task.clock.walk(share, what):
             yield start, batch
             start += len(batch)
-
-    @cached_property
-    def _share(self) -> Share:
-        """What this rank walks."""
-        return self.task.plan.share(self.task.ranks)
-
-    def _batches(self, what: str | None) -> Iterable[Batch]:
-        share = self._share
-        return share.batches() if what is None else self.task.clock.walk(share, what)
-
-
-def _draws_of(parts: Sequence[Batch], ranks: Ranks) -> Draws:
-    """The draws of all ranks' batches, one rank after the other."""
-    nothing = torch.empty(0, dtype=torch.int64)
-    own = Draws(
-        torch.cat([nothing, *(part.folds for part in parts)]),
-        torch.cat([nothing, *(part.counts for part in parts)]),
-        torch.cat([nothing.double(), *(part.weights for part in parts)]),
-    )
-    everyones = ranks.gathered("draws", own)
-    return Draws(
-        *(torch.cat([getattr(d, n) for d in everyones]) for n in ("folds", "counts", "weights"))
-    )
 
 
 def _per_row(per_sample: Tensor, survey: Survey, like: Tensor) -> Tensor:

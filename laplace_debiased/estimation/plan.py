@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.data import (
-    CurvaturePlan,
-    Kept,
-    Score,
-    Supply,
-    plan_by_curvature,
-    plan_from_supply,
-    plan_from_two_loaders,
-    split_batch,
-)
-from laplace_debiased.data.loaders import can_draw, loader_generators, sampler_indices
-from laplace_debiased.estimation.request import FitRequest
-from laplace_debiased.estimation.values import Earlier
+from laplace_debiased.data.build import Supply, plan_from_supply, plan_from_two_loaders
+from laplace_debiased.data.loaders import can_draw, loader_generators, sampler_indices, split_batch
+from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.data.pool import Kept, Score, plan_by_curvature
+from laplace_debiased.estimation.arguments import FitRequest
+from laplace_debiased.estimation.structure import Earlier
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
 from laplace_debiased.network.interrupts import unbroken
@@ -31,27 +24,33 @@ from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.precision import full_precision
 from laplace_debiased.network.rng import derived_seed, preserved_rng
 from laplace_debiased.options import CurvatureOptions, Fisher, Sampling, Scheme
-from laplace_debiased.parallel import Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 
 
 def supply_for(
-    request: FitRequest, n_folds: int, recommended: Callable[[], int | None]
+    request: FitRequest,
+    n_folds: int,
+    recommended: Callable[[], int | None],
+    ranks: Ranks = ALONE,
 ) -> Supply | None:
     """The training loader, looked up; None where two loaders are walked whole.
 
-    Args:
-        request: the call of ``fit``.
-        n_folds: folds that a budget is split into.
-        recommended: what ``n_samples="auto"`` stands for.
-
-    Raises:
-        ValueError, TypeError: as :meth:`Supply.of`.
+    ``recommended`` tells what ``n_samples="auto"`` stands for. Raises as :meth:`Supply.of`.
     """
     if request.magnitude_loader is not None:
         return None
-    n_samples: Any = recommended() if request.is_automatic else request.n_samples
+    n_samples: Any = request.n_samples
+    if request.is_automatic:
+        # By rank 0: what fits in memory may differ from rank to rank.
+        [n_samples] = ranks.from_first("the budget", lambda: [recommended()])
     return Supply.of(
-        request.train_loader, n_samples=n_samples, n_data=request.n_data, n_folds=n_folds
+        request.train_loader,
+        n_samples=n_samples,
+        n_data=request.n_data,
+        n_folds=n_folds,
+        seed=request.seed,
+        dict_key_y=request.dict_key_y,
+        ranks=ranks,
     )
 
 
@@ -62,7 +61,7 @@ def make_plan(
     earlier: Earlier | None,
     score: Score,
     ranks: Ranks,
-    kept: Kept,
+    kept: Kept | None,
 ) -> CurvaturePlan:
     """Which samples a fit looks at.
 
@@ -70,17 +69,7 @@ def make_plan(
     is a uniform sample of them still. What curvature sampling leaves is not (the samples of large
     curvature are gone), so it draws from all of the data anew, with a seed of its own.
 
-    Args:
-        supply: the training loader, looked up; None to walk both loaders of the request whole.
-        request: the arguments of the fit.
-        options: the choices; the scheme is resolved.
-        earlier: the fit that this one adds to, if any.
-        score: scores a batch of the pool.
-        ranks: all ranks.
-        kept: gives scores, from an interrupted fit or by what it is handed.
-
-    Raises:
-        ValueError, TypeError: as the data room says, for budgets, loaders and sizes.
+    ``kept`` gives the scores of an interrupted fit. Raises as the data room says.
     """
     if supply is None:
         return plan_from_two_loaders(
@@ -91,42 +80,24 @@ def make_plan(
             dict_key_y=request.dict_key_y,
             ranks=ranks,
         )
-    seed = request.seed
     by_curvature = options.sampling is Sampling.CURVATURE
     if earlier is not None and supply.budget is not None:
         if by_curvature:
-            seed = derived_seed(seed, "added", earlier.fit.n_samples)
+            seed = derived_seed(supply.seed, "added", earlier.fit.n_samples)
+            supply = replace(supply, seed=seed)
         else:
             supply = supply.without(earlier.fit.drawn)
-    n_folds, fractions = options.n_folds, options.fold_fractions
-    if by_curvature and supply.is_share:
-        return plan_by_curvature(
-            supply,
-            score,
-            folds=n_folds,
-            fractions=fractions,
-            seed=seed,
-            symmetric=options.scheme is Scheme.CROSS_FIT,
-            pool_size=options.pool_size,
-            dict_key_y=request.dict_key_y,
-            ranks=ranks,
-            kept=kept,
-        )
-    return plan_from_supply(
+    # A budget that leaves nothing out takes every sample once.
+    if not by_curvature or supply.pool is None or supply.budget == len(supply.pool):
+        return plan_from_supply(supply, options.fold_fractions)
+    return plan_by_curvature(
         supply,
-        folds=n_folds,
-        fractions=fractions,
-        seed=seed,
-        dict_key_y=request.dict_key_y,
-        ranks=ranks,
+        score,
+        options.fold_fractions,
+        symmetric=options.scheme is Scheme.CROSS_FIT,
+        pool_size=options.pool_size,
+        kept=kept,
     )
-
-
-class OutputPass(Protocol):
-    """Anything that gives network outputs."""
-
-    def outputs(self, inputs: Any) -> Tensor:
-        """Network outputs [m, C] without a graph."""
 
 
 @dataclass(eq=False)
@@ -134,17 +105,11 @@ class Scorer:
     """Scores samples by what one forward pass tells of their curvature.
 
     The score is h·‖φ‖: h the trace of the loss Hessian (for the empirical Fisher the squared norm
-    of the loss gradient) in the outputs, φ what the network's last linear layer reads, where it has
-    one. For h alone draws vary half as much again: it does not know the Jacobian's size.
-
-    Args:
-        output_pass: gives outputs of ``model``.
-        model: the network.
-        loss: the loss model.
-        fisher: which second moment is estimated.
+    of the loss gradient) in the outputs [m, C], φ what the network's last linear layer reads, where
+    it has one. For h alone draws vary half as much again: it does not know the Jacobian's size.
     """
 
-    output_pass: OutputPass
+    outputs: Callable[[Any], Tensor]
     model: nn.Module
     loss: LossModel
     fisher: Fisher
@@ -154,7 +119,7 @@ class Scorer:
     def __call__(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [m] and losses [m] of a batch."""
         with torch.no_grad(), self._watching_head(inputs) as seen:
-            outputs = self.output_pass.outputs(inputs)
+            outputs = self.outputs(inputs)
             targets = targets.to(outputs.device)
             self.loss.check_targets(outputs, targets)
             if self.fisher is Fisher.EMPIRICAL:
@@ -204,8 +169,9 @@ def training_sample(request: FitRequest, n_samples: int) -> list[tuple[Any, Tens
     loader, key = request.train_loader, request.dict_key_y
     if can_draw(loader):
         size = min(n_samples, len(sampler_indices(loader)))
-        supply = Supply.of(loader, n_samples=size, n_data=request.n_data)
-        plan = plan_from_supply(supply, folds=1, seed=request.seed, dict_key_y=key)
+        reading: dict[str, Any] = {"seed": request.seed, "dict_key_y": key}
+        supply = Supply.of(loader, n_samples=size, n_data=request.n_data, **reading)
+        plan = plan_from_supply(supply, (1.0,))
         return [(batch.inputs, batch.targets) for batch in plan.batches()]
     batches: list[tuple[Any, Tensor]] = []
     with preserved_rng(generators=loader_generators(loader)):

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.data import Batch, Share
-from laplace_debiased.data.sources import content_checksum
+from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.data.sources import Batch, content_checksum
 
 State = Callable[[], Mapping[str, Any]]
 
-
-class Write(Protocol):
-    """Writes a walk's state to its file."""
-
-    def __call__(self, state: State, *, now: bool = False) -> None:
-        """If it is time, or ``now``."""
+Write = Callable[[State, bool], None]
+"""Writes a walk's state to its file, if it is time or told to do it now."""
 
 
 class Resumable(Protocol):
@@ -32,155 +29,132 @@ class Resumable(Protocol):
         """Add what a :meth:`state` holds."""
 
 
-class Progress(Protocol):
-    """How far one walk over a plan is on this rank.
+@dataclass(eq=False)
+class Progress:
+    """How far one walk over a plan is on this rank; here of a walk that keeps nothing.
 
     Attributes:
         share: what is to be walked.
         complete: whether the sums are those of the whole walk over all ranks.
     """
 
-    share: Share
+    share: CurvaturePlan
     complete: bool
 
-    def is_behind(self, batch: Batch, generator: torch.Generator) -> bool:
+    def is_behind(self, batch: Batch) -> bool:
         """Whether a batch is in the sums already; call once per batch, in the order of the walk."""
+        return False
 
-    def add(self, batch: Batch, generator: torch.Generator) -> None:
+    def add(self, batch: Batch) -> None:
         """Tell that a batch is in the sums."""
 
-    def finish(self, generator: torch.Generator) -> None:
+    def finish(self) -> None:
         """Tell that all batches are in this rank's sums."""
 
     def close(self, sums: Sequence[Resumable]) -> None:
-        """Tell that the walk is done.
-
-        Args:
-            sums: those of all ranks.
-        """
+        """Tell that the walk is done, with the sums of all ranks."""
 
 
-class WalkProgress:
-    """One process: the batches behind it are the first of the walk."""
+@dataclass(eq=False)
+class _Kept(Progress):
+    """Of a walk whose sums are kept in a file.
 
-    def __init__(
-        self,
-        write: Write,
-        path: Path,
-        key: str,
-        sums: Sequence[Resumable],
-        share: Share,
-        stored: Mapping[str, Any] | None,
-    ) -> None:
-        self._write, self._path, self._key, self._sums = write, path, key, tuple(sums)
-        self.share, self._stored = share, stored
-        self.complete = stored is not None and bool(stored["complete"])
-        self._position, self._checksum = 0, 0
+    Attributes:
+        write: writes the state.
+        key: what the sums are made along.
+        sums: what adds up what the walk gives.
+    """
 
-    def is_behind(self, batch: Batch, generator: torch.Generator) -> bool:
-        """Whether a batch is in the sums already; call once per batch, in the order of the walk.
+    write: Write
+    key: str
+    sums: Sequence[Resumable]
 
-        Args:
-            batch: the next batch.
-            generator: what the walk draws from; set to where it was when the last of them is met.
+    def finish(self) -> None:
+        """Tell that all batches are in this rank's sums."""
+        self.write(self._state, True)
+
+    def _state(self) -> dict[str, Any]:
+        sums = [one.state() for one in self.sums]
+        return {"key": self.key, "complete": self.complete, "sums": sums}
+
+
+@dataclass(eq=False)
+class WalkProgress(_Kept):
+    """One process: the batches behind it are the first of the walk, as ``stored`` says."""
+
+    path: Path
+    stored: Mapping[str, Any] | None
+    position: int = 0
+    checksum: int = 0
+
+    def is_behind(self, batch: Batch) -> bool:
+        """Whether a batch is in the sums already.
 
         Raises:
             RuntimeError: if the batches are not the ones that were summed up.
         """
-        if self._stored is None:
+        if self.stored is None:
             return False
         self._count(batch)
-        if self._position == self._stored["position"]:
-            if self._checksum != self._stored["checksum"]:
+        if self.position == self.stored["position"]:
+            if self.checksum != self.stored["checksum"]:
                 raise RuntimeError(
                     f"the loader gave other batches than before the fit was interrupted, so "
-                    f"{self._path} cannot be continued: it shuffles or changes its "
+                    f"{self.path} cannot be continued: it shuffles or changes its "
                     "samples by itself. Pass an unshuffled loader or a DataLoader over a map-style "
                     "dataset, and remove the file to start anew."
                 )
-            generator.set_state(self._stored["generator"])
-            self._stored = None
+            self.stored = None
         return True
 
-    def add(self, batch: Batch, generator: torch.Generator) -> None:
+    def add(self, batch: Batch) -> None:
         """Tell that a batch is in the sums."""
         self._count(batch)
-        self._write(lambda: self._state(generator))
+        self.write(self._state, False)
 
-    def finish(self, generator: torch.Generator) -> None:
+    def finish(self) -> None:
         """Tell that all batches are in the sums.
 
         Raises:
             RuntimeError: if the walk ended before it came to where it had been.
         """
-        if self._stored is not None and not self.complete:
+        if self.stored is not None:
             raise RuntimeError(
-                f"the loader gave {self._position} batches, but {self._stored['position']} had "
-                f"been seen when the fit was interrupted; {self._path} cannot be "
+                f"the loader gave {self.position} batches, but {self.stored['position']} had "
+                f"been seen when the fit was interrupted; {self.path} cannot be "
                 "continued. Remove the file to start anew."
             )
-        self._write(lambda: self._state(generator, complete=True), now=True)
-
-    def close(self, sums: Sequence[Resumable]) -> None:
-        """One process has all there is."""
+        self.complete = True
+        super().finish()
 
     def _count(self, batch: Batch) -> None:
-        self._position += 1
-        self._checksum = content_checksum((batch.inputs, batch.targets), self._checksum)
+        self.position += 1
+        self.checksum = content_checksum((batch.inputs, batch.targets), self.checksum)
 
-    def _state(self, generator: torch.Generator, *, complete: bool = False) -> dict[str, Any]:
-        return {
-            "key": self._key,
-            "position": self._position,
-            "checksum": self._checksum,
-            "complete": complete,
-            "generator": generator.get_state(),
-            "sums": [one.state() for one in self._sums],
-        }
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"position": self.position, "checksum": self.checksum}
 
 
-class SharedProgress:
+@dataclass(eq=False)
+class SharedProgress(_Kept):
     """Several processes, or what they left: sums, and the places in the plan behind them."""
 
-    def __init__(
-        self,
-        write: Write,
-        close: Callable[[State], None],
-        key: str,
-        sums: Sequence[Resumable],
-        share: Share,
-        places: Tensor,
-        complete: bool,
-    ) -> None:
-        self._write, self._close, self._key, self._sums = write, close, key, tuple(sums)
-        self.share, self._places, self.complete = share, [places], complete
+    places: list[Tensor]
+    keep: Callable[[State], None]
 
-    def is_behind(self, batch: Batch, generator: torch.Generator) -> bool:
-        """No batch is: the share leaves them out."""
-        return False
-
-    def add(self, batch: Batch, generator: torch.Generator) -> None:
+    def add(self, batch: Batch) -> None:
         """Tell that a batch is in the sums."""
         assert batch.positions is not None
-        self._places.append(batch.positions)
-        self._write(self._state)
-
-    def finish(self, generator: torch.Generator) -> None:
-        """Tell that all batches are in this rank's sums."""
-        self._write(self._state, now=True)
+        self.places.append(batch.positions)
+        self.write(self._state, False)
 
     def close(self, sums: Sequence[Resumable]) -> None:
         """Tell that the walk is done: rank 0 keeps the sums of all ranks, the others nothing."""
-        self._sums = tuple(sums)
-        self._close(lambda: self._state(complete=True))
+        self.sums, self.complete = tuple(sums), True
+        self.keep(self._state)
 
-    def _state(self, *, complete: bool = False) -> dict[str, Any]:
-        return {
-            "key": self._key,
-            "places": torch.cat(self._places),
-            "complete": complete,
-            "sums": [one.state() for one in self._sums],
-        }
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"places": torch.cat(self.places)}
 
 
 def chosen_sums(
@@ -189,14 +163,9 @@ def chosen_sums(
     """Which stored sums to take over, by rank and number, so that no place counts twice.
 
     The largest first; what overlaps with them is left out, and its other places computed again: a
-    file that others have taken over may have outlived them.
-
-    Args:
-        everyones: per rank, of each of its stored sums: whether it is complete, and its places.
-        n_samples: places in the plan.
-
-    Returns:
-        The choice, and whether it is complete.
+    file that others have taken over may have outlived them. Of each stored sum of each rank it is
+    known whether it is complete, and its places among ``n_samples``. Also returned is whether the
+    choice is complete.
     """
     candidates = [(r, i) for r, stored in enumerate(everyones) for i in range(len(stored))]
     for rank, index in candidates:

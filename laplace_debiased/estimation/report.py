@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_debiased.data import Batch, CurvaturePlan, Score, Share
-from laplace_debiased.parallel import Job
+from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.data.pool import Score
+from laplace_debiased.data.sources import Batch
+from laplace_debiased.parallel.jobs import Job
 
 POOL = "pool"
 DECOMPOSITIONS = "decompositions"
@@ -44,18 +46,13 @@ class FitReport:
             n = self.samples.get(stage)
             lines.append(self._line(stage if n is None else f"{stage} ({n:,} samples)", seconds))
             if stage == DECOMPOSITIONS:
-                lines += self._slowest()
+                ranked = sorted(self.decompositions.items(), key=lambda entry: -entry[1])
+                shown, others = ranked[:_SHOWN_PARAMETERS], ranked[_SHOWN_PARAMETERS:]
+                lines += [self._line(f"  {name}", taken) for name, taken in shown]
+                if others:
+                    taken = sum(taken for _, taken in others)
+                    lines.append(self._line(f"  {len(others)} others", taken))
         return "\n".join([*lines, self._line("fit", self.seconds)])
-
-    def _slowest(self) -> list[str]:
-        """Lines of the parameters that took longest."""
-        ranked = sorted(self.decompositions.items(), key=lambda entry: -entry[1])
-        shown, others = ranked[:_SHOWN_PARAMETERS], ranked[_SHOWN_PARAMETERS:]
-        lines = [self._line(f"  {name}", seconds) for name, seconds in shown]
-        if others:
-            seconds = sum(seconds for _, seconds in others)
-            lines.append(self._line(f"  {len(others)} others", seconds))
-        return lines
 
     def _line(self, name: str, seconds: float) -> str:
         share = seconds / self.seconds if self.seconds > 0 else 0.0
@@ -85,8 +82,8 @@ class FitClock:
         finally:
             self._stages[name] = self._stages.get(name, 0.0) + time.perf_counter() - start
 
-    def walk(self, plan: CurvaturePlan | Share, stage: str) -> Iterator[Batch]:
-        """Batches of a plan, or of a share of one; what is done with them counts."""
+    def walk(self, plan: CurvaturePlan, stage: str) -> Iterator[Batch]:
+        """Batches of a plan; what is done with them counts."""
         with self.stage(stage), self._bar(stage, total=len(plan)) as bar:
             for batch in plan.batches():
                 self._samples[stage] = self._samples.get(stage, 0) + len(batch)

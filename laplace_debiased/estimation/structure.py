@@ -1,4 +1,4 @@
-"""What a structure of the posterior precision says about itself to the pipeline."""
+"""What goes into a fit, what comes out of it, and what a structure of the precision answers."""
 
 from __future__ import annotations
 
@@ -7,63 +7,123 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from laplace_debiased.curvature import Coverage
-from laplace_debiased.data import CurvaturePlan, Supply
-from laplace_debiased.debiasing import Comparison
+from laplace_debiased.curvature import Coverage, KroneckerFactors
+from laplace_debiased.curvature.factors import BlockBasis
+from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.debiasing.bias import Comparison
+from laplace_debiased.estimation.arguments import FitRequest
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
-from laplace_debiased.estimation.report import FitClock
-from laplace_debiased.estimation.request import FitRequest
+from laplace_debiased.estimation.report import FitClock, FitReport
 from laplace_debiased.estimation.target import Target
-from laplace_debiased.estimation.values import Earlier, Fit
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.identity import ModelFingerprint
-from laplace_debiased.options import CurvatureOptions
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.network.probe import Probe
+from laplace_debiased.options import CurvatureOptions, Scheme
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 from laplace_debiased.predictive import Predictor
+
+
+@dataclass(frozen=True, eq=False)
+class KronCurvature:
+    """Kronecker curvature: *per-sample means*, before any scaling to N.
+
+    The posterior's eigenbasis and the tables of magnitudes along it have one entry per covered
+    parameter; beside them are the factors of every fold.
+    """
+
+    basis: tuple[BlockBasis, ...]
+    tables: tuple[Tensor, ...]
+    folds: tuple[KroneckerFactors, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted curvature of any structure, and what it stands for.
+
+    Attributes:
+        curvature: of the structure: :class:`KronCurvature`, or low-rank eigenpairs; per-sample
+            means.
+        comparisons: for the bias report, per set of directions that was measured: sums of
+            magnitudes as the directions' own samples report them and as held-out samples measure
+            them. Empty under ``single``.
+        mean_loss: mean loss over the draws, in nats.
+        n_outputs: C.
+        n_samples: draws over which all this was estimated.
+        n_data: N.
+        scheme: the scheme, resolved.
+        coverage: which parameters carry it.
+        drawn: dataset indices that budgets have drawn so far.
+        model: fingerprint of the network at the fit.
+        effective_samples: (Σ w h)² / Σ (w h)² over draws, with h the trace of a sample's loss
+            Hessian and w its importance weight: how many samples of equal curvature would give
+            as steady an estimate of the scale. Of the latest fit, where fits were added; None
+            where it was not computed.
+        last_layer: name of the layer, where the fit is of a last layer.
+        report: where its time went; None for a fit that was read from a state.
+        probe: a sample and its outputs; a made-up one for a fit that was read from a state, None
+            where there is none.
+    """
+
+    curvature: Any
+    comparisons: tuple[Comparison, ...]
+    mean_loss: float
+    n_outputs: int
+    n_samples: int
+    n_data: int
+    scheme: Scheme
+    coverage: Coverage
+    drawn: frozenset[int]
+    model: ModelFingerprint
+    effective_samples: float | None = None
+    last_layer: str | None = None
+    report: FitReport | None = None
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Earlier:
+    """The fit that a new one is added to.
+
+    Attributes:
+        fit: the earlier fit.
+        same_data: whether the new samples are of the same training set, so that N stays; else
+            they extend it.
+    """
+
+    fit: Fit
+    same_data: bool
+
+    def weights(self, plan: CurvaturePlan) -> tuple[int, int]:
+        """What the earlier and the new fit count: draws of the same data, else data."""
+        if self.same_data:
+            return self.fit.n_samples, sum(plan.fold_sizes)
+        return self.fit.n_data, plan.n_data
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
     """What one fit works on, once its samples are chosen.
 
-    Attributes:
-        target: the network, and which of its weights.
-        options: the choices; the scheme is resolved.
-        loss: the loss model.
-        request: the call of ``fit``.
-        supply: the loader that they are drawn from; None where two loaders are walked whole.
-        plan: which samples.
-        coverage: which parameters.
-        model: fingerprint of the network.
-        clock: takes the times of its stages.
-        earlier: the fit that this one is added to, or None.
-        ranks: all ranks.
-        checkpoint: where the walks keep what they have so far, or None.
+    The scheme of its options is resolved. ``inputs``: of the first batch, or None where this rank
+    has no samples. ``is_drawn``: whether samples are drawn, and not whole
+    loaders walked. ``checkpoint``: where the walks keep what they have so far, or None.
     """
 
     target: Target
     options: CurvatureOptions
     loss: LossModel
     request: FitRequest
-    supply: Supply | None
     plan: CurvaturePlan
+    is_drawn: bool
+    inputs: Any
     coverage: Coverage
     model: ModelFingerprint
     clock: FitClock
     earlier: Earlier | None = None
     ranks: Ranks = ALONE
     checkpoint: FitCheckpoint | None = field(default=None, repr=False)
-
-    @property
-    def draws_a_budget(self) -> bool:
-        """Whether samples are drawn, and not whole loaders walked."""
-        return self.supply is not None and self.supply.budget is not None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Covered parameters, in order."""
-        return self.coverage.covered
 
     def result(
         self,
@@ -75,36 +135,34 @@ class Task:
     ) -> Fit:
         """The fit, with what follows from the plan and the earlier fit.
 
-        Args:
-            curvature: of both fits together, where one is added to another.
-            comparisons: see :class:`Fit`.
-            mean_loss: of the new draws, in nats.
-            n_outputs: C.
-            effective_samples: of the new draws.
+        Curvature and comparisons are of both fits together, where one is added to another; the
+        rest is of the new draws. Where a pool was scored its mean loss is taken.
         """
-        plan, earlier = self.plan, self.earlier
-        drawn = _drawn(plan) if self.draws_a_budget else frozenset[int]()
-        last_layer = self.target.last_layer
+        plan, earlier, n_data = self.plan, self.earlier, self.plan.n_data
+        n_samples, last_layer, drawn = sum(plan.fold_sizes), self.target.last_layer, set[int]()
+        if plan.pool is not None:
+            mean_loss = float(plan.pool.losses.mean())
+        if self.is_drawn and plan.indices is not None:
+            drawn = set(torch.cat(plan.indices).tolist())
+        if earlier is not None:
+            old, new = earlier.weights(plan)
+            mean_loss = (old * earlier.fit.mean_loss + new * mean_loss) / (old + new)
+            n_samples, drawn = n_samples + earlier.fit.n_samples, drawn | earlier.fit.drawn
+            n_data = earlier.fit.n_data + (0 if earlier.same_data else n_data)
         return Fit(
             curvature,
             tuple(comparisons),
-            mean_loss if earlier is None else earlier.mean_loss(plan, mean_loss),
+            mean_loss,
             n_outputs,
-            sum(plan.fold_sizes) + (0 if earlier is None else earlier.fit.n_samples),
-            plan.n_data if earlier is None else earlier.n_data(plan),
+            n_samples,
+            n_data,
             self.options.scheme,
             self.coverage,
-            drawn if earlier is None else earlier.fit.drawn | drawn,
+            frozenset(drawn),
             self.model,
             effective_samples,
             None if last_layer is None else last_layer.name,
         )
-
-
-def _drawn(plan: CurvaturePlan) -> frozenset[int]:
-    if plan.indices is None:
-        return frozenset()
-    return frozenset(index for fold in plan.indices for index in fold.tolist())
 
 
 class Structure(Protocol):
@@ -136,10 +194,8 @@ class Structure(Protocol):
     def recommended_samples(self, engine: Any, request: FitRequest, loss: LossModel) -> int | None:
         """The budget that ``n_samples="auto"`` stands for; None for everything."""
 
-    def inspect(
-        self, engine: Any, target: Target, plan: CurvaturePlan, coverage: Coverage
-    ) -> Coverage:
-        """What a look at the network on the data leaves of the coverage, with reasons."""
+    def inspect(self, engine: Any, target: Target, inputs: Any, coverage: Coverage) -> Coverage:
+        """What a look at the network on a batch leaves of the coverage, with reasons."""
 
     def estimate(self, engine: Any, task: Task) -> Fit:
         """The fitted curvature, of both fits together where one is added to another."""

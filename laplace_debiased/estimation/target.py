@@ -26,12 +26,10 @@ from laplace_debiased.predictive.draws import HeadProducts, NetworkProducts
 
 @dataclass(frozen=True)
 class LastLayer:
-    """The last layer of a network.
+    """The last layer of a network: its qualified name, None while it is not known.
 
-    Attributes:
-        name: its qualified name; None while it is not known.
-        reduction: how features of more than two dimensions are reduced, or None.
-        is_given: whether the user named it; one that was found is looked for again at every fit.
+    ``reduction`` says how features of more than two dimensions are reduced. One that was
+    found, and not given, is looked for again at every fit.
     """
 
     name: str | None
@@ -86,11 +84,6 @@ class Target:
         """Whether it is known which weights are meant."""
         return self.last_layer is None or self.last_layer.name is not None
 
-    @property
-    def is_to_be_found(self) -> bool:
-        """Whether the last layer is looked for at every fit: the user named none."""
-        return self.last_layer is not None and not self.last_layer.is_given
-
     def at(self, name: str) -> Target:
         """The target with its last layer of that name."""
         assert self.last_layer is not None
@@ -117,17 +110,12 @@ class Target:
         differentiable: bool,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Outputs [S, m, C] of the network at sampled weights; its own are never written.
+        """Outputs [S, m, C] of the network at sampled weights [S, P]; its own are never written.
 
-        Args:
-            coverage: which parameters the samples are of.
-            weights: [S, P].
-            inputs: one batch of model inputs.
-            differentiable: keep the graph with respect to ``inputs``.
-            model_kwargs: further arguments of the model.
+        With ``differentiable`` the graph with respect to the inputs is kept.
 
         Raises:
-            ValueError: for further arguments where only the last layer is sampled.
+            ValueError: for further arguments of the model where only the last layer is sampled.
         """
         if self.last_layer is not None:
             if model_kwargs:
@@ -167,10 +155,9 @@ class Target:
         return head
 
     def last_layer_coverage(self, chosen: Coverage | None = None) -> Coverage:
-        """The last layer's trainable parameters, and nothing else.
+        """The last layer's trainable parameters, and what an earlier answer covered of it.
 
-        Args:
-            chosen: an earlier answer; what it covers stays covered where it was frozen since.
+        So what was frozen since stays covered.
         """
         kept = frozenset(() if chosen is None else chosen.covered)
         last = {id(parameter) for parameter in self.head.parameters()}

@@ -1,4 +1,7 @@
-"""What a walk over a plan does with every batch and chunk, beside the curvature itself."""
+"""What a walk over a plan does with every batch and chunk, beside the curvature itself.
+
+Draws of labels and signs do not depend on who has which samples.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.passes import Columns, written_out
-from laplace_debiased.data import (
-    Batch,
-    CurvaturePlan,
-    Draws,
-    draw_coefficients,
-    magnitude_coefficients,
+from laplace_debiased.data.coefficients import draw_coefficients, magnitude_coefficients
+from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.data.sources import Batch, Draws
+from laplace_debiased.debiasing.schemes import Measurement
+from laplace_debiased.estimation.structure import Task
+from laplace_debiased.likelihoods import (
+    LossModel,
+    SoftmaxCrossEntropy,
+    curvature_columns,
+    sketched_columns,
 )
-from laplace_debiased.debiasing import Measurement
-from laplace_debiased.likelihoods import LossModel, SoftmaxCrossEntropy
-from laplace_debiased.parallel import Ranks
+from laplace_debiased.network.rng import derived_seed
+from laplace_debiased.options import CurvatureOptions, Fisher
+from laplace_debiased.parallel.ranks import Ranks
+
+
+def fit_columns(task: Task, part: Batch, outputs: Tensor, sketch: int | None) -> Tensor:
+    """Columns S [m, C, R] ([m, T, C, R]) of some samples, whose outer products a fit adds up.
+
+    The noise of a sample follows from its place in the plan: in whatever batch, on whatever rank.
+    ``sketch`` is the number of columns that stand for the loss Hessian's root; None for all of it.
+    """
+    loss, options = task.loss, task.options
+    if sketch is None and options.fisher is not Fisher.MC:
+        return curvature_columns(loss, outputs, part.targets, options.fisher)
+    assert part.positions is not None
+    seeds = [derived_seed(task.request.seed, "noise", at) for at in part.positions.tolist()]
+    if sketch is not None:
+        return sketched_columns(loss, outputs, part.targets, torch.tensor(seeds), sketch)
+    generator, shape = torch.Generator(), (1, *outputs.shape[1:], options.mc_samples)
+    noise = [loss.label_noise(shape, generator.manual_seed(seed)) for seed in seeds]
+    return curvature_columns(loss, outputs, part.targets, options.fisher, noise=torch.cat(noise))
+
+
+def columns_per_sample(options: CurvatureOptions, sketch: int | None) -> int | None:
+    """R; None where it is the rank of the loss Hessian's root."""
+    match options.fisher:
+        case Fisher.TYPE2:
+            return sketch
+        case Fisher.MC:
+            return options.mc_samples
+        case Fisher.EMPIRICAL:
+            return 1
 
 
 @dataclass
@@ -117,18 +152,6 @@ def _rows_sum_to_one(outputs: Tensor) -> Tensor:
     return sums_to_one.reshape(len(rows), -1).all(-1)
 
 
-def scaled_columns(columns: Columns, weights: Tensor) -> Columns:
-    """Columns times the square root of their sample's weight [m]."""
-    if bool((weights == 1).all()):
-        return columns
-
-    def scaled(outputs: Tensor, rows: slice) -> Tensor:
-        found = written_out(columns(outputs, rows))
-        return found * weights[rows].sqrt().to(found).reshape(-1, *[1] * (found.ndim - 1))
-
-    return scaled
-
-
 def by_fold(batch: Batch) -> Batch:
     """The batch with its samples in the order of their folds, so that a fold is a slice."""
     if bool((batch.folds.diff() >= 0).all()):
@@ -158,7 +181,7 @@ def nonzero_slice(coefficients: Tensor) -> slice | None:
     return slice(int(index[0]), int(index[-1]) + 1) if len(index) else None
 
 
-def coefficients_of(plan: CurvaturePlan, measurement: Measurement, part: Batch | Draws) -> Tensor:
+def coefficients_of(plan: CurvaturePlan, measurement: Measurement, part: Draws) -> Tensor:
     """Coefficients c [m] with λ = Σ_n c_n x_n along a measurement's directions.
 
     Where directions and magnitudes share their folds (``single``) this is the plain mean over

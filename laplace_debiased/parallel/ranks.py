@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -64,18 +63,15 @@ class Ranks:
         """Whether this is rank 0, which draws, shows progress and writes."""
         return self.rank == 0
 
-    def positions(self, n: int, start: int = 0) -> Tensor:
-        """Which of n samples this rank takes: every world-th, and so on from ``start``. int64."""
-        return torch.arange(n)[(self.rank - start) % self.world :: self.world]
+    def positions(self, n: int) -> Tensor:
+        """Which of n samples this rank takes: every world-th. int64."""
+        return torch.arange(n)[self.rank :: self.world]
 
     # -- staying together ------------------------------------------------------------------
 
     @contextmanager
     def together(self, call: str) -> Iterator[None]:
         """A collective call: if one rank raises inside, all do.
-
-        Args:
-            call: its name.
 
         Raises:
             RankFailedError: on the ranks that did not raise themselves.
@@ -98,11 +94,7 @@ class Ranks:
             raise
 
     def meet(self, where: str, failure: str | None = None) -> None:
-        """Wait for all ranks.
-
-        Args:
-            where: what comes next; the same on every rank.
-            failure: what this rank raised, if it did.
+        """Wait for all ranks at the same place; ``failure`` is what this rank raised, if it did.
 
         Raises:
             RankFailedError: if a rank did, or ranks are at different places.
@@ -110,9 +102,8 @@ class Ranks:
         """
         if self.world == 1:
             return
-        place = int.from_bytes(hashlib.blake2b(where.encode(), digest_size=7).digest(), "big")
-        status = torch.tensor([failure is not None, place, -place], device=self.device)
-        failed, highest, lowest = self._exchange(lambda d: _maximum(d, status)).tolist()
+        place = _mark(where)
+        failed, highest, lowest = self._maxima(failure is not None, place, -place)
         if failed:
             failures = self._gather_objects(failure)
             first = next(rank for rank, text in enumerate(failures) if text is not None)
@@ -136,11 +127,9 @@ class Ranks:
         """
         if self.world == 1:
             return
-        digest = hashlib.blake2b(repr(sorted(values.items())).encode(), digest_size=7).digest()
-        mark = int.from_bytes(digest, "big")
+        mark = _mark(repr(sorted(values.items())))
         self.meet(f"the arguments of {call}")
-        status = torch.tensor([mark, -mark], device=self.device)
-        highest, lowest = self._exchange(lambda d: _maximum(d, status)).tolist()
+        highest, lowest = self._maxima(mark, -mark)
         if highest == -lowest:
             return
         everyone = self._gather_objects(dict(values))
@@ -166,12 +155,7 @@ class Ranks:
         return self._gather_objects(value)
 
     def from_first(self, what: str, make: Callable[[], Sequence[Any]]) -> list[Any]:
-        """What rank 0 makes, on every rank: tensors and plain values.
-
-        Args:
-            what: its name.
-            make: makes it; called on rank 0 alone.
-        """
+        """What rank 0 makes, on every rank: tensors and plain values."""
         if self.world == 1:
             return list(make())
         made = list(make()) if self.is_first else []
@@ -180,38 +164,47 @@ class Ranks:
 
     def broadcast(self, values: Sequence[Any], source: int) -> list[Any]:
         """A rank's tensors (at home) and plain values on every rank; after a meeting."""
-        forms = [_Form.of(value) if isinstance(value, Tensor) else value for value in values]
-        forms = self._exchange(lambda d: _broadcast_object(d, forms, source, self.device))
+        box: list[Any] = [[_Form(v.shape, v.dtype) if isinstance(v, Tensor) else v for v in values]]
         received = []
-        for index, form in enumerate(forms):
-            if not isinstance(form, _Form):
-                received.append(form)
-                continue
-            if self.rank == source:
-                tensor = values[index].detach().to(self.device).contiguous()
-            else:
-                tensor = torch.empty(form.shape, dtype=form.dtype, device=self.device)
-            self._exchange(partial(_broadcast, tensor, source))
-            received.append(values[index] if self.rank == source else tensor.to(self.home))
+        with self._exchange() as distributed:
+            distributed.broadcast_object_list(box, source, device=self.device)
+            for form, own in zip(box[0], values or [None] * len(box[0]), strict=True):
+                if not isinstance(form, _Form):
+                    received.append(form)
+                elif self.rank == source:
+                    distributed.broadcast(own.detach().to(self.device).contiguous(), source)
+                    received.append(own)
+                else:
+                    tensor = torch.empty(form.shape, dtype=form.dtype, device=self.device)
+                    distributed.broadcast(tensor, source)
+                    received.append(tensor.to(self.home))
         return received
 
     def add_up(self, flat: Tensor) -> None:
         """Sum of every rank's vector, in place; it is on ``self.device``. After a meeting."""
-        self._exchange(lambda d: d.all_reduce(flat))
+        with self._exchange() as distributed:
+            distributed.all_reduce(flat)
+
+    def _maxima(self, *numbers: int) -> list[int]:
+        """The largest of every rank's numbers."""
+        largest = torch.tensor(numbers, device=self.device)
+        with self._exchange() as distributed:
+            distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        return largest.tolist()
 
     def _gather_objects(self, value: T) -> list[T]:
-        def gather(distributed: Any) -> list[T]:
-            found: list[Any] = [None] * self.world
+        found: list[Any] = [None] * self.world
+        with self._exchange() as distributed:
             distributed.all_gather_object(found, value)
-            return found
+        return found
 
-        return self._exchange(gather)
-
-    def _exchange(self, operation: Callable[[Any], T]) -> T:
+    @contextmanager
+    def _exchange(self) -> Iterator[Any]:
+        """The functions of ``torch.distributed``; a rank that does not answer is named."""
         import torch.distributed
 
         try:
-            return operation(torch.distributed)
+            yield torch.distributed
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -231,27 +224,13 @@ ALONE = Ranks()
 class _Form:
     """A tensor that is yet to come."""
 
-    shape: tuple[int, ...]
+    shape: torch.Size
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Form:
-        return cls(tuple(tensor.shape), tensor.dtype)
 
-
-def _maximum(distributed: Any, tensor: Tensor) -> Tensor:
-    distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
-    return tensor
-
-
-def _broadcast(tensor: Tensor, source: int, distributed: Any) -> None:
-    distributed.broadcast(tensor, source)
-
-
-def _broadcast_object(distributed: Any, value: T, source: int, device: torch.device) -> T:
-    box = [value]
-    distributed.broadcast_object_list(box, source, device=device)
-    return box[0]
+def _mark(text: str) -> int:
+    """A number that tells texts apart."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def _exchange_device(backends: str, home: torch.device) -> torch.device:

@@ -16,13 +16,9 @@ BUCKET_BYTES = 25 * 2**20
 def summed(
     ranks: Ranks, what: str, tensors: Sequence[Tensor], symmetric: Collection[int] = ()
 ) -> list[Tensor]:
-    """The sum of every rank's tensors, in their own dtype.
+    """The sum of every rank's tensors, as many and of the same shapes, in their own dtype.
 
-    Args:
-        ranks: all ranks; each gives as many tensors, of the same shapes and dtypes.
-        what: their name.
-        tensors: this rank's.
-        symmetric: which of them are symmetric matrices [..., D, D]: their upper triangles are sent.
+    Of symmetric matrices [..., D, D], by their indices, the upper triangles are sent.
     """
     if ranks.world == 1:
         return list(tensors)
@@ -31,13 +27,17 @@ def summed(
     bucket: list[Tensor] = []
 
     def send() -> None:
-        for packed in _sent(ranks, bucket):
-            index = len(results)
-            results.append(_unpacked(packed, tensors[index], index in symmetric))
+        flat = torch.cat([part.reshape(-1) for part in bucket]).to(ranks.device)
+        for message in flat.split(max(1, BUCKET_BYTES // flat.element_size())):
+            ranks.add_up(message)
+        for packed, part in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+            like, is_triangle = tensors[len(results)], len(results) in symmetric
+            found = part.to(like.device).reshape(packed.shape)
+            results.append(from_triangle(found, like.shape[-1]) if is_triangle else found)
         bucket.clear()
 
     for index, tensor in enumerate(tensors):
-        packed = _packed(tensor.detach(), index in symmetric)
+        packed = triangle_of(tensor.detach()) if index in symmetric else tensor.detach()
         size = sum(part.nbytes for part in bucket) + packed.nbytes
         if bucket and (packed.dtype is not bucket[0].dtype or size > BUCKET_BYTES):
             send()
@@ -50,13 +50,8 @@ def summed(
 def assembled(ranks: Ranks, what: str, part: Tensor, positions: Tensor, n: int) -> Tensor:
     """Rows [n, ...] of which every rank has some, on every rank.
 
-    Args:
-        ranks: all ranks.
-        what: their name.
-        part: this rank's rows [k, ...], of a real dtype; their trailing shape does not count where
-            k is 0.
-        positions: where they belong [k]; no position is another rank's as well.
-        n: how many there are.
+    ``part`` [k, ...] has this rank's rows, of a real dtype, ``positions`` [k] their places; no
+    place is another rank's as well. Its trailing shape does not count where k is 0.
     """
     if ranks.world == 1:
         return part
@@ -81,26 +76,6 @@ def from_triangle(triangle: Tensor, side: int) -> Tensor:
     return whole + whole.triu(1).mT
 
 
-def _packed(tensor: Tensor, symmetric: bool) -> Tensor:
-    return triangle_of(tensor) if symmetric else tensor
-
-
-def _unpacked(flat: Tensor, like: Tensor, symmetric: bool) -> Tensor:
-    flat = flat.to(like.device)
-    if not symmetric:
-        return flat.reshape(like.shape)
-    side = like.shape[-1]
-    return from_triangle(flat.reshape(*like.shape[:-2], side * (side + 1) // 2), side)
-
-
 def _upper(matrix: Tensor) -> Tensor:
     """Mask of the upper triangle [D, D]; it takes an eighth of what indices would."""
     return torch.ones(matrix.shape[-2:], dtype=torch.bool, device=matrix.device).triu()
-
-
-def _sent(ranks: Ranks, bucket: Sequence[Tensor]) -> list[Tensor]:
-    """One bucket, summed; a tensor that is larger than a bucket goes in several messages."""
-    flat = torch.cat([part.reshape(-1) for part in bucket]).to(ranks.device)
-    for message in flat.split(max(1, BUCKET_BYTES // flat.element_size())):
-        ranks.add_up(message)
-    return list(flat.split([part.numel() for part in bucket]))

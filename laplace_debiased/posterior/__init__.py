@@ -12,14 +12,10 @@ from laplace.utils.feature_extractor import FeatureReduction
 from laplace.utils.matrix import Kron
 from torch import Tensor, nn
 
-from laplace_debiased.estimation import (
-    Fit,
-    KronStructure,
-    LastLayer,
-    LowRankStructure,
-    Target,
-    posterior_factors,
-)
+from laplace_debiased.estimation.kron import KronStructure, posterior_factors
+from laplace_debiased.estimation.lowrank import LowRankStructure
+from laplace_debiased.estimation.structure import Fit
+from laplace_debiased.estimation.target import LastLayer, Target
 from laplace_debiased.network.last_layer import check_last_layer_name
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.wrappers import own_name, plain_network

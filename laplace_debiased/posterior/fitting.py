@@ -7,16 +7,17 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.checks import checked_flag, shortened
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.debiasing import BiasReport
-from laplace_debiased.debiasing import bias_report as report_of
-from laplace_debiased.estimation import FitRequest, run_fit
+from laplace_debiased.debiasing.bias import BiasReport
+from laplace_debiased.debiasing.bias import bias_report as report_of
+from laplace_debiased.estimation.arguments import FitRequest
 from laplace_debiased.estimation.checkpoint import DEFAULT_INTERVAL
+from laplace_debiased.estimation.fit import run_fit
 from laplace_debiased.files import PathLike
 from laplace_debiased.likelihoods import residual_noise
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.modes import public_call
-from laplace_debiased.parallel import Ranks
+from laplace_debiased.parallel.ranks import Ranks
 from laplace_debiased.posterior.priors import check_prior, check_prior_mean
 from laplace_debiased.posterior.shell import Shell
 from laplace_debiased.predictive.call import MOMENTS

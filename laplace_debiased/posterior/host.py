@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from laplace_debiased.checks import checked_flag, positive_value
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.errors import NotFittedError
-from laplace_debiased.estimation import Arguments, Fit, FitReport, FitRequest, Structure, Target
-from laplace_debiased.estimation.keywords import arguments_from, backend_from
+from laplace_debiased.estimation.arguments import (
+    Arguments,
+    FitRequest,
+    arguments_from,
+    backend_from,
+)
+from laplace_debiased.estimation.report import FitReport
+from laplace_debiased.estimation.structure import Fit, Structure
+from laplace_debiased.estimation.target import Target
 from laplace_debiased.files import PathLike
 from laplace_debiased.likelihoods import LikelihoodName
 from laplace_debiased.network.identity import ModelFingerprint

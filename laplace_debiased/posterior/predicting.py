@@ -11,7 +11,8 @@ from laplace.utils.enums import LinkApprox, PredType
 from torch import Tensor
 
 from laplace_debiased.checks import checked_flag, checked_integer
-from laplace_debiased.estimation import Arguments, Fit
+from laplace_debiased.estimation.arguments import Arguments
+from laplace_debiased.estimation.structure import Fit
 from laplace_debiased.likelihoods import LikelihoodName, gaussian_samples
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import check_model_arguments

@@ -24,7 +24,7 @@ from laplace_debiased.network.memory import working_memory
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.options import Positions
-from laplace_debiased.parallel import Ranks
+from laplace_debiased.parallel.ranks import Ranks
 from laplace_debiased.posterior.predicting import selection_of
 from laplace_debiased.posterior.shell import Shell
 from laplace_debiased.predictive.call import checked_link, checked_positions, checked_pred_type

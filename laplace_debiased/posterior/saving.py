@@ -12,13 +12,13 @@ from laplace.curvature.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from laplace_debiased.errors import ArgumentTypeError, StoredFileError
-from laplace_debiased.estimation.keywords import RESIDUAL
+from laplace_debiased.estimation.arguments import RESIDUAL
 from laplace_debiased.files import PathLike, flattened, nested, read_record, write_record
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.substitution import substituted
 from laplace_debiased.network.wrappers import plain_network
-from laplace_debiased.parallel import Ranks
+from laplace_debiased.parallel.ranks import Ranks
 from laplace_debiased.posterior.shell import Shell
 from laplace_debiased.posterior.state import from_state, to_state
 

@@ -9,7 +9,9 @@ from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.estimation import Arguments, Fit, FitRequest, Structure, Target
+from laplace_debiased.estimation.arguments import Arguments, FitRequest
+from laplace_debiased.estimation.structure import Fit, Structure
+from laplace_debiased.estimation.target import Target
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.predictive import Predictor

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from laplace_debiased.checks import checked_flag
 from laplace_debiased.curvature import Coverage
-from laplace_debiased.estimation import Fit, Target
+from laplace_debiased.estimation.structure import Fit
+from laplace_debiased.estimation.target import Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
 from laplace_debiased.network.inputs import map_tensors
 from laplace_debiased.network.memory import is_out_of_memory

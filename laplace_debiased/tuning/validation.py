@@ -12,9 +12,10 @@ from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from laplace_debiased.data import Block, split_batch
+from laplace_debiased.data.block import Block
+from laplace_debiased.data.loaders import split_batch
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, LossModel
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 from laplace_debiased.predictive import OutputSelection, Predictor
 from laplace_debiased.predictive.call import inverse_link_of
 from laplace_debiased.predictive.probabilities import class_probabilities, needs_covariance

@@ -9,7 +9,7 @@ from torch import Tensor
 from laplace_debiased.curvature.lowrank.span import span_eigenpairs
 from laplace_debiased.curvature.rows.gram import RowsFactor
 from laplace_debiased.curvature.symmetric import eigenpairs
-from laplace_debiased.debiasing.thin import thin_eigenpairs
+from laplace_debiased.debiasing.bases import thin_eigenpairs
 
 
 def gram(n: int, n_zero: int, *lead: int) -> Tensor:
@@ -53,7 +53,7 @@ def test_rows_of_which_most_are_zero_have_a_thin_basis() -> None:
     g = torch.Generator().manual_seed(0)
     rows = torch.zeros(459, 800)
     rows[::17] = 1e-5 * torch.randn(27, 800, generator=g)
-    values, basis = thin_eigenpairs(RowsFactor(rows), None, eigenpairs)
+    values, basis = thin_eigenpairs("a", RowsFactor(rows), "covariance", None)
     assert basis.shape == (800, 27)
     expected = torch.linalg.svdvals(rows[::17].double()).square().flip(-1)
     assert torch.allclose(values[:-1].double(), expected, rtol=1e-4)

@@ -148,7 +148,7 @@ def test_budget_from_a_stream_is_refused_with_a_remedy(loader):
     ("bad", "error"),
     [(True, TypeError), (2.0, TypeError), ("3", TypeError), (0, ValueError), (-4, ValueError)],
 )
-@pytest.mark.parametrize("name", ["n_samples", "n_data", "folds"])
+@pytest.mark.parametrize("name", ["n_samples", "n_data"])
 def test_bad_counts_are_named(name, bad, error):
     arguments = {"folds": 2, "n_samples": 4, name: bad}
     with pytest.raises(error, match=f"^{name} must be"):
@@ -170,20 +170,6 @@ def test_budget_over_n_is_refused():
         plan_from_loader(loader, folds=1, n_samples=5, n_data=4)
 
 
-@pytest.mark.parametrize(
-    ("fractions", "message"),
-    [
-        ((0.5,), "one entry per fold"),
-        ((0.5, 0.6), "sum to 1"),
-        ((1.5, -0.5), "positive"),
-        ((float("nan"), 0.5), "positive"),
-    ],
-)
-def test_bad_fractions_are_refused(fractions, message):
-    with pytest.raises(ValueError, match=message):
-        plan_from_loader(DataLoader(Numbers(9)), folds=2, fractions=fractions)
-
-
 def test_excluded_samples_are_not_drawn_again():
     loader = DataLoader(Numbers(10), batch_size=4)
     first = plan_from_loader(loader, folds=2, n_samples=4)
@@ -193,8 +179,6 @@ def test_excluded_samples_are_not_drawn_again():
     assert (second.population, second.n_data) == (6, 10)
     with pytest.raises(ValueError, match=r"exceeds the 6 samples.*after 4 excluded"):
         plan_from_loader(loader, folds=2, n_samples=7, exclude=drawn)
-    with pytest.raises(ValueError, match="exclude needs a budget"):
-        plan_from_loader(loader, folds=2, exclude=drawn)
 
 
 def test_collate_fn_is_honoured_and_must_keep_every_sample():

@@ -2,38 +2,27 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from laplace_debiased.data import (
-    Batch,
-    CurvaturePlan,
-    Draws,
-    draw_coefficients,
-    draw_weighted_folds,
-    magnitude_coefficients,
-    sampling_probabilities,
-)
-from laplace_debiased.data.plan import plan_of
+from laplace_debiased.data.coefficients import draw_coefficients, magnitude_coefficients
+from laplace_debiased.data.plan import CurvaturePlan, plan_of
+from laplace_debiased.data.pool import draw_weighted_folds, sampling_probabilities
+from laplace_debiased.data.sources import Batch, Draws
 from tests.data.test_weighted import joint_law
 from tests.data.toys import Numbers, plan_from_loader
 
 
+@dataclass(frozen=True)
 class Listed:
     """A source that was drawn already."""
 
-    n_batches = 1
-
-    def __init__(self, draws: Draws) -> None:
-        self.draws = draws
+    draws: Draws
 
     def walk(self):
-        yield Batch(None, torch.zeros(len(self.draws)), *_columns(self.draws))
-
-
-def _columns(draws):
-    return draws.folds, draws.counts, draws.weights
+        yield Batch(**vars(self.draws), inputs=None, targets=torch.zeros(len(self.draws)))
 
 
 def planned(folds_of_counts, q, **arguments) -> CurvaturePlan:
@@ -193,9 +182,8 @@ def test_statistically_unbiased_in_both_directions_with_the_code_that_draws():
     found = []
     for _ in range(500):
         counts = torch.zeros(2, 60, dtype=torch.int64)
-        parts = draw_weighted_folds(h, (15, 15), 0.1, generator, symmetric=True, sweeps=2)
-        for k, part in enumerate(parts):
-            counts[k, part.positions] = part.counts
+        drawn = draw_weighted_folds(q, (15, 15), generator, symmetric=True, sweeps=2)
+        counts[drawn.folds, drawn.indices] = drawn.counts
         plan = planned(counts.tolist(), q)
         found.append(torch.stack([errors(plan, pool, {basis}) for basis in (0, 1)]))
     stacked = torch.stack(found)
@@ -323,9 +311,8 @@ def test_leaving_directions_out_stays_within_the_standard_error():
     q, moved, excess = sampling_probabilities(h, 0.02), [], []
     for _ in range(20):
         counts = torch.zeros(2, 6_000, dtype=torch.int64)
-        parts = draw_weighted_folds(h, (24, 24), 0.02, generator, symmetric=True, sweeps=2)
-        for k, part in enumerate(parts):
-            counts[k, part.positions] = part.counts
+        drawn = draw_weighted_folds(q, (24, 24), generator, symmetric=True, sweeps=2)
+        counts[drawn.folds, drawn.indices] = drawn.counts
         plan = planned(counts.tolist(), q)
         draws = plan.sources[0].draws
         u = top_direction(plan, draws, pool, {0})

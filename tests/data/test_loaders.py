@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, Subset, SubsetRandomSampler
 
-from laplace_debiased.data import (
-    loader_length,
-    plan_from_two_loaders,
-    split_batch,
-)
+from laplace_debiased.data.build import plan_from_two_loaders
+from laplace_debiased.data.loaders import loader_length, split_batch
 from tests.data.toys import (
     Numbers,
     NumberStream,
@@ -193,9 +190,3 @@ def test_targets_of_any_type_are_checked(dtype):
     batches.reverse()
     with pytest.raises(RuntimeError, match="changed between two walks"):
         walk(plan)
-
-
-@pytest.mark.parametrize("seed", [1.5, None, "a", True])
-def test_seed_must_be_an_integer(seed):
-    with pytest.raises(TypeError, match="seed must be an int"):
-        plan_from_loader(SAME, folds=1, seed=seed)

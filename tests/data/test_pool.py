@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
-from laplace_debiased.data import PoolScores, Supply, sampling_probabilities, score_pool
 from laplace_debiased.data import pool as pool_module
-from laplace_debiased.data.pool import MAX_POOL_SIZE, useful_pool_size
+from laplace_debiased.data.build import Supply
+from laplace_debiased.data.plan import PoolScores
+from laplace_debiased.data.pool import (
+    EPSILON,
+    MAX_POOL_SIZE,
+    sampling_probabilities,
+    score_pool,
+    useful_pool_size,
+)
 from tests.data.toys import (
     Numbers,
     NumberStream,
@@ -30,7 +37,7 @@ LOADER = DataLoader(Numbers(40), batch_size=6, shuffle=True)
 
 def test_scores_belong_to_their_samples():
     pool = torch.tensor([9, 3, 30])
-    scores = score_pool(DataLoader(Numbers(40), batch_size=2), pool, score)
+    scores = score_pool(Supply.of(DataLoader(Numbers(40), batch_size=2)), pool, score)
     assert scores.scores.tolist() == [10, 4, 31]
     assert scores.losses.tolist() == [90, 30, 300]
     assert scores.scores.dtype == torch.float64
@@ -38,13 +45,13 @@ def test_scores_belong_to_their_samples():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_plan_carries_the_draws_of_its_pool(symmetric):
-    plan = plan_from_pool(LOADER, score, folds=2, n_samples=14, symmetric=symmetric, epsilon=0.2)
+    plan = plan_from_pool(LOADER, score, folds=2, n_samples=14, symmetric=symmetric)
     found = targets_by_fold(plan)
     assert plan.fold_sizes == (7, 7) == tuple(map(len, found))
     assert not set(found[0]) & set(found[1])
     assert [i.tolist() for i in plan.indices] == [sorted(set(f)) for f in found]
     assert (plan.n_data, plan.population) == (40, 40)
-    q = sampling_probabilities(1.0 + torch.arange(40).double(), 0.2)
+    q = sampling_probabilities(1.0 + torch.arange(40).double(), EPSILON)
     for batch in plan.batches():
         assert torch.allclose(batch.weights, 1 / (40 * q[batch.targets]), rtol=1e-12)
     unseen = [1 - float(q[list(set(f))].sum()) for f in found]
@@ -121,7 +128,6 @@ def test_bad_scores_are_refused(bad, message):
         ({"n_samples": None}, TypeError, "n_samples must be a positive integer"),
         ({"pool_size": 3}, ValueError, "pool_size=3 is smaller than n_samples=5"),
         ({"pool_size": 3.5}, TypeError, "pool_size must be a positive integer"),
-        ({"epsilon": 0.0}, ValueError, "epsilon"),
         ({"folds": 9}, ValueError, "too few for 9 folds"),
     ],
 )
@@ -191,7 +197,7 @@ def test_choosing_the_size_of_the_pool_by_scores_leaves_it_unbiased(monkeypatch)
     for order in itertools.permutations(range(7)):
         monkeypatch.setattr(torch, "randperm", lambda n, generator, o=order: torch.tensor(o))
         pool = pool_module._pool(
-            supply, None, 0, lambda indices: PoolScores(indices, h[indices], h[indices])
+            supply, None, lambda indices: PoolScores(indices, h[indices], h[indices])
         )
         sizes.add(len(pool))
         means.append(float(h[pool].mean()))

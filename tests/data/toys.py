@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from laplace_debiased.checks import checked_integer
-from laplace_debiased.data import Batch, CurvaturePlan, Supply, plan_by_curvature, plan_from_supply
+from laplace_debiased.data.build import Supply, plan_from_supply
+from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.data.pool import plan_by_curvature
+from laplace_debiased.data.sources import Batch
 from laplace_debiased.network.rng import RngState
 
 
@@ -43,16 +46,20 @@ class NumberStream(IterableDataset):
         return ((torch.full((3,), float(i)), torch.tensor(i)) for i in order)
 
 
-def plan_from_loader(loader, *, folds, n_samples=None, n_data=None, exclude=frozenset(), **options):
-    n_folds = checked_integer("folds", folds)
-    supply = Supply.of(loader, n_samples=n_samples, n_data=n_data, n_folds=n_folds)
-    return plan_from_supply(supply.without(exclude), folds=folds, **options)
+def plan_from_loader(
+    loader, *, folds, n_samples=None, n_data=None, fractions=None, exclude=frozenset(), **options
+):
+    supply = Supply.of(loader, n_samples=n_samples, n_data=n_data, n_folds=folds, **options)
+    supply = supply.without(exclude) if exclude else supply
+    return plan_from_supply(supply, fractions or (1 / folds,) * folds)
 
 
-def plan_from_pool(loader, score, *, folds, n_samples, n_data=None, exclude=frozenset(), **options):
+def plan_from_pool(
+    loader, score, *, folds, n_samples, n_data=None, seed=0, exclude=frozenset(), **options
+):
     budget = checked_integer("n_samples", n_samples)
-    supply = Supply.of(loader, n_samples=budget, n_data=n_data, n_folds=folds).without(exclude)
-    return plan_by_curvature(supply, score, folds=folds, **options)
+    supply = Supply.of(loader, n_samples=budget, n_data=n_data, n_folds=folds, seed=seed)
+    return plan_by_curvature(supply.without(exclude), score, (1 / folds,) * folds, **options)
 
 
 def walk(plan: CurvaturePlan) -> list[Batch]:

@@ -10,7 +10,8 @@ from laplace_debiased.curvature import BlockFactors, KroneckerFactors
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.rows.gram import RowsFactor
 from laplace_debiased.curvature.rows.sides import multiplicities
-from laplace_debiased.debiasing import eigenbasis, join_by_rank, kfac_magnitudes, own_magnitudes
+from laplace_debiased.debiasing.bases import eigenbasis, kfac_magnitudes, own_magnitudes
+from laplace_debiased.debiasing.schemes import join_by_rank
 from tests.tolerances import assert_exact, assert_same
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import (
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature import MagnitudeAccumulator
-from laplace_debiased.estimation import FitRequest
+from laplace_debiased.estimation.arguments import FitRequest
 from laplace_debiased.estimation.kron import RECOMMENDED_SAMPLES, KronStructure
 from laplace_debiased.estimation.plan import supply_for
 
@@ -79,6 +79,12 @@ def test_other_values_are_the_budget(value):
 def test_other_strings_are_refused():
     with pytest.raises(ValueError, match="'auto'"):
         FitRequest(DataLoader(dataset(10)), n_samples="all")
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "a", True])
+def test_seed_must_be_an_integer(seed):
+    with pytest.raises(TypeError, match="seed must be an int"):
+        FitRequest(DataLoader(dataset(10)), seed=seed)
 
 
 def test_a_fit_without_options_takes_the_budget_and_keeps_the_size_of_the_data():

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature.rows.gram import RowsFactor
 from laplace_debiased.files import nested
-from laplace_debiased.parallel import from_triangle, triangle_of
+from laplace_debiased.parallel.sums import from_triangle, triangle_of
 from tests.untouched import equal
 
 

@@ -13,17 +13,9 @@ INPUTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
 
 
-class Outputs:
-    def __init__(self, model):
-        self.model = model
-
-    def outputs(self, inputs):
-        return self.model(inputs)
-
-
 def scores(model, inputs=INPUTS, labels=LABELS, fisher=Fisher.TYPE2, **options):
     loss = loss_model("classification", **options)
-    return Scorer(Outputs(model), model, loss, fisher)(inputs, labels)
+    return Scorer(model, model, loss, fisher)(inputs, labels)
 
 
 def body():
@@ -47,7 +39,7 @@ def test_score_is_the_trace_of_the_loss_hessian_times_the_norm_of_the_features()
 def test_batches_do_not_change_a_score():
     model = nn.Sequential(body(), nn.Linear(5, 3).double())
     whole, _ = scores(model)
-    scorer = Scorer(Outputs(model), model, loss_model("classification"), Fisher.TYPE2)
+    scorer = Scorer(model, model, loss_model("classification"), Fisher.TYPE2)
     parts = [scorer(INPUTS[s], LABELS[s])[0] for s in (slice(0, 1), slice(1, 4), slice(4, 6))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=0)
 

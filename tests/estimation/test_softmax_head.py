@@ -17,7 +17,7 @@ from laplace_debiased.curvature.softmax_head import (
     softmax_covariance,
     softmax_curvature,
 )
-from laplace_debiased.estimation.softmax_head import SoftmaxHeadEstimator
+from laplace_debiased.estimation.kron_estimator import SoftmaxHeadEstimator
 from laplace_debiased.likelihoods import SoftmaxCrossEntropy
 
 C = 5

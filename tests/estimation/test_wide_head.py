@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.curvature.rows.gram import RowsFactor
-from laplace_debiased.estimation import softmax_head
+from laplace_debiased.estimation import kron_estimator
 from tests.tolerances import assert_exact
 
 
@@ -31,7 +31,7 @@ def fitted(n_classes: int, n: int = 20, dtype: torch.dtype = torch.float64, **op
 
 @pytest.fixture
 def from_100_on(monkeypatch) -> None:
-    monkeypatch.setattr(softmax_head, "DENSE_UP_TO", 100)
+    monkeypatch.setattr(kron_estimator, "DENSE_UP_TO", 100)
 
 
 @pytest.mark.usefixtures("from_100_on")
@@ -61,7 +61,7 @@ def test_curvature_along_sketched_directions_is_exact() -> None:
 @pytest.mark.usefixtures("from_100_on")
 def test_predictions_are_near_those_of_a_whole_basis() -> None:
     sketched, x = fitted(120, n=40, prior_precision=3.0, n_outputs=None)
-    softmax_head.DENSE_UP_TO = 1_000  # put back by the fixture
+    kron_estimator.DENSE_UP_TO = 1_000  # put back by the fixture
     whole, _ = fitted(120, n=40, prior_precision=3.0, n_outputs=None)
     assert not isinstance(whole.fitted.curvature.folds[0].blocks[0].output, RowsFactor)
     p, q = (la(x, link_approx="mc") for la in (whole, sketched))

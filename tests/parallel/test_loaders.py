@@ -10,7 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from laplace_debiased.data import whole_loader
+from laplace_debiased.data.loaders import whole_loader
 from tests.parallel.cases import INPUTS, LABELS, Case, N, loader, numbers
 from tests.parallel.crowd import Failure, run
 

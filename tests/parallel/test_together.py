@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from laplace_debiased.errors import RankFailedError
-from laplace_debiased.parallel import Job, Ranks, assembled, shared_out, summed
 from laplace_debiased.parallel import sums as room
-from laplace_debiased.parallel.jobs import owners
+from laplace_debiased.parallel.jobs import Job, owners, shared_out
+from laplace_debiased.parallel.ranks import Ranks
+from laplace_debiased.parallel.sums import assembled, summed
 from tests.parallel.cases import Case, loader
 from tests.parallel.crowd import Failure, run
 
@@ -39,7 +40,7 @@ def everything(rank: int) -> dict[str, Any]:
         Job("a job", float(n), lambda n=n: (torch.full((n, 2), float(rank)), None))
         for n in range(4)
     ]
-    results = shared_out(ranks, "jobs")(jobs)
+    results = shared_out(jobs, ranks, "jobs")
     return {
         "given": before,
         "sums": sums,

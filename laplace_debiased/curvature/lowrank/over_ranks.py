@@ -20,7 +20,8 @@ from laplace_debiased.curvature.lowrank.span import (
     orthonormalised,
     products_of_rows,
 )
-from laplace_debiased.parallel import Ranks, summed
+from laplace_debiased.parallel.ranks import Ranks
+from laplace_debiased.parallel.sums import summed
 
 _STEP = "a product with the curvature"
 

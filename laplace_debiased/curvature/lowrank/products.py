@@ -22,7 +22,7 @@ from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.transforms import directional_outputs, vjp, vmap
-from laplace_debiased.parallel import ALONE, Ranks
+from laplace_debiased.parallel.ranks import ALONE, Ranks
 
 Product = Callable[[Tensor], Tensor]
 """X [P, j] ↦ C X [P, j] for a symmetric C [P, P]."""
