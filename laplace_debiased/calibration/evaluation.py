@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _score(meaning: str, default: Any = MISSING) -> Any:
+def _score(meaning: str, default: Any = None) -> Any:
     return field(default=default, metadata={"meaning": meaning})
 
 
@@ -53,41 +53,38 @@ class Evaluation:
     the total predictive covariance. With K binary labels `nll` and `entropy` are summed over them;
     `ece`, `mce`, `brier`, `accuracy` and `aurc` are then over all labels, two classes each.
     `mutual_information` is what a label would tell about the weights, of a posterior of this
-    library with `pred_type` "glm". `curve` is what `plot_reliability`
-    shows.
+    library with `pred_type` "glm". `curve` is what `plot_reliability` draws.
     """
 
-    nll: float = _score("negative log-likelihood, nats, mean over samples")
-    n_samples: int = _score("samples")
-    n_bins: int = _score("bins of ECE and MCE, or of ENCE")
-    ece: float | None = _score("expected calibration error of the top label", None)
-    adaptive_ece: float | None = _score("the same, bins of equally many samples", None)
-    mce: float | None = _score("maximum calibration error over bins", None)
-    brier: float | None = _score("squared error summed over classes, mean over samples", None)
-    accuracy: float | None = _score("share of correct predictions", None)
-    aurc: float | None = _score("area under the risk-coverage curve", None)
-    entropy: float | None = _score("predictive entropy, nats, mean over samples", None)
+    nll: float = _score("negative log-likelihood, nats, mean over samples", MISSING)
+    n_samples: int = _score("samples", MISSING)
+    n_bins: int = _score("bins of ECE and MCE, or of ENCE", MISSING)
+    ece: float | None = _score("expected calibration error of the top label")
+    adaptive_ece: float | None = _score("the same, bins of equally many samples")
+    mce: float | None = _score("maximum calibration error over bins")
+    brier: float | None = _score("squared error summed over classes, mean over samples")
+    accuracy: float | None = _score("share of correct predictions")
+    aurc: float | None = _score("area under the risk-coverage curve")
+    entropy: float | None = _score("predictive entropy, nats, mean over samples")
     mutual_information: float | None = _score(
-        "epistemic part of the entropy, nats, mean over samples", None
+        "epistemic part of the entropy, nats, mean over samples"
     )
-    auroc: float | None = _score("entropy separates in from out of distribution", None)
-    fpr95: float | None = _score("out-of-distribution share kept at 95 % true positives", None)
+    auroc: float | None = _score("entropy separates in from out of distribution")
+    fpr95: float | None = _score("out-of-distribution share kept at 95 % true positives")
     auroc_information: float | None = _score(
-        "mutual information separates in from out of distribution", None
+        "mutual information separates in from out of distribution"
     )
     fpr95_information: float | None = _score(
-        "out-of-distribution share kept, by mutual information", None
+        "out-of-distribution share kept, by mutual information"
     )
-    rmse: float | None = _score("root of the squared error's mean over samples and outputs", None)
-    ence: float | None = _score("expected normalized calibration error, mean over outputs", None)
-    interval_coverage: float | None = _score("targets within their central 95 % interval", None)
+    rmse: float | None = _score("root of the squared error's mean over samples and outputs")
+    ence: float | None = _score("expected normalized calibration error, mean over outputs")
+    interval_coverage: float | None = _score("targets within their central 95 % interval")
     epistemic_std: float | None = _score(
-        "predictive std without noise, mean over samples and outputs", None
+        "predictive std without noise, mean over samples and outputs"
     )
-    total_std: float | None = _score(
-        "predictive std with noise, mean over samples and outputs", None
-    )
-    n_ood_samples: int | None = _score("out-of-distribution samples", None)
+    total_std: float | None = _score("predictive std with noise, mean over samples and outputs")
+    n_ood_samples: int | None = _score("out-of-distribution samples")
     curve: ReliabilityBins | IntervalCurve | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, float | int | None]:

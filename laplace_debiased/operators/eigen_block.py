@@ -108,6 +108,10 @@ class EigenBlock:
         """Number of directions that every entry of the table stands for; they sum to n_params."""
         return sides.table_multiplicities(self.eigenvalues, self.output_basis, self.input_basis)
 
+    def per_direction(self) -> Tensor:
+        """Eigenvalues of all directions [n_params], equal along a complement."""
+        return self.eigenvalues.flatten().repeat_interleave(self.multiplicities().long().flatten())
+
     def per_coordinate(self, table: Tensor) -> Tensor:
         """A table of the eigenvalues' shape as one entry per coordinate, flat."""
         table = sides.spread(table, self.output_basis, dim=self._output_axis)

@@ -59,6 +59,13 @@ def power(dense: Tensor, exponent: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+def test_values_per_direction_are_the_dense_matrixs_eigenvalues(name: str) -> None:
+    kron, dense = operators(name)
+    values = [d + b.per_direction() for b, d in zip(kron.blocks, DELTAS, strict=True)]
+    assert_exact(torch.cat(values).sort().values, torch.linalg.eigvalsh(dense))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_all_methods_are_the_dense_matrixs(name: str) -> None:
     kron, dense = operators(name)
     g = torch.Generator().manual_seed(0)
