@@ -33,7 +33,7 @@ FORMAT_VERSION = 2
 
 Kind = TypeVar("Kind")
 
-RETIRED = ("ratio_step", False), ("weight_sharing", "expand")
+RETIRED = {"ratio_step": False, "weight_sharing": "expand"}
 """Options that files of earlier versions hold, with the one value that means what is done now."""
 
 
@@ -166,8 +166,13 @@ def loaded(
             f"{path} holds a {found}, not a {' or '.join(by_name)}; read it with {found}.load, or "
             "with DebiasedLaplace.load, which reads all of the library's own."
         )
-    # What is left of retired options is refused by name, as any option that is unknown.
-    arguments = dict(item for item in record["arguments"].items() if item not in RETIRED)
+    arguments = record["arguments"]
+    for name, default in RETIRED.items():
+        if arguments.pop(name, default) != default:
+            raise StoredFileError(
+                f"{path} was made with {name} other than {default!r}, an option that this version "
+                "no longer has: fit anew, or read it with the version that wrote it."
+            )
     if "backend" in arguments:
         arguments["backend"] = _backend_named(arguments["backend"])
     return rebuilt(by_name[found], model, arguments, record["state"], check_weights=check_weights)

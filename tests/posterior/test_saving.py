@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,17 @@ def test_backend_comes_back_by_its_name(tmp_path: Path) -> None:
     torch.save({**record, "state/H": 3}, tmp_path / "la.pt")
     with pytest.raises(StoredFileError, match=r"la\.pt.*'state/H'.*damaged or was edited"):
         DebiasedLaplace.load(tmp_path / "la.pt", network())
+
+
+def test_an_option_that_is_no_more_is_named_unless_it_means_what_is_done_now(
+    tmp_path: Path,
+) -> None:
+    fitted().save(tmp_path / "la.pt")
+    record = torch.load(tmp_path / "la.pt", weights_only=True)
+    for value in (False, True):
+        torch.save({**record, "arguments/ratio_step": value}, tmp_path / "la.pt")
+        with pytest.raises(StoredFileError, match="ratio_step") if value else nullcontext():
+            DebiasedLaplace.load(tmp_path / "la.pt", network())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
