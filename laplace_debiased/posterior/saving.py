@@ -20,7 +20,7 @@ from laplace_debiased.network.substitution import substituted
 from laplace_debiased.network.wrappers import plain_network
 from laplace_debiased.parallel.ranks import Ranks
 from laplace_debiased.posterior.shell import Shell
-from laplace_debiased.posterior.state import from_state, to_state
+from laplace_debiased.posterior.state import edits_explained, from_state, to_state
 
 _ARGUMENTS = (
     *("likelihood", "dict_key_x", "dict_key_y", "strict", "rank", "n_outputs", "ignore_index"),
@@ -72,11 +72,11 @@ def load_state_dict(self: Shell, state_dict: dict[str, Any], *, check_weights: b
         raise ArgumentTypeError(
             f"state_dict must be what la.state_dict() gives; got {type(state_dict).__name__}."
         )
-    fit, model, hyper_parameters = from_state(self, nested(state_dict), check_weights=check_weights)
+    fit, hyper_parameters = from_state(self, nested(state_dict), check_weights=check_weights)
     before = dict(vars(self))
-    with uninterrupted():
+    with uninterrupted(), edits_explained():
         try:
-            self._adopt(fit, model)
+            self._adopt(fit)
             self._fitted_on = None
             for name, value in hyper_parameters.items():
                 setattr(self, name, value)
