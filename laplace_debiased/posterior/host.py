@@ -25,7 +25,6 @@ from laplace_debiased.estimation.structure import Fit, Structure
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.files import PathLike
 from laplace_debiased.likelihoods import LikelihoodName
-from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.posterior import fitting, predicting, priors, saving
 from laplace_debiased.predictive import Predictor
@@ -44,8 +43,8 @@ class DebiasedPosterior(_Host):
 
     It holds what a posterior consists of (arguments, target, structure, fit, predictor, and a
     watch over the model), and it alone writes laplace-torch's attributes. A concrete posterior
-    names its structure, what a prior must look like, and what laplace-torch calls ``H``; one over
-    the last layer also its target. Their arguments are those of ``DebiasedKronLaplace``.
+    names its structure, whether a prior may be diagonal, and what laplace-torch calls ``H``; one
+    over the last layer also its target. Their arguments are those of ``DebiasedKronLaplace``.
     """
 
     model: Any
@@ -270,19 +269,14 @@ class DebiasedPosterior(_Host):
     __repr__ = fitting.described
     _check_model = fitting.check_model
 
-    def _adopt(self, fit: Fit, model: ModelFingerprint | None = None) -> None:
-        """Take over a finished fit; what can fail comes first.
-
-        Args:
-            fit: the fit.
-            model: fingerprint of the model as it is now, where that is not the fit's.
-        """
+    def _adopt(self, fit: Fit) -> None:
+        """Take over a finished fit; what can fail comes first."""
         target = self._target if fit.last_layer is None else self._target.at(fit.last_layer)
         predictor = self._structure.predictor(self._structure.engine(target, fit.coverage), fit)
         mean, curvature = target.mean(fit.coverage), self._host_curvature(fit, predictor)
         self._set_target(target, fit.coverage)
         self._fit, self._predictor = fit, predictor
-        self._watch = ModelWatch(fit.model if model is None else model, fit.probe)
+        self._watch = ModelWatch(fit.model, fit.probe)
         for name, value in curvature.items():
             setattr(self, name, value)
         self.mean = mean

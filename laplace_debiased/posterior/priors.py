@@ -226,22 +226,16 @@ def optimize_prior_precision(
         }
         ranks.agree("optimize_prior_precision", given)
         if how is TuningMethod.MARGLIK:
-            best = by_evidence(
-                partial(_evidence, self),
-                init_prior_prec,
-                prior_structure,
-                self.mean,
-                tuple(parameter.numel() for parameter in self.params),
-                takes_diagonal=self._takes_diagonal_prior,
-                n_steps=n_steps,
-                lr=lr,
-                progress_bar=progress_bar and ranks.is_first,
+            best = _by_evidence(
+                self, init_prior_prec, prior_structure, n_steps, lr, progress_bar, ranks
             )
-            [best] = ranks.from_first("the prior precision", lambda: [best])
-            if ranks.is_first:
-                _warn_if_harmful(self, best)
         else:
-            links = _links(self, link_approx, pred)
+            given_links = (
+                () if link_approx is None else (checked_link(link_approx, self.likelihood),)
+            )
+            # Of two that are equally good the exact one.
+            links = given_links or (LinkApprox.MC, LinkApprox.PROBIT)
+            links = links if pred is PredType.GLM else (LinkApprox.MC,)
             validation = Validation(subject_of(self, at), val_loader, loss, ranks)
             search = GridSearch(validation, PriorGrid(*grid), pred, links, n_samples, refine, seed)
             result = search.run(progress_bar and ranks.is_first)
@@ -258,18 +252,44 @@ def optimize_prior_precision(
         print(f"Optimized prior precision is {self.prior_precision}.")
 
 
-_LINKS = LinkApprox.MC, LinkApprox.PROBIT
-"""Links that a tuning chooses from; of two equals the exact one."""
+def _by_evidence(
+    self: Shell,
+    initial: float | Tensor,
+    structure: PriorStructure | str,
+    n_steps: int,
+    lr: float,
+    progress_bar: bool,
+    ranks: Ranks,
+) -> Tensor:
+    """The prior of the largest marginal likelihood; a warning if it harms training samples.
 
+    A posterior from a file knows none, and sampled rewards have no likelihood to compare.
+    """
 
-def _links(
-    self: Shell, link_approx: LinkApprox | str | None, pred: PredType
-) -> tuple[LinkApprox, ...]:
-    """The links that a tuning may choose from."""
-    given = None if link_approx is None else checked_link(link_approx, self.likelihood)
-    if pred is PredType.NN:
-        return (LinkApprox.MC,)
-    return _LINKS if given is None else (given,)
+    def evidence(prior: Tensor) -> Tensor:
+        with _prior_set_to(self, prior):
+            return self.log_marginal_likelihood()
+
+    best = by_evidence(
+        evidence,
+        initial,
+        structure,
+        self.mean,
+        tuple(parameter.numel() for parameter in self.params),
+        takes_diagonal=self._takes_diagonal_prior,
+        n_steps=n_steps,
+        lr=lr,
+        progress_bar=progress_bar and ranks.is_first,
+    )
+    [best] = ranks.from_first("the prior precision", lambda: [best])
+    has_likelihood = self.likelihood != LikelihoodName.REWARD_MODELING
+    if ranks.is_first and has_likelihood and self._fitted_on is not None:
+        with _prior_set_to(self, best):
+            precision = self._precision(differentiable=False)
+        with exact_arithmetic(self._device):
+            batches = training_sample(self._fitted_on, N_SAMPLES)
+            warn_if_harmful(Validation(subject_of(self), batches, None), best, precision)
+    return best
 
 
 def subject_of(self: Shell, positions: Positions = Positions.ALL) -> Subject:
@@ -290,26 +310,6 @@ def subject_of(self: Shell, positions: Positions = Positions.ALL) -> Subject:
         self.fitted.n_outputs,
         working_memory(self._arguments.options.byte_budget, self._device),
     )
-
-
-def _evidence(self: Shell, prior: Tensor) -> Tensor:
-    """Log marginal likelihood of a prior precision; the posterior keeps its own."""
-    with _prior_set_to(self, prior):
-        return self.log_marginal_likelihood()
-
-
-def _warn_if_harmful(self: Shell, prior: Tensor) -> None:
-    """Look at what a prior of the marginal likelihood does to training samples, if they are known.
-
-    A posterior from a file knows none, and sampled rewards have no likelihood to compare.
-    """
-    if self._fitted_on is None or self.likelihood == LikelihoodName.REWARD_MODELING:
-        return
-    with _prior_set_to(self, prior):
-        precision = self._precision(differentiable=False)
-    with exact_arithmetic(self._device):
-        batches = training_sample(self._fitted_on, N_SAMPLES)
-        warn_if_harmful(Validation(subject_of(self), batches, None), prior, precision)
 
 
 def _sampled_at(

@@ -20,7 +20,7 @@ from laplace_debiased.network.substitution import substituted
 from laplace_debiased.network.wrappers import plain_network
 from laplace_debiased.parallel.ranks import Ranks
 from laplace_debiased.posterior.shell import Shell
-from laplace_debiased.posterior.state import from_state, to_state
+from laplace_debiased.posterior.state import edits_explained, from_state, to_state
 
 _ARGUMENTS = (
     *("likelihood", "dict_key_x", "dict_key_y", "strict", "rank", "n_outputs", "ignore_index"),
@@ -33,7 +33,7 @@ FORMAT_VERSION = 2
 
 Kind = TypeVar("Kind")
 
-RETIRED = ("ratio_step", False), ("weight_sharing", "expand")
+RETIRED = {"ratio_step": False, "weight_sharing": "expand"}
 """Options that files of earlier versions hold, with the one value that means what is done now."""
 
 
@@ -72,11 +72,11 @@ def load_state_dict(self: Shell, state_dict: dict[str, Any], *, check_weights: b
         raise ArgumentTypeError(
             f"state_dict must be what la.state_dict() gives; got {type(state_dict).__name__}."
         )
-    fit, model, hyper_parameters = from_state(self, nested(state_dict), check_weights=check_weights)
+    fit, hyper_parameters = from_state(self, nested(state_dict), check_weights=check_weights)
     before = dict(vars(self))
-    with uninterrupted():
+    with uninterrupted(), edits_explained():
         try:
-            self._adopt(fit, model)
+            self._adopt(fit)
             self._fitted_on = None
             for name, value in hyper_parameters.items():
                 setattr(self, name, value)
@@ -166,8 +166,13 @@ def loaded(
             f"{path} holds a {found}, not a {' or '.join(by_name)}; read it with {found}.load, or "
             "with DebiasedLaplace.load, which reads all of the library's own."
         )
-    # What is left of retired options is refused by name, as any option that is unknown.
-    arguments = dict(item for item in record["arguments"].items() if item not in RETIRED)
+    arguments = record["arguments"]
+    for name, default in RETIRED.items():
+        if arguments.pop(name, default) != default:
+            raise StoredFileError(
+                f"{path} was made with {name} other than {default!r}, an option that this version "
+                "no longer has: fit anew, or read it with the version that wrote it."
+            )
     if "backend" in arguments:
         arguments["backend"] = _backend_named(arguments["backend"])
     return rebuilt(by_name[found], model, arguments, record["state"], check_weights=check_weights)

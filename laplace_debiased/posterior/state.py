@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any
@@ -87,7 +88,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def from_state(
     self: Shell, state: Mapping[str, Any], *, check_weights: bool
-) -> tuple[Fit, ModelFingerprint, dict[str, Any]]:
+) -> tuple[Fit, dict[str, Any]]:
     """Read a state for a posterior with its model; nothing is changed.
 
     A state of version 1 does not say which model it belongs to: it is taken to be this one, with
@@ -100,7 +101,7 @@ def from_state(
             shapes.
 
     Returns:
-        The fit; the model's fingerprint as it is now; the hyper-parameters by name.
+        The fit, as of the model as it is now; the hyper-parameters by name.
 
     Raises:
         ValueError: naming the entry that does not fit, or what the model has differently.
@@ -109,15 +110,8 @@ def from_state(
     _check_entries(self, state)
     model = self._target.model
     present = fingerprint(model)
-    try:
+    with edits_explained():
         fit, hyper_parameters = _parsed(self, _without_wrappers(state, model), present)
-    except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"the state is damaged or was edited ({type(error).__name__}: {error}); save the "
-            "posterior again."
-        ) from error
     _check_parameters(fit, self._target, len(hyper_parameters["mean"]))
     changes = fit.model.differences(present, values=check_weights)
     if not changes and check_weights and fit.probe is not None:
@@ -138,7 +132,26 @@ def from_state(
             UserWarning,
             stacklevel=4,
         )
-    return (fit if check_weights else replace(fit, probe=None)), present, hyper_parameters
+    probe = fit.probe if check_weights else None
+    return replace(fit, model=present, probe=probe), hyper_parameters
+
+
+@contextmanager
+def edits_explained() -> Iterator[None]:
+    """Say of what Python or torch raise on entries that do not fit each other where it comes from.
+
+    Raises:
+        ValueError: in place of it.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, RuntimeError, ValueError, AssertionError) as e:
+        if is_out_of_memory(e):
+            raise
+        raise ValueError(
+            f"the state is damaged or was edited ({type(e).__name__}: {e}); save the posterior "
+            "again."
+        ) from e
 
 
 def _check_entries(self: Shell, state: Mapping[str, Any]) -> None:
@@ -151,7 +164,7 @@ def _check_entries(self: Shell, state: Mapping[str, Any]) -> None:
             "subset_of_weights and hessian_structure."
         )
     for name, kinds in _KINDS.items():
-        if name in state and not (type(state[name]) in kinds and _is_sound(state[name])):
+        if name in state and not (type(state[name]) in kinds and _is_sound(name, state[name])):
             wanted = " or ".join("None" if kind is _NOTHING else kind.__name__ for kind in kinds)
             raise ValueError(
                 f"the state's {name!r} must be {wanted}, numbers finite and counts positive; got "
@@ -168,8 +181,10 @@ def _check_entries(self: Shell, state: Mapping[str, Any]) -> None:
         )
 
 
-def _is_sound(value: Any) -> bool:
+def _is_sound(name: str, value: Any) -> bool:
     match value:
+        case list() if name == "covered":
+            return all(isinstance(parameter, str) for parameter in value)
         case Tensor():
             whole = not value.is_meta and value.layout is torch.strided and not value.is_complex()
             return whole and bool(torch.isfinite(value).all())
@@ -243,13 +258,15 @@ def _parsed(
         else present,
         state.get("effective_samples"),
         None if target.last_layer is None else state["last_layer_name"],
-        probe=probe and Probe(probe[0], probe[1].detach(), is_made_up=True),
+        probe=None if probe is None else Probe(probe[0], probe[1].detach(), is_made_up=True),
     )
     link, tuning = state["tuned_link_approx"], state.get("tuning_result")
     return fit, {
         **{name: state[name].to(target.device, target.dtype) for name in _TENSORS},
         **{name: state[name] for name in _VALUES},
-        "tuned_link_approx": link and parse_choice(LinkApprox, link, "tuned_link_approx"),
+        "tuned_link_approx": None
+        if link is None
+        else parse_choice(LinkApprox, link, "tuned_link_approx"),
         "tuning_result": None if tuning is None else _tuning_of(tuning),
     }
 

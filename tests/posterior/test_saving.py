@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,32 @@ def test_backend_comes_back_by_its_name(tmp_path: Path) -> None:
     torch.save({**record, "state/H": 3}, tmp_path / "la.pt")
     with pytest.raises(StoredFileError, match=r"la\.pt.*'state/H'.*damaged or was edited"):
         DebiasedLaplace.load(tmp_path / "la.pt", network())
+
+
+@pytest.mark.parametrize("structure", ["kron", "lowrank_last_layer"])
+def test_an_edit_of_any_entry_is_a_state_or_named_and_loses_nothing(structure: str) -> None:
+    la = fitted(structure)
+    state, before = la.state_dict(), numbers(la)
+    for key in state:
+        others = {name: value for name, value in state.items() if name != key}
+        edits = [{key: junk} for junk in (None, "a", -1, [], torch.zeros(3, 3, 3))]
+        for edit in ({}, *edits):
+            with suppress(ValueError):
+                la.load_state_dict(others | edit)
+                la.load_state_dict(state)
+    for a, b in zip(numbers(la), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_option_that_is_no_more_is_named_unless_it_means_what_is_done_now(
+    tmp_path: Path,
+) -> None:
+    fitted().save(tmp_path / "la.pt")
+    record = torch.load(tmp_path / "la.pt", weights_only=True)
+    for value in (False, True):
+        torch.save({**record, "arguments/ratio_step": value}, tmp_path / "la.pt")
+        with pytest.raises(StoredFileError, match="ratio_step") if value else nullcontext():
+            DebiasedLaplace.load(tmp_path / "la.pt", network())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
