@@ -14,6 +14,7 @@ from laplace_debiased.calibration import (
     fit_temperature,
     predictive_report,
 )
+from laplace_debiased.data.next_token import NextTokenLabels
 from laplace_debiased.diagnostics import DirectionalProfile, directional_profile
 from laplace_debiased.errors import (
     CoverageError,
@@ -54,6 +55,7 @@ __all__ = [
     "Magnitudes",
     "ModelCallError",
     "ModelChangedError",
+    "NextTokenLabels",
     "NotFittedError",
     "NumericalError",
     "PredictiveReport",

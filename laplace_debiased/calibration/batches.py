@@ -1,6 +1,6 @@
 """What loaders give: inputs, targets and the order in which they come."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,9 +14,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from laplace_debiased.checks import check_key, checked_flag
+from laplace_debiased.checks import checked_flag
 from laplace_debiased.data.block import Block
-from laplace_debiased.data.loaders import loader_generators, refuse_unshifted
+from laplace_debiased.data.loaders import check_loader, loader_generators, paired
 from laplace_debiased.network import inputs
 from laplace_debiased.network.modes import undisturbed
 from laplace_debiased.parallel.ranks import ALONE, Ranks
@@ -30,26 +30,16 @@ _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def split_batch(batch: Any, dict_key_y: str) -> tuple[Any, Any]:
-    """Inputs (the mapping itself, if the batch is one) and targets of one batch."""
-    if isinstance(batch, Mapping):
-        check_key("dict_key_y", dict_key_y)
-        if dict_key_y not in batch:
-            raise ValueError(
-                f"loader yields mappings with keys {sorted(map(str, batch))}, none of which is "
-                f"dict_key_y={dict_key_y!r}; name the key of the targets."
-            )
-        refuse_unshifted(batch, batch[dict_key_y])
-        return batch, batch[dict_key_y]
-    if isinstance(batch, list | tuple) and len(batch) == 2:
-        if not isinstance(batch[1], torch.Tensor | np.ndarray | list | tuple):
-            raise TypeError(
-                f"the targets of a batch must be a tensor, got {type(batch[1]).__name__}."
-            )
-        return batch[0], batch[1]
-    raise TypeError(
-        f"loader must yield (x, y) pairs or mappings, got {_describe(batch)}; "
-        "wrap the loader so that inputs and targets come as a pair."
-    )
+    """Inputs (the mapping itself, if the batch is one) and targets of one batch.
+
+    Raises:
+        MissingKeyError: If a mapping has no such key.
+        TypeError: If the batch is neither a pair nor a mapping.
+    """
+    inputs, targets = paired(batch, dict_key_y)
+    if not isinstance(targets, torch.Tensor | np.ndarray | list | tuple):
+        raise TypeError(f"the targets of a batch must be a tensor, got {type(targets).__name__}.")
+    return inputs, targets
 
 
 def inputs_only(batch: Any) -> Any:
@@ -88,13 +78,12 @@ def over_batches(
     Model and random number generators are left as they were.
 
     Raises:
-        TypeError: If `loader` cannot be iterated over.
+        TypeError: If `loader` cannot be iterated over, or is a batch itself.
         ValueError: If it yields nothing, on any rank.
     """
     checked_flag("progress_bar", progress_bar)
+    check_loader(loader, name, walks=1)
     with undisturbed(model, generators=loader_generators(loader)):
-        if isinstance(loader, torch.Tensor | str | bytes) or not isinstance(loader, Iterable):
-            raise TypeError(f"{name} must be a loader, got {_describe(loader)}.")
         block = Block(loader, ranks, name)
         batches: Iterable[Any] = block
         if progress_bar:
@@ -166,9 +155,3 @@ def without_ignored(
     if not counted.any():
         raise ValueError(f"every label is ignore_index={ignore_index}; nothing is left to score.")
     return rows[counted], targets[counted]
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of length {len(value)}"
-    return type(value).__name__

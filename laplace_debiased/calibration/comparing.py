@@ -34,7 +34,7 @@ from laplace_debiased.calibration.temperature import (
     collect_logits,
     scaling_of,
 )
-from laplace_debiased.data.loaders import loader_generators
+from laplace_debiased.data.loaders import check_loader, loader_generators
 from laplace_debiased.errors import CoverageError, RankFailedError
 from laplace_debiased.estimation.arguments import FitRequest
 from laplace_debiased.likelihoods import LikelihoodName
@@ -103,6 +103,10 @@ def compare(
     with ranks.together("compare"):
         n_bins = count(n_bins, "n_bins")
         _check_posterior(la)
+        check_loader(val_loader, "val_loader")
+        check_loader(test_loader, "test_loader", walks=1)
+        if ood_loader is not None:
+            check_loader(ood_loader, "ood_loader", walks=1)
         progress_bar = progress_bar if ranks.is_first else False
         ranks.agree("compare", {**described(la, Options()), "n_bins": n_bins, "seed": seed})
         ways = ways_to_predict(la, val_loader, train_loader, seed, progress_bar, ranks)

@@ -83,7 +83,8 @@ class Coverage:
             )
         if not self.covered:
             raise CoverageError(
-                "no parameter of the model can carry a posterior:\n" + _lines(self.excluded)
+                "no parameter of the model can carry a posterior:\n"
+                + (_lines(self.excluded) or "  it has none; weights of quantised layers are none")
             )
 
     def low_share(self) -> str | None:

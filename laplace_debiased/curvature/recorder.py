@@ -36,17 +36,21 @@ from laplace_debiased.curvature.operations.call import (
     Reading,
     Use,
     registered_operations,
+    samples_first,
 )
 from laplace_debiased.curvature.operations.views import matrix_place, vector_place
 from laplace_debiased.curvature.tape import SharedCall, Tape
 from laplace_debiased.curvature.untouched import (
+    JOINS,
     LIKE,
     Untouched,
     broadcast_shape,
     is_spread,
     met_copies,
     met_spread,
+    note_copies,
     of_its_own,
+    rows_of,
     stored_view,
     writes,
 )
@@ -71,10 +75,12 @@ class Recorder(BlockMode):
         tape: where.
         model: the network.
         covered: names of the covered parameters.
+        inputs: the network's, m samples.
     """
 
-    def __init__(self, tape: Tape, model: nn.Module, covered: Collection[str]) -> None:
+    def __init__(self, tape: Tape, model: nn.Module, covered: Collection[str], inputs: Any) -> None:
         super().__init__()
+        self._rows = rows_of(inputs, tape.length)
         self._tape = tape
         self._rules = registered_operations()
         self._untouched: dict[int, Untouched] = {}
@@ -99,6 +105,8 @@ class Recorder(BlockMode):
         """Sort a call, note it, and run it."""
         found, is_batched = self._seen(args, kwargs)
         if not found and is_batched:  # nearly all calls
+            if func in JOINS:
+                note_copies(self._tape, self._rows, *args, **kwargs)
             return func(*args, **kwargs)
         if found:
             args, kwargs = self._with_leaves(args), self._with_leaves(kwargs)
@@ -225,9 +233,10 @@ class Recorder(BlockMode):
         if not uses or not all(output.requires_grad for output in outputs):
             return
         is_folded = any(len(tensor) != m for tensor in tensors)
-        inputs = tuple(t.unflatten(0, (m, -1)) if is_folded else t for t in reading.inputs)
+        copies = self._tape.copies
+        inputs = tuple(samples_first(t, m, copies) if is_folded else t for t in reading.inputs)
         call = OperationCall(operation, rule, uses, inputs, reading.settings, is_folded)
-        self._tape.keep(call, reading.inputs, *outputs)
+        self._tape.keep(call, *outputs)
 
     def refuse(self, operation: str, why: str, arguments: Iterable[Any]) -> None:
         """Note why the parameters that arguments are made of cannot be covered."""
@@ -341,8 +350,10 @@ def _unions(
 
 
 @unbroken
-def _recording(tape: Tape, model: nn.Module, covered: frozenset[str]) -> Iterator[None]:
-    with Recorder(tape, model, covered):
+def _recording(
+    tape: Tape, model: nn.Module, covered: frozenset[str], inputs: Any
+) -> Iterator[None]:
+    with Recorder(tape, model, covered, inputs):
         yield
 
 
@@ -365,8 +376,9 @@ def record(
         outside_inference_mode(),
         torch.set_grad_enabled(bool(covered)),
         evaluation_mode(model),
-        _recording(tape, model, frozenset(covered)) if covered else nullcontext(),
     ):
-        tape.outputs = checked_tensor(invoke(model, plain_tensors(inputs)))
+        inputs = plain_tensors(inputs)
+        with _recording(tape, model, frozenset(covered), inputs) if covered else nullcontext():
+            tape.outputs = checked_tensor(invoke(model, inputs))
     tape.close(general)
     return tape

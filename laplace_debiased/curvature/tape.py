@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, plain_call
+from laplace_debiased.curvature.operations.call import (
+    Cotangents,
+    OperationCall,
+    plain_call,
+    samples_first,
+)
 from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
 from laplace_debiased.network.inputs import version_of
 
@@ -24,12 +29,14 @@ class DirectCall:
         edges: graph edges of what it wrote. An edge and not the tensor: a following in-place
             activation would otherwise redirect the gradient.
         shapes: shapes of what it wrote, with the samples in front [m, ...].
+        copies: of the batch, one after the other, that it computed with.
     """
 
     call: OperationCall
     versions: tuple[int, ...]
     edges: tuple[GradientEdge, ...]
     shapes: tuple[torch.Size, ...]
+    copies: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +93,7 @@ class Tape:
 
     Attributes:
         length: m, the number of samples.
+        copies: of the batch, one after the other, that the network computes with at present.
         outputs: network outputs [m, C], attached to the graph.
         parameters: the covered parameters as leaves of this graph, by name.
         direct: calls that read samples.
@@ -96,6 +104,7 @@ class Tape:
     """
 
     length: int
+    copies: int = 1
     outputs: Tensor = field(default_factory=lambda: torch.empty(0))
     parameters: dict[str, Tensor] = field(default_factory=dict)
     direct: list[DirectCall] = field(default_factory=list)
@@ -113,14 +122,17 @@ class Tape:
             self.shared.append(SharedCall.of(plain_call(name, leaf), leaf))
         return self._itself[name]
 
-    def keep(self, call: OperationCall, read: tuple[Tensor, ...], *outputs: Tensor) -> None:
-        """Record a call that read samples: its inputs as they were passed, and what it wrote."""
+    def keep(self, call: OperationCall, *outputs: Tensor) -> None:
+        """Record a call that read samples, and what it wrote."""
         m = self.length
         shapes = [
             torch.Size((m, len(o) // m, *o.shape[1:])) if call.folded else o.shape for o in outputs
         ]
-        versions, edges = tuple(map(version_of, read)), tuple(map(get_gradient_edge, outputs))
-        self.direct.append(DirectCall(call, versions, edges, tuple(shapes)))
+        versions, edges = (
+            tuple(map(version_of, call.inputs)),
+            tuple(map(get_gradient_edge, outputs)),
+        )
+        self.direct.append(DirectCall(call, versions, edges, tuple(shapes), self.copies))
 
     @property
     def calls(self) -> tuple[OperationCall, ...]:
@@ -201,7 +213,9 @@ class Tape:
             known = any(gradient is not None for gradient in gradients)
             direct.append(
                 tuple(
-                    cotangents.new_zeros(shape) if gradient is None else gradient.reshape(shape)
+                    cotangents.new_zeros(shape)
+                    if gradient is None
+                    else _samples_first(gradient, shape, kept.copies)
                     for gradient, shape in zip(gradients, kept.shapes, strict=True)
                 )
                 if known
@@ -224,6 +238,11 @@ class Tape:
                     before = totals[index]
                     totals[index] = part if before is None else before + part
         return [None if total is None else (total,) for total in totals]
+
+
+def _samples_first(gradient: Tensor, shape: torch.Size, copies: int) -> Tensor:
+    m = shape[0]
+    return (gradient if len(gradient) == m else samples_first(gradient, m, copies)).reshape(shape)
 
 
 def _without(call: OperationCall, names: Collection[str]) -> OperationCall:

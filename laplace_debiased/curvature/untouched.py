@@ -132,7 +132,11 @@ def met_copies(tape: Tape, value: Untouched, shape: torch.Size) -> Tensor | None
     copies = base.expand(m, *base.shape[1:]) if m > 1 else base.view_as(base)
     _note(tape, copies, base, value)
     k = shape[0] // m
-    return copies if k == 1 else copies.repeat_interleave(k, 0)
+    if k == 1:
+        return copies
+    if tape.copies == 1 or k % tape.copies:
+        return copies.repeat_interleave(k, 0)
+    return copies.repeat_interleave(k // tape.copies, 0).repeat(tape.copies, *[1] * (base.ndim - 1))
 
 
 def met_spread(tape: Tape, value: Untouched) -> Tensor:
@@ -149,3 +153,39 @@ def _note(tape: Tape, copies: Tensor, base: Tensor, value: Untouched) -> None:
     itself = [tape.parameter_itself(name) for name in sorted(value.made_of)]
     calls = tuple(sorted((*value.calls, *itself)))
     tape.meetings.append(Meeting(get_gradient_edge(copies), base, calls))
+
+
+JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
+
+Rows = frozenset[tuple[int, int]]
+"""Where tensors of a network's input begin in memory, and how far their samples are apart."""
+
+
+def rows_of(inputs: Any, m: int) -> Rows:
+    """Of all inputs with m samples in front."""
+    return frozenset(_row(tensor) for tensor in tensors_of(inputs) if _has(tensor, m))
+
+
+def note_copies(
+    tape: Tape, rows: Rows, tensors: Any, dim: int = 0, *, axis: int | None = None, out: Any = None
+) -> None:
+    """Note where parts of all samples are put behind each other, as chosen and rejected texts.
+
+    What the network computes from there on has one part of all samples after the other in front.
+    That is certain of views into the inputs that step from sample to sample as these do; of other
+    tensors a length of m may be chance.
+    """
+    m, parts = tape.length, list(tensors)
+    along = dim if axis is None else axis
+    if m == 1 or len(parts) < 2 or along not in (0, -parts[0].ndim):
+        return
+    if all(_has(part, m) and _row(part) in rows for part in parts):
+        tape.copies = len(parts)
+
+
+def _has(tensor: Tensor, m: int) -> bool:
+    return tensor.ndim > 0 and len(tensor) == m
+
+
+def _row(tensor: Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage().data_ptr(), tensor.stride(0)

@@ -20,20 +20,21 @@ from torch.utils.data import (
 
 from laplace_debiased.checks import check_key, checked_integer
 from laplace_debiased.errors import MissingKeyError
-from laplace_debiased.network.inputs import batch_length
+from laplace_debiased.network.inputs import WITHOUT_OFFSETS, batch_length, check_dense
 from laplace_debiased.network.rng import preserved_rng
 
 _LARGEST = 10**15
 """Curvature times a larger N loses the prior in float64, and overflows in float32."""
 
 
-def check_loader(loader: Any, name: str) -> None:
-    """Refuse what cannot be walked more than once.
+def check_loader(loader: Any, name: str, *, walks: int = 2) -> None:
+    """Refuse what cannot be walked, or not often enough.
 
     Raises:
-        TypeError: ``loader`` is not iterable, or is an iterator that one walk uses up.
+        TypeError: ``loader`` is not iterable, is a batch itself, or is an iterator that one walk
+            uses up where there are more.
     """
-    if isinstance(loader, Iterator):
+    if walks > 1 and isinstance(loader, Iterator):
         raise TypeError(
             f"{name} is an iterator ({type(loader).__name__}) and can be walked only once; "
             "pass a DataLoader or a list of batches."
@@ -50,9 +51,10 @@ def check_loader(loader: Any, name: str) -> None:
             f"{name} is a {type(loader).__name__} of tensors, a batch itself; pass a DataLoader, "
             f"or a list that holds it: {name}=[(inputs, targets)]."
         )
-    if not hasattr(loader, "__iter__"):
+    if isinstance(loader, str | bytes) or not hasattr(loader, "__iter__"):
         raise TypeError(
-            f"{name} must be a DataLoader or an iterable of batches, got {type(loader).__name__}."
+            f"{name} must be a DataLoader or an iterable of batches, got {type(loader).__name__}. "
+            "It must be a loader, not the data."
         )
 
 
@@ -72,29 +74,13 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
         TypeError: ``batch`` is neither, its targets are not a tensor, or its inputs hold none.
         ValueError: The key is missing, or inputs and targets differ in length.
     """
-    if isinstance(batch, Mapping):
-        check_key("dict_key_y", dict_key_y)
-        if dict_key_y not in batch:
-            raise MissingKeyError(
-                f"The loader's batches have no key dict_key_y={dict_key_y!r}; they have "
-                f"{sorted(map(str, batch))}. Name the labels' key{_likely_key(batch)}."
-            )
-        inputs, targets = batch, batch[dict_key_y]
-    elif isinstance(batch, tuple | list) and len(batch) == 2:
-        inputs, targets = batch
-    else:
-        size = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise TypeError(
-            "A loader must yield pairs (inputs, targets) or mappings, "
-            f"got {type(batch).__name__}{size}.{_with_several_inputs(batch)}"
-        )
+    inputs, targets = paired(batch, dict_key_y)
     if not isinstance(targets, Tensor) or targets.ndim == 0:
         raise TypeError(
             "The targets of a batch must be a tensor with a batch dimension, got "
-            f"{'a scalar tensor' if isinstance(targets, Tensor) else type(targets).__name__}."
+            f"{_SINGLE if isinstance(targets, Tensor) else type(targets).__name__}."
         )
-    if isinstance(batch, Mapping):
-        refuse_unshifted(batch, targets)
+    check_dense(inputs)
     if targets.is_meta:
         raise ValueError("The targets of a batch are on the meta device and hold no data.")
     length = batch_length(inputs)
@@ -107,7 +93,36 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
     return inputs, targets
 
 
-def refuse_unshifted(batch: Mapping[str, Any], targets: Any) -> None:
+_SINGLE = "a scalar tensor (as of single samples, which a DataLoader with batch_size=None yields)"
+
+
+def paired(batch: Any, dict_key_y: str) -> tuple[Any, Any]:
+    """Inputs and targets of a batch, whatever the targets are; arguments as :func:`split_batch`.
+
+    Raises:
+        MissingKeyError: A mapping does not have the key.
+        TypeError: ``batch`` is neither a pair nor a mapping.
+        ValueError: The labels of a mapping are those of a causal language model, unshifted.
+    """
+    if isinstance(batch, Mapping):
+        check_key("dict_key_y", dict_key_y)
+        if dict_key_y not in batch:
+            raise MissingKeyError(
+                f"The loader's batches have no key dict_key_y={dict_key_y!r}; they have "
+                f"{sorted(map(str, batch))}. Name the labels' key{_likely_key(batch)}."
+            )
+        _refuse_unshifted(batch, batch[dict_key_y])
+        return batch, batch[dict_key_y]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise TypeError(
+        "A loader must yield (inputs, targets) pairs or mappings, "
+        f"got {type(batch).__name__}{size}.{_with_several_inputs(batch)}"
+    )
+
+
+def _refuse_unshifted(batch: Mapping[str, Any], targets: Any) -> None:
     """Refuse labels that a causal language model would shift in its own loss.
 
     Raises:
@@ -122,8 +137,8 @@ def refuse_unshifted(batch: Mapping[str, Any], targets: Any) -> None:
     if bool(counted.any()) and bool((targets == tokens.to(targets.device))[counted].all()):
         raise ValueError(
             "the labels equal input_ids: a causal language model predicts the next token, and "
-            "shifts such labels in its own loss only. Give every position the next token's label "
-            "in collate_fn: torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1), "
+            "shifts such labels in its own loss only. Build the loader with "
+            "collate_fn=NextTokenLabels(...) around the one that it has (from laplace_debiased), "
             "and pass ignore_index=-100. If each position is to predict its own token, yield pairs "
             "(batch, labels)."
         )
@@ -144,10 +159,7 @@ def _without_offsets(inputs: Any, length: int) -> str:
     tensors = all(isinstance(one, Tensor) and one.ndim == 1 for one in inputs)
     if not tensors or len(inputs[1]) not in (length, length + 1):
         return ""
-    return (
-        " For an EmbeddingBag give tokens (batch, longest bag) without offsets, padded with the "
-        "layer's padding_idx."
-    )
+    return WITHOUT_OFFSETS
 
 
 def _with_several_inputs(batch: Any) -> str:
@@ -247,7 +259,7 @@ def _undrawable(loader: Any) -> str | None:
     """Why samples cannot be drawn from what is behind a loader; None if they can."""
     if not is_indexable(loader):
         return (
-            f"n_samples cannot be drawn from a {type(loader).__name__} that is not a plain "
+            f"n_samples cannot be drawn from {_kind_of(loader)}, which is not a plain "
             "DataLoader over a map-style dataset: pass such a loader, or n_samples=None and only "
             "as many batches as you want to spend."
         )
@@ -263,6 +275,14 @@ def _undrawable(loader: Any) -> str | None:
         "Pass a loader over the same dataset without that sampler, or over Subset(dataset, "
         "indices), or n_samples=None to walk this one whole."
     )
+
+
+def _kind_of(loader: Any) -> str:
+    if _is_own_walk(loader):
+        if isinstance(loader.dataset, IterableDataset):
+            return f"a DataLoader over a stream ({type(loader.dataset).__name__})"
+        return "a DataLoader with batch_size=None"
+    return f"a {type(loader).__name__}"
 
 
 def _sampler(loader: Any) -> Any:

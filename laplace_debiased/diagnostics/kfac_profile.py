@@ -40,7 +40,6 @@ from laplace_debiased.diagnostics.profile import (
 )
 from laplace_debiased.diagnostics.summary import BiasSummary
 from laplace_debiased.likelihoods import LossModel, loss_model
-from laplace_debiased.network.inputs import check_dense
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
@@ -283,7 +282,6 @@ class _Walk:
 
     def chunks(self, batch: object, *, streaming: bool = False) -> Iterator[Chunk]:
         inputs, targets = split_batch(batch, self.dict_key_y)
-        check_dense(inputs)
 
         def columns(outputs: Tensor, rows: slice) -> Tensor:
             part = targets[rows].to(outputs.device)

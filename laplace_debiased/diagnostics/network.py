@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from laplace_debiased.data.loaders import split_batch
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.likelihoods import LossModel, loss_model
 from laplace_debiased.network.functional import FunctionalNetwork
-from laplace_debiased.network.inputs import batch_length, check_dense
+from laplace_debiased.network.inputs import batch_length, tensors_of
 from laplace_debiased.network.outputs import check_weights
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
@@ -60,7 +61,6 @@ class LossNetwork:
     def batch(self, batch: object) -> LossBatch:
         """A batch that is not empty, with outputs that are finite and targets that fit them."""
         inputs, targets = split_batch(batch, self.label_key)
-        check_dense(inputs)
         if batch_length(inputs) == 0:
             raise ValueError("a batch is empty; it needs at least one sample.")
         functional = self.functional
@@ -73,9 +73,29 @@ class LossNetwork:
 
 def check_data(batch: object, other_batch: object, reference: object, label_key: str) -> None:
     """Check that two batches hold samples and that a reference, if there is one, gives batches."""
+    samples = []
     for name, data in (("batch", batch), ("other_batch", other_batch)):
-        if batch_length(split_batch(data, label_key)[0]) == 0:
+        inputs = split_batch(data, label_key)[0]
+        if batch_length(inputs) == 0:
             raise ValueError(f"{name} is empty; it needs at least one sample.")
+        samples.append(_samples_as_bytes(inputs))
+    own, other = set(samples[0]), samples[1]
+    shared = sum(sample in own for sample in other)
+    if shared:
+        warnings.warn(
+            f"{shared} of the {len(other)} samples of other_batch have the inputs of one of batch: "
+            "what is measured on them is biased as on batch itself. Draw two disjoint batches.",
+            UserWarning,
+            stacklevel=4,
+        )
     if isinstance(reference, Tensor) or not isinstance(reference, Iterable | None):
         kind = type(reference).__name__
         raise ArgumentTypeError(f"reference_loader must give batches; got {kind}.")
+
+
+def _samples_as_bytes(inputs: Any) -> list[bytes]:
+    """What goes into the model of every sample."""
+    m = batch_length(inputs)
+    tensors = [t for t in tensors_of(inputs) if t.ndim and len(t) == m and not t.is_meta]
+    rows = [t.detach().cpu().double().reshape(m, -1) for t in tensors if not t.is_complex()]
+    return [row.tobytes() for row in torch.cat(rows, 1).numpy()] if rows else []

@@ -13,7 +13,7 @@ from laplace_debiased.curvature.coverage import parameter_coverage
 from laplace_debiased.curvature.lowrank.over_ranks import pairs_of_first
 from laplace_debiased.curvature.lowrank.rows import FeatureRowPass, RowPass
 from laplace_debiased.curvature.lowrank.span import Eigenpairs, JoinedPart, matrix_average
-from laplace_debiased.data.loaders import loader_length
+from laplace_debiased.data.loaders import can_draw, loader_length, sampler_indices
 from laplace_debiased.debiasing.bias import Comparison, compared
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator, max_gram_rows
@@ -59,7 +59,10 @@ class LowRankStructure:
         inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
         if inputs is None:
             raise ValueError("train_loader is empty.")
-        n_data = loader_length(request.train_loader, request.n_data)
+        loader = request.train_loader
+        n_data = loader_length(loader, request.n_data)
+        if can_draw(loader):
+            n_data = min(n_data, len(sampler_indices(loader)))
         options = self.arguments.options_for(request)
         outputs, n_folds = engine.outputs(inputs)[:1], len(options.fold_fractions)
         n_columns = columns_per_sample(options, options.sketched(outputs[0].numel()))

@@ -23,6 +23,7 @@ from laplace_debiased.likelihoods import (
     curvature_columns,
     sketched_columns,
 )
+from laplace_debiased.likelihoods.losses import Bernoulli
 from laplace_debiased.network.rng import derived_seed
 from laplace_debiased.options import CurvatureOptions, Fisher
 from laplace_debiased.parallel.ranks import Ranks
@@ -69,6 +70,7 @@ class Tally:
         n_samples: samples; one that was drawn twice counts once.
         n_labelled: samples with a label that counts.
         n_summing_to_one: samples whose outputs look like probabilities.
+        probability_evidence: of binary labels, that their outputs are probabilities, in nats.
         n_outputs: C.
     """
 
@@ -79,6 +81,7 @@ class Tally:
     n_samples: int = 0
     n_labelled: int = 0
     n_summing_to_one: int = 0
+    probability_evidence: float = 0.0
     n_outputs: int = 0
 
     def state(self) -> dict[str, Any]:
@@ -110,6 +113,8 @@ class Tally:
         self.n_samples += len(outputs)
         self.n_labelled += int((loss.n_labels(part.targets) > 0).sum())
         self.n_summing_to_one += int(_rows_sum_to_one(outputs).sum())
+        if isinstance(loss, Bernoulli):
+            self.probability_evidence += loss.probability_evidence(outputs, part.targets)
         self.n_outputs = outputs.shape[-1]
 
     def require_usable(self, loss: LossModel) -> None:
@@ -123,6 +128,8 @@ class Tally:
                 f"none of the {self.n_samples} samples has a label that counts: every target is "
                 "ignore_index. Check the labels, or ignore_index."
             )
+        if isinstance(loss, Bernoulli):
+            loss.require_logits(self.probability_evidence)
         # Softmax of a softmax is a silent error: all that the loss sees are logits between 0 and 1.
         # That every row of many sums to one by chance is out of the question.
         logits = not isinstance(loss, SoftmaxCrossEntropy) or loss.allow_probabilities

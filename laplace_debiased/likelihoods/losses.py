@@ -17,7 +17,7 @@ from torch import Tensor
 
 _CERTAIN = 7.0
 """Nats by which labels must be more probable under outputs taken for probabilities than under
-outputs taken for logits; if they are logits, that happens in fewer than e⁻⁷ of all batches."""
+outputs taken for logits; if they are logits, that happens in fewer than e⁻⁷ of all data sets."""
 
 
 class LikelihoodName(str, Enum):
@@ -185,20 +185,28 @@ class Bernoulli(LossModel):
                 "bernoulli targets must be labels between 0 and 1 and no NaN; got values from "
                 f"{float(targets.min())} to {float(targets.max())}."
             )
-        if not self.allow_probabilities:
-            self._require_logits(outputs.detach(), targets)
 
-    def _require_logits(self, outputs: Tensor, targets: Tensor) -> None:
-        """Refuse outputs that all lie in [0, 1] and explain the labels as probabilities only."""
-        if not bool(((outputs >= 0) & (outputs <= 1)).all()):
-            return
-        p, labels = outputs.double(), _like(outputs, targets).double()
-        as_logits = float(self.losses(p, labels).sum())
-        as_probabilities = -float((torch.xlogy(labels, p) + torch.xlogy(1 - labels, 1 - p)).sum())
-        if as_logits - as_probabilities > _CERTAIN:
+    def probability_evidence(self, outputs: Tensor, targets: Tensor) -> float:
+        """Nats by which outputs explain their labels better as probabilities than as logits.
+
+        Summed over a batch, to be added up over a walk; −inf where one lies outside of [0, 1].
+        """
+        p, labels = outputs.detach().double(), _like(outputs, targets).double()
+        if not bool(((p >= 0) & (p <= 1)).all()):
+            return -math.inf
+        as_probabilities = torch.xlogy(labels, p) + torch.xlogy(1 - labels, 1 - p)
+        return float(self.losses(p, labels).sum() + as_probabilities.sum())
+
+    def require_logits(self, evidence: float) -> None:
+        """Refuse outputs that a walk has shown to be probabilities.
+
+        Raises:
+            ValueError: if the evidence of :meth:`probability_evidence` leaves no doubt.
+        """
+        if evidence > _CERTAIN and not self.allow_probabilities:
             raise ValueError(
                 "the model's outputs are probabilities: all lie between 0 and 1, and taken for "
-                f"logits they explain the labels worse by {as_logits - as_probabilities:.0f} nats. "
+                f"logits they explain the labels worse by {evidence:.0f} nats. "
                 "likelihood='bernoulli' takes logits; remove the sigmoid at the model's end. If "
                 "these are logits nevertheless, pass allow_probabilities=True."
             )

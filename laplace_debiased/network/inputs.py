@@ -86,8 +86,8 @@ def batch_length(inputs: Any) -> int:
     )
 
 
-def check_dense(inputs: Any) -> None:
-    """Check that no tensor of a model's input is sparse.
+def check_dense(inputs: Any, name: str = "the model's inputs") -> None:
+    """Check that no tensor of a model's input, or of what ``name`` says, is sparse.
 
     Raises:
         ValueError: naming the first that is.
@@ -95,8 +95,8 @@ def check_dense(inputs: Any) -> None:
     for tensor in tensors_of(inputs):
         if tensor.layout is not torch.strided:
             raise ValueError(
-                f"the model's inputs {described(tensor)} are of layout {tensor.layout}; give dense "
-                "ones (inputs.to_dense())."
+                f"{name} {described(tensor)} are of layout {tensor.layout}; give dense ones "
+                "(inputs.to_dense())."
             )
 
 
@@ -151,8 +151,9 @@ def to_device(inputs: Any, device: torch.device, name: str = "the model's inputs
     """Move every tensor of a model's input, or of what ``name`` says, to ``device``.
 
     Raises:
-        ValueError: if one is on the meta device, and so holds no data.
+        ValueError: if one is on the meta device, and so holds no data, or is sparse.
     """
+    check_dense(inputs, name)
 
     def moved(tensor: Tensor) -> Tensor:
         if tensor.is_meta and device.type != "meta":
@@ -291,6 +292,11 @@ _BY_NAME = (
     " A mapping goes in whole where forward names none of its keys: name forward's argument after "
     "its key, or yield pairs (inputs, targets)."
 )
+NO_TENSOR = "the model must return a tensor of outputs"
+WITHOUT_OFFSETS = (
+    " For an EmbeddingBag give tokens (batch, longest bag) without offsets, padded with the "
+    "layer's padding_idx."
+)
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
@@ -304,13 +310,22 @@ def explained_failure(inputs: Any) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        if isinstance(error, ModelCallError) or is_out_of_memory(error):
+        told = isinstance(error, ModelCallError) or str(error).startswith(NO_TENSOR)
+        if told or is_out_of_memory(error):
             raise
         raise ModelCallError(
             f"the model failed on inputs {described(inputs)}: {type(error).__name__}: {error}. "
             "Check that the inputs have the shapes, dtypes and keys that the model was trained on."
-            f"{_BY_NAME if isinstance(inputs, Mapping) else ''}"
+            f"{_BY_NAME if isinstance(inputs, Mapping) else _for_bags(inputs)}"
         ) from error
+
+
+def _for_bags(inputs: Any) -> str:
+    """What to give in place of flat tokens and the offsets of bags, if these may be such."""
+    if not isinstance(inputs, tuple | list) or len(inputs) != 2:
+        return ""
+    flat = all(isinstance(one, Tensor) and one.ndim == 1 for one in inputs)
+    return WITHOUT_OFFSETS if flat and not inputs[1].is_floating_point() else ""
 
 
 def described(inputs: Any) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from laplace_debiased.errors import ArgumentTypeError, NumericalError
+from laplace_debiased.network.inputs import NO_TENSOR
 
 _REPEATABLE = 1e-3
 """Relative. Sums in another order, as on a GPU, differ by round-off, up to 1e-5 in float32."""
@@ -75,12 +78,13 @@ def checked_tensor(outputs: object) -> Tensor:
     Raises:
         TypeError: if it is anything else.
     """
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"the model must return a tensor of outputs; got {type(outputs).__name__}. Wrap it in "
-            "a module whose forward returns the logits."
-        )
-    return outputs
+    if isinstance(outputs, Tensor):
+        return outputs
+    keys = f" of {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+    raise TypeError(
+        f"{NO_TENSOR}; got {type(outputs).__name__}{keys}. Wrap it in a module whose forward "
+        "returns the logits, or return a mapping that has them under 'logits'."
+    )
 
 
 def checked_model(model: object) -> nn.Module:

@@ -21,7 +21,7 @@ from laplace_debiased.network.inputs import (
 )
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import evaluation_mode
-from laplace_debiased.network.outputs import largest_difference
+from laplace_debiased.network.outputs import checked_tensor, largest_difference
 from laplace_debiased.network.precision import exact_arithmetic
 
 _BATCH = 16
@@ -46,7 +46,7 @@ class Probe:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, *, may_mix: bool) -> Probe | None:
-        """Run the first sample of a batch alone, and in the batch.
+        """Run the first and the last sample of a batch alone, and in the batch.
 
         Args:
             model: the network.
@@ -62,19 +62,10 @@ class Probe:
         try:
             sample = select_rows(inputs, slice(0, 1))
             alone = _outputs(model, sample)
-            size = min(_BATCH, batch_length(inputs))
-            batch = None if may_mix else _outputs(model, select_rows(inputs, slice(0, size)))
+            if not may_mix:
+                _check_apart(model, inputs, alone)
         except ModelCallError:
             return None
-        if batch is not None and batch.shape[1:] == alone.shape[1:]:
-            difference = largest_difference(batch[:1], alone)
-            if difference is not None:
-                raise ValueError(
-                    f"the outputs of a sample change by {difference:.2g} when {size - 1} others "
-                    "are in its batch, in evaluation mode: the model mixes the samples of a batch, "
-                    "so that there is no curvature of one. Use statistics kept from training, or "
-                    "of each sample alone."
-                )
         # A view would keep the batch, and see what its owner writes to it.
         kept = map_tensors(lambda tensor: tensor.detach().clone(), sample)
         return cls(kept, alone, made_up=cls.drawn(model, inputs))
@@ -119,6 +110,29 @@ class Probe:
             f"at equal weights its outputs for {name} differ by {difference:.2g} "
             "(a hook, a function or an attribute is another)"
         )
+
+
+def _check_apart(model: nn.Module, inputs: Any, first: Tensor) -> None:
+    """Check that the samples at both ends of a batch have the outputs that they have alone.
+
+    Both, since a model may mix one end in with the others.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    size = min(_BATCH, batch_length(inputs))
+    batch = _outputs(model, select_rows(inputs, slice(0, size)))
+    last = _outputs(model, select_rows(inputs, slice(size - 1, size)))
+    for together, alone in ((batch[:1], first), (batch[-1:], last)):
+        same = together.shape == alone.shape
+        difference = largest_difference(together, alone) if same else None
+        if difference is not None:
+            raise ValueError(
+                f"the outputs of a sample change by {difference:.2g} when {size - 1} others "
+                "are in its batch, in evaluation mode: the model mixes the samples of a batch, "
+                "so that there is no curvature of one. Use statistics kept from training, or "
+                "of each sample alone."
+            )
 
 
 _FEW = 16
@@ -181,5 +195,5 @@ def _device(model: nn.Module) -> torch.device:
 def _outputs(model: nn.Module, inputs: Any) -> Tensor:
     device = _device(model)
     with evaluation_mode(model), exact_arithmetic(device), torch.no_grad():
-        outputs = invoke(model, to_device(inputs, device))
+        outputs = checked_tensor(invoke(model, to_device(inputs, device)))
     return outputs.detach()

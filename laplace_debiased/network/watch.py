@@ -84,14 +84,14 @@ class _Glance:
 
 
 class Writes:
-    """What a model's own forward passes write to in place, by its version counters.
+    """What a model's own forward passes write to in place, or put another tensor for.
 
     Args:
         model: the model, before the passes.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._named = tuple(named_tensors(model))
+        self._model, self._named = model, tuple(named_tensors(model))
         self._versions = tuple(version_of(tensor) for _, tensor in self._named)
 
     def check(self) -> None:
@@ -100,8 +100,9 @@ class Writes:
         Raises:
             ValueError: naming the first tensor that has.
         """
+        now = dict(named_tensors(self._model))
         for (name, tensor), version in zip(self._named, self._versions, strict=True):
-            if version_of(tensor) != version:
+            if version_of(tensor) != version or now.get(name) is not tensor:
                 raise ValueError(
                     f"the model writes to its own {name!r} in a forward pass in evaluation mode, "
                     "so that every pass is one of another model. Compute with a copy of it, write "

@@ -234,7 +234,7 @@ class _Iteration:
             self.residual = self.own_residual if self.single else target.residual(start)
         self.n_products, self.n_refreshes = int(start is not None), 0
         self.direction, self.inner = torch.zeros_like(self.x), 0.0
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None
         self.values, self.norms = list[float](), list[float]()
         self.iterates, self.directions = list[Tensor](), list[Tensor]()
         self.steps = list[tuple[float, ...]]()
@@ -296,9 +296,11 @@ class _Iteration:
         d, policy, iteration = self.direction, self.policy, len(self.values)
         self.n_products += 1
         own = line = _restrict(self.own, d, self.own_residual, "direction")
-        self._require_symmetric(own.product)
+        self._require_symmetric("quadratic_directions", own.product, self.last and self.last[1])
         if not self.single:
             line = _restrict(self.target, d, self.residual, "magnitude")
+            magnitudes = self.last and self.last[2]
+            self._require_symmetric("quadratic_magnitudes", line.product, magnitudes)
         if self._refuses(own, line):
             return False
         step, own_step = line.step_size(policy), own.step_size(policy)
@@ -315,20 +317,20 @@ class _Iteration:
         self.steps.append((*line[:2], step, *own[:2], own_step))
         if self.keep_vectors:
             self.directions.append(d)
-        self.last = d, own.product
+        self.last = d, own.product, line.product
         self._arrive()
         return own.is_convex
 
-    def _require_symmetric(self, product: Tensor) -> None:
+    def _require_symmetric(self, name: str, product: Tensor, its_product: Tensor | None) -> None:
         """Check dᵀ(He) = eᵀ(Hd) for a direction and the one before it: both products are there."""
-        if self.last is None:
+        if self.last is None or its_product is None:
             return
-        d, (before, its_product) = self.direction, self.last
+        d, before = self.direction, self.last[0]
         difference = float(d @ its_product - before @ product)
         scale = float(before.norm() * product.norm() + d.norm() * its_product.norm())
         if abs(difference) > torch.finfo(d.dtype).eps ** 0.5 * scale:
             raise ValueError(
-                "quadratic_directions has a matrix that is not symmetric: dᵀHe and eᵀHd differ by "
+                f"{name} has a matrix that is not symmetric: dᵀHe and eᵀHd differ by "
                 f"{difference:.3g} for two directions. Pass a symmetric operator."
             )
 

@@ -12,6 +12,8 @@ from laplace.utils.feature_extractor import FeatureReduction
 from laplace.utils.matrix import Kron
 from torch import Tensor, nn
 
+from laplace_debiased.curvature.coverage import parameter_coverage
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.estimation.kron import KronStructure, posterior_factors
 from laplace_debiased.estimation.lowrank import LowRankStructure
 from laplace_debiased.estimation.structure import Fit
@@ -157,6 +159,7 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     def posterior_precision(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """((U [P, k], h·N·λ [k]), prior diagonal [P]), as laplace-torch gives it."""
         self._check_H_init()
+        self._checked_prior()
         return (self.H[0], self._H_factor * self.H[1]), self.prior_precision_diag
 
     @property
@@ -199,7 +202,11 @@ def last_layer_target(model: nn.Module, options: dict[str, Any]) -> Target:
     name, reduction = options.pop("last_layer_name", None), options.pop("feature_reduction", None)
     if reduction is not None:
         reduction = parse_choice(FeatureReduction, reduction, "feature_reduction")
+    if not isinstance(name, str | None):
+        raise ArgumentTypeError(f"last_layer_name must be a string; got {type(name).__name__}.")
     model = plain_network(checked_model(model))
+    if next(model.parameters(), None) is None:
+        parameter_coverage(model).require(strict=False)
     name = own_name(model, name)
     check_last_layer_name(model, name)
     return Target(model, LastLayer(name, reduction, is_given=name is not None))

@@ -361,6 +361,7 @@ class DebiasedPosterior(_Host):
             differentiable=differentiable,
         )
 
+    _H_factor = property(priors.loss_scale)
     log_marginal_likelihood = priors.log_marginal_likelihood
     log_prob = priors.log_prob
 

@@ -15,7 +15,7 @@ from laplace_debiased.estimation.arguments import Arguments
 from laplace_debiased.estimation.structure import Fit
 from laplace_debiased.likelihoods import LikelihoodName, gaussian_samples
 from laplace_debiased.network.grad_modes import outside_inference_mode
-from laplace_debiased.network.inputs import check_model_arguments
+from laplace_debiased.network.inputs import batch_length, check_model_arguments
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.precision import exact_arithmetic, in_precision_of
 from laplace_debiased.network.rng import undrawn_on_failure
@@ -326,6 +326,9 @@ def functional_samples(
             require_finite(part)
         return gaussian_samples(*moments, n_samples, generator)
     self._check_model()
+    # What cannot be held must not take hours before that shows.
+    size = n_samples, batch_length(x), self.fitted.n_outputs
+    torch.empty(size, dtype=self._dtype, device=self._device)
     products = self._target.products(self.coverage, self._arguments.options.byte_budget)
     with exact_arithmetic(self._device), undrawn_on_failure(generator, self._device):
         deviations = (_deviation(self, generator) for _ in range((n_samples + 1) // 2))

@@ -123,15 +123,33 @@ def log_prob(self: Shell, value: Tensor, normalized: bool = True) -> Tensor:
 
     Raises:
         NotFittedError: before ``fit``, while the last layer is not known.
+        ValueError: if ``value`` does not have one entry per covered weight.
     """
-    if self._fit is not None:
-        return ParametricLaplace.log_prob(self, value, normalized)
     if self._coverage is None:
         raise NotFittedError("the last layer is not known yet: call fit(train_loader) first.")
+    if not isinstance(value, Tensor) or value.shape[-1:] != (self.n_params,):
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"value must be a tensor with one entry per covered weight, [{self.n_params}]; got "
+            f"{got}."
+        )
+    if self._fit is not None:
+        return ParametricLaplace.log_prob(self, value, normalized)
     precision = self.prior_precision_diag
     square = (precision * (value - self.prior_mean).square()).sum()
     constant = precision.log().sum() - self.n_params * math.log(2 * math.pi)
     return 0.5 * (constant - square) if normalized else -0.5 * square
+
+
+def loss_scale(self: Shell) -> Tensor:
+    """What the curvature is multiplied by, h = 1/(σ² temperature).
+
+    Raises:
+        ValueError: if it is zero or infinite in the posterior's dtype.
+    """
+    exact = 1 / self.sigma_noise.double().square() / self.temperature
+    positive_value("1 / (sigma_noise² · temperature)", exact, self._dtype)
+    return 1 / self.sigma_noise.square() / self.temperature
 
 
 @public_call

@@ -51,7 +51,10 @@ def state_dict(self: Shell) -> dict[str, Any]:
 
     Raises:
         NotFittedError: before ``fit``.
+        ValueError: if something that no prior can be was written into the prior precision.
     """
+    self._check_H_init()
+    self._checked_prior()
     return flattened(to_state(self))
 
 

@@ -236,7 +236,8 @@ def _parsed(
 ) -> tuple[Fit, dict[str, Any]]:
     """The fit and the hyper-parameters; whatever Python or torch raise means that it is edited."""
     target, probe = self._target, state.get("probe")
-    curvature, comparisons = self._structure.from_state(state, target.device)
+    cast = _in_dtype(state, target.dtype)
+    curvature, comparisons = self._structure.from_state(cast, target.device)
     sizes = {name: p.numel() for name, p in target.model.named_parameters()}
     fit = Fit(
         curvature,
@@ -269,6 +270,18 @@ def _parsed(
         else parse_choice(LinkApprox, link, "tuned_link_approx"),
         "tuning_result": None if tuning is None else _tuning_of(tuning),
     }
+
+
+def _in_dtype(state: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
+    """The state with its curvature in a posterior's dtype: the model may have been cast since."""
+    if state["mean"].dtype == dtype:
+        return state
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    curvature = {k: map_tensors(cast, state[k]) for k in ("H", "tables", "folds") if k in state}
+    return {**state, **curvature}
 
 
 def _tuning_of(state: Mapping[str, Any]) -> TuningResult:

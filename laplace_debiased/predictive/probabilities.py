@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from laplace_debiased.likelihoods import (
     softmax,
 )
 from laplace_debiased.network.precision import exact_arithmetic
+from laplace_debiased.predictive.call import require_finite
 from laplace_debiased.predictive.predictor import OutputCovariance, OutputMoments, Predictor
 from laplace_debiased.predictive.selection import ALL_OUTPUTS, OutputSelection
 
@@ -33,6 +35,27 @@ def needs_covariance(
     if link is LinkApprox.MC:
         return not diagonal_output and inverse_link is not torch.sigmoid
     return link is not LinkApprox.PROBIT
+
+
+_RESOLVED = 1e-3
+"""Largest rounding error of a covariance, relative to what a softmax sees of it."""
+
+
+def rounding(covariances: Tensor) -> Tensor:
+    """What rounding hides of covariances [K, m, C, C], and what they tell: sums over m [2, K].
+
+    No data say anything about a shift of all outputs: under a very small prior precision its
+    variance, which no probability depends on, exceeds the rest by more than the dtype resolves.
+    """
+    diagonals = covariances.diagonal(dim1=-2, dim2=-1)
+    rest = (diagonals.mean(-1) - covariances.mean((-2, -1))).sum(-1)
+    resolution = torch.finfo(covariances.dtype).eps * diagonals.amax(-1).sum(-1)
+    return torch.stack([resolution, rest]).double().cpu()
+
+
+def rounded_away(sums: Tensor) -> Tensor:
+    """At which nodes [K] rounding hides what classes do not share, from :func:`rounding`."""
+    return sums[0] > _RESOLVED * sums[1]
 
 
 def class_probabilities(
@@ -128,6 +151,27 @@ class Predictive:
                 inputs, self.precision, covariance, selection, differentiable=self.differentiable
             )
 
+    def _usable(self, found: OutputMoments) -> OutputMoments:
+        """Moments that probabilities can be made of.
+
+        Raises:
+            NumericalError: if a covariance is not finite, which links would take for something.
+        """
+        covariance = found.covariance.detach()
+        require_finite(covariance)
+        matrices = covariance.ndim > found.mean.ndim
+        if matrices and self.inverse_link is not torch.sigmoid and covariance.shape[-1] > 1:
+            sums = rounding(covariance.reshape(1, -1, *covariance.shape[-2:]))
+            if bool(rounded_away(sums).any()):
+                warnings.warn(
+                    f"under so small a prior precision {covariance.dtype} rounds away what the "
+                    "variances of the classes do not share, so that probabilities are close to "
+                    "the trained model's: raise prior_precision, or use a model in torch.float64.",
+                    UserWarning,
+                    stacklevel=6,
+                )
+        return found
+
     def host_moments(
         self, inputs: Any, *, joint: bool, diagonal_output: bool
     ) -> tuple[Tensor, Tensor]:
@@ -159,7 +203,7 @@ class Predictive:
         """
         diagonal = not needs_covariance(link, diagonal_output, self.inverse_link)
         kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
-        found = self.moments(inputs, kind, self.selection)
+        found = self._usable(self.moments(inputs, kind, self.selection))
         return class_probabilities(
             found.mean,
             found.covariance,
@@ -180,7 +224,7 @@ class Predictive:
         inverse = self.inverse_link
         binary = inverse is torch.sigmoid
         kind = OutputCovariance.DIAGONAL if binary else OutputCovariance.PER_SAMPLE
-        found = self.moments(inputs, kind, self.selection)
+        found = self._usable(self.moments(inputs, kind, self.selection))
         return informed_probabilities(found.mean, found.covariance, link, inverse, found.chosen)
 
 

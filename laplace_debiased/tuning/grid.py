@@ -34,6 +34,9 @@ _FLAT = 1e-5
 """Difference of losses, relative to the loss where that exceeds one, that means nothing."""
 
 
+_MOST_POINTS = 10_000
+
+
 @dataclass(frozen=True)
 class PriorGrid:
     """A logarithmic grid of prior precisions, that goes on beyond the ends it is not told.
@@ -58,6 +61,11 @@ class PriorGrid:
     def __post_init__(self) -> None:
         if self.size is not None:
             object.__setattr__(self, "size", checked_integer("grid_size", self.size))
+            if self.size > _MOST_POINTS:
+                raise ValueError(
+                    f"grid_size must be at most {_MOST_POINTS:,}; got {self.size}. The loss "
+                    "between grid points is known as well."
+                )
         for name, value in (("min", self.log_min), ("max", self.log_max), ("base", self.base)):
             if value is None and name != "base":
                 continue

@@ -12,9 +12,6 @@ from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-_RESOLVED = 1e-3
-"""Largest rounding error of a covariance, relative to what a softmax sees of it."""
-
 _MARGIN = 3
 """Nodes kept on either side of an interval, so that the ends of a spline do not matter."""
 
@@ -43,23 +40,6 @@ class Moments:
     def diagonal(self) -> bool:
         """Whether covariances are variances."""
         return self.covariances.ndim == self.mean.ndim + 1
-
-
-def rounding(covariances: Tensor) -> Tensor:
-    """What rounding hides of covariances [K, m, C, C], and what they tell: sums over m [2, K].
-
-    No data say anything about a shift of all outputs: under a very small prior precision its
-    variance, which no probability depends on, exceeds the rest by more than the dtype resolves.
-    """
-    diagonals = covariances.diagonal(dim1=-2, dim2=-1)
-    rest = (diagonals.mean(-1) - covariances.mean((-2, -1))).sum(-1)
-    resolution = torch.finfo(covariances.dtype).eps * diagonals.amax(-1).sum(-1)
-    return torch.stack([resolution, rest]).double().cpu()
-
-
-def rounded_away(sums: Tensor) -> Tensor:
-    """At which nodes [K] rounding hides what classes do not share, from :func:`rounding`."""
-    return sums[0] > _RESOLVED * sums[1]
 
 
 def covariance_curve(

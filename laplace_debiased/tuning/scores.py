@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 import torchmetrics
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from laplace_debiased.likelihoods import LikelihoodName
 
@@ -192,5 +194,52 @@ def scorer_factory(
                 return lambda: KeepingScorer(partial(_of_metric, loss))
             return lambda: MetricScorer(loss)
         case _ if callable(loss):
-            return lambda: KeepingScorer(partial(_of_everything, loss))
+            known = _given_what_it_takes(loss, likelihood)
+            return lambda: KeepingScorer(partial(_of_everything, known))
     raise TypeError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")
+
+
+_OF_LOGITS = (
+    nn.CrossEntropyLoss,
+    nn.NLLLoss,
+    nn.BCEWithLogitsLoss,
+    functional.cross_entropy,
+    functional.nll_loss,
+    functional.binary_cross_entropy_with_logits,
+)
+"""Losses of torch that do not take the probabilities that a prediction gives."""
+
+
+def _given_what_it_takes(loss: Callable[..., Any], likelihood: str) -> Callable[..., Any]:
+    """A function of a prediction and its targets; without the variance where it takes none.
+
+    Raises:
+        TypeError: if it takes neither what a prediction and its targets are, nor less.
+        ValueError: if it is known to take logits.
+    """
+    gaussian = likelihood == LikelihoodName.REGRESSION
+    if not gaussian and (type(loss) in _OF_LOGITS or loss in _OF_LOGITS):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ValueError(
+            f"loss={name} takes logits or their logarithms, but is given probabilities: leave "
+            "loss out for their negative log likelihood, or pass a function (probs, targets) -> "
+            "number."
+        )
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # of C, say
+        return loss
+    if _can_call(signature, 3 if gaussian else 2):
+        return loss
+    if gaussian and _can_call(signature, 2):
+        return lambda mean, _, targets: loss(mean, targets)
+    wanted = "(mean, variance, targets) or (mean, targets)" if gaussian else "(probs, targets)"
+    raise TypeError(f"loss must be a function {wanted} -> number; it takes {signature}.")
+
+
+def _can_call(signature: inspect.Signature, n_arguments: int) -> bool:
+    try:
+        signature.bind(*[None] * n_arguments)
+    except TypeError:
+        return False
+    return True

@@ -29,6 +29,7 @@ from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.predictive.call import NETWORKS
 from laplace_debiased.predictive.predictor import Ask, OutputCovariance
+from laplace_debiased.predictive.probabilities import rounded_away, rounding
 from laplace_debiased.predictive.selection import last_labels
 from laplace_debiased.tuning.grid import PriorGrid
 from laplace_debiased.tuning.moments import (
@@ -36,8 +37,6 @@ from laplace_debiased.tuning.moments import (
     Moments,
     covariance_curve,
     lowest,
-    rounded_away,
-    rounding,
 )
 from laplace_debiased.tuning.result import TuningResult
 from laplace_debiased.tuning.scores import Prediction, Scorer

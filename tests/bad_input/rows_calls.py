@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchmetrics
+from torch import nn
 
 from tests.bad_input.rows import Row
 from tests.bad_input.world import World
@@ -54,6 +55,26 @@ def _written_in_place(w: World) -> None:
     la.fit(w.loader())
     la.prior_precision.fill_(-1.0)
     la(w.x)
+
+
+def _last_layer(w: World) -> Any:
+    la = w.posterior(subset_of_weights="last_layer")
+    la.fit(w.loader())
+    return la
+
+
+def _tiny_noise(w: World) -> None:
+    la = w.posterior()
+    la.fit(w.loader())
+    la.sigma_noise = 1e-30
+    la(w.x)
+
+
+def _written_low_rank(w: World) -> None:
+    la = w.posterior(hessian_structure="lowrank")
+    la.fit(w.loader())
+    la.prior_precision.fill_(-1.0)
+    la.posterior_precision  # noqa: B018
 
 
 def _overflowing(w: World) -> None:
@@ -121,6 +142,68 @@ ROWS = [
         "sample 0",
         "prior_precision",
         likelihood="regression",
+    ),
+    use(
+        "inputs whose variances overflow, classification",
+        _overflowing,
+        "NumericalError",
+        "sample 0",
+        "prior_precision",
+    ),
+    use(
+        "sparse inputs to sampled networks",
+        lambda w: w.la(w.x.to_sparse(), pred_type="nn", n_samples=2),
+        "ValueError",
+        "to_dense",
+    ),
+    use(
+        "sparse inputs to a last layer",
+        lambda w: _last_layer(w)(w.x.to_sparse()),
+        "ValueError",
+        "to_dense",
+    ),
+    use(
+        "`la.log_prob` of a vector of another length",
+        lambda w: w.la.log_prob(torch.zeros(3)),
+        "ValueError",
+        "value",
+        "(3,)",
+    ),
+    use(
+        "a `sigma_noise` whose square is zero in the dtype",
+        _tiny_noise,
+        "ValueError",
+        "sigma_noise",
+        "torch.float32",
+        likelihood="regression",
+    ),
+    use(
+        "a negative value written into `la.prior_precision`, low rank",
+        _written_low_rank,
+        "ValueError",
+        "prior_precision",
+        "-1",
+    ),
+    tune("`grid_size=10**9`", "ValueError", "grid_size", "10,000", grid_size=10**9),
+    tune(
+        "`loss=CrossEntropyLoss()`",
+        "ValueError",
+        "CrossEntropyLoss",
+        "probabilities",
+        loss=nn.CrossEntropyLoss(),
+    ),
+    tune(
+        "a loss of the targets alone",
+        "TypeError",
+        "loss",
+        "(probs, targets)",
+        loss=lambda y: 0.0,
+    ),
+    tune(
+        "sparse validation inputs",
+        "ValueError",
+        "to_dense",
+        loader=lambda w: [(w.x.to_sparse(), w.y)],
     ),
     tune(
         "`loss=MeanSquaredError`, a class",

@@ -299,6 +299,14 @@ ROWS = [
         "meta",
         n_data=12,
     ),
+    fit(
+        "sparse inputs in a `magnitude_loader`",
+        lambda w: w.loader(),
+        "ValueError",
+        "to_dense",
+        n_data=12,
+        magnitude_loader=[(torch.ones(12, 4).to_sparse(), torch.zeros(12, dtype=torch.int64))],
+    ),
     fit("sparse inputs", lambda w: [(w.x.to_sparse(), w.y)], "ValueError", "to_dense", n_data=12),
     fit(
         "triples of several inputs",

@@ -84,6 +84,13 @@ ROWS = [
     writing(
         "its buffers", lambda m, x: m.calls.add_(1), "ValueError", "'calls'", "persistent=False"
     ),
+    writing(
+        "a buffer by another tensor",
+        lambda m, x: setattr(m, "calls", m.calls + 1),
+        "ValueError",
+        "'calls'",
+        "persistent=False",
+    ),
     writing("its inputs", lambda m, x: x.mul_(0.5), "ModelCallError", "writes to its inputs"),
     model(
         "a `BatchNorm` without running statistics",
@@ -113,6 +120,45 @@ ROWS = [
         lambda w: torch.ao.quantization.quantize_dynamic(w.linear(), {nn.Linear}),
         "CoverageError",
         "parameter",
+    ),
+    model(
+        "a quantised model, last layer",
+        lambda w: torch.ao.quantization.quantize_dynamic(w.linear(), {nn.Linear}),
+        "CoverageError",
+        "parameter",
+        "quantised",
+        subset_of_weights="last_layer",
+    ),
+    *(
+        model(
+            f"a model that returns a mapping without `logits`, {shown}",
+            lambda w: Wrapped(w.model, lambda z: {"out": z}),
+            "TypeError",
+            "must return a tensor",
+            "['out']",
+            **options,
+        )
+        for shown, options in (
+            ("all weights", {}),
+            ("last layer", {"subset_of_weights": "last_layer"}),
+            ("low rank", {"hessian_structure": "lowrank"}),
+        )
+    ),
+    model(
+        "a model that adds the first sample of a batch to all, low rank",
+        lambda w: Wrapped(w.linear(), lambda z: z + z[:1]),
+        "ValueError",
+        "mixes the samples",
+        hessian_structure="lowrank",
+    ),
+    model(
+        'a model that ends in a sigmoid, `likelihood="bernoulli"`, batches of 2',
+        lambda w: Wrapped(w.model, _sharp),
+        "ValueError",
+        "probabilities",
+        "logits",
+        likelihood="bernoulli",
+        data=lambda w: w.loader(y=(w.model(w.x) > 0).float(), batch_size=2),
     ),
     model(
         'a model that ends in a sigmoid, `likelihood="bernoulli"`',

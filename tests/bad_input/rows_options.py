@@ -342,6 +342,14 @@ ROWS = [
         "ValueError",
         ("last_layer_name", "'head'", "'2'"),
     ),
+    option(
+        "last_layer_name=2",
+        "ArgumentTypeError",
+        "last_layer_name",
+        "int",
+        subset_of_weights="last_layer",
+        last_layer_name=2,
+    ),
     Row(
         AREA,
         "a last layer that is not linear",

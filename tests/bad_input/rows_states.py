@@ -35,6 +35,14 @@ def loaded(w: World, change: Any) -> None:
         DebiasedLaplace.load(path, change(copy.deepcopy(w.model)))
 
 
+def saved_with_prior(w: World, value: float) -> None:
+    """Write into another posterior's prior precision, and save it."""
+    la = w.posterior()
+    la.fit(w.loader())
+    la.prior_precision.fill_(value)
+    la.state_dict()
+
+
 def with_other_activation(model: Any) -> nn.Module:
     """The same modules and weights, one of which computes another function."""
     activation = next(m for m in model.modules() if isinstance(m, nn.Tanh | nn.ReLU))
@@ -64,6 +72,20 @@ EDITS = {
 }
 ROWS = [
     *(edited(key, value) for key, value in EDITS.items()),
+    Row(
+        AREA,
+        "a number for a state",
+        lambda w: w.la.load_state_dict(3),
+        "ArgumentTypeError",
+        ("state_dict", "int"),
+    ),
+    Row(
+        AREA,
+        "saving a prior precision into which a negative number was written",
+        lambda w: saved_with_prior(w, -1.0),
+        "ValueError",
+        ("prior_precision", "-1"),
+    ),
     Row(
         AREA,
         "a state whose factors are no tensors",

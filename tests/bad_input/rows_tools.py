@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from laplace_debiased import directional_profile, evaluate, fit_temperature
+from laplace_debiased import compare, directional_profile, evaluate, fit_temperature
 from laplace_debiased.diagnostics import kfac_profile, top_eigenpairs
 from laplace_debiased.optim import MiniBatches, NewtonCG, Quadratic, debiased_cg, model_quadratic
 from tests.bad_input.rows import Row
@@ -57,6 +57,10 @@ def _skewed() -> Quadratic:
     return Quadratic(lambda v: matrix @ v, torch.arange(6.0))
 
 
+def _plain(v: torch.Tensor) -> torch.Tensor:
+    return torch.arange(1.0, 7.0) * v
+
+
 ROWS = [
     tool(
         "`evaluate` of booleans for more than two classes",
@@ -78,6 +82,56 @@ ROWS = [
         "ValueError",
         "quadratic_directions",
         "symmetric",
+    ),
+    tool(
+        "`debiased_cg` of magnitudes of a matrix that is not symmetric",
+        lambda w: debiased_cg(Quadratic(_plain, torch.arange(6.0)), _skewed()),
+        "ValueError",
+        "quadratic_magnitudes",
+        "symmetric",
+    ),
+    *(
+        tool(f"`{shown}`", act, "TypeError", *names)
+        for shown, act, names in (
+            ("evaluate(la, (x, y))", lambda w: evaluate(w.la, (w.x, w.y)), ("loader=[(inputs",)),
+            (
+                "evaluate(la, dataset)",
+                lambda w: evaluate(w.la, w.loader().dataset),
+                ("loader", "DataLoader", "TensorDataset"),
+            ),
+            (
+                "evaluate(la, loader, ood_loader=x)",
+                lambda w: evaluate(w.la, w.loader(), ood_loader=w.x),
+                ("ood_loader", "[(inputs, targets)]"),
+            ),
+            (
+                "compare(la, iter(loader), loader)",
+                lambda w: compare(w.la, iter(w.loader()), w.loader(), progress_bar=False),
+                ("val_loader", "only once"),
+            ),
+            (
+                "compare(la, loader, (x, y))",
+                lambda w: compare(w.la, w.loader(), (w.x, w.y), progress_bar=False),
+                ("test_loader=[(inputs",),
+            ),
+            (
+                "evaluate(la, [(x1, x2, y)])",
+                lambda w: evaluate(w.la, [(w.x, w.x, w.y)]),
+                ("((x1, x2), y)",),
+            ),
+        )
+    ),
+    tool(
+        "`fit_temperature` of mappings with `label` for `labels`",
+        lambda w: fit_temperature(w.model, [{"x": w.x, "label": w.y}]),
+        "MissingKeyError",
+        "dict_key_y='label'",
+    ),
+    tool(
+        "`evaluate` of sparse inputs",
+        lambda w: evaluate(w.la, [(w.x.to_sparse(), w.y)]),
+        "ValueError",
+        "to_dense",
     ),
     tool(
         "`evaluate(n_bins=2**64)`",

@@ -55,10 +55,14 @@ TAIL = """
   mean and deviation of the first batch, integers are its smallest, flags are set. There is none
   where the model refuses it or takes more than tensors, nor on a GPU where whole numbers among
   real ones, or negative integers, may be indices.
-* Samples that a model mixes only in batches of more than 16.
-* An overlap of `batch` and `other_batch` of a profile: the two are taken for independent.
+* Samples that a model mixes only in batches of more than 16, or only some of them: the first and
+  the last of a batch are looked at.
+* Under which key a mapping holds the one input of a model whose argument has another name, as
+  `image` for `forward(self, x)`: rename the argument, or yield pairs. `dict_key_x` does not say it:
+  as in laplace-torch it belongs to models that take the mapping whole, and these come in, too.
 * Labels of a causal language model that come as pairs `(batch, labels)` are taken as they are. This
-  is the choice: shift them in `collate_fn`, as the error for mappings says, or yield pairs.
+  is the choice: `NextTokenLabels` around the loader's `collate_fn` shifts those of mappings, for
+  every call alike; pairs say that each position predicts its own token.
 * A parameter that a scripted function or another library's C++ code reads keeps its trained value
   in sampled networks: torch functions do not see it. Scripted modules are refused.
 * Outputs of very different scale under `sigma_noise="residual"`: the one σ is that of the largest.

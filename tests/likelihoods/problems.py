@@ -42,6 +42,16 @@ class Reward(nn.Module):
         return rewards.squeeze(-1) if x.ndim == 3 else rewards
 
 
+class StackedReward(Reward):
+    """The same, with all first inputs of the pairs before all second ones in between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return super().forward(x)
+        rewards = super().forward(torch.cat([x[:, 0], x[:, 1]]))
+        return torch.cat(rewards.chunk(2), 1)
+
+
 def sample_loss(likelihood: str, f: Tensor, y: Tensor) -> Tensor:
     """Negative log likelihood of one sample, by torch's own losses."""
     if likelihood == "bernoulli":
@@ -128,8 +138,10 @@ def case(name: str, n: int = 13) -> Case:
             "ignoring": lambda: mlp(3),
             "outputs": lambda: mlp(3),
             "rewards": Reward,
+            "stacked rewards": StackedReward,
         }[name]().double()
-    shape = {"sequence": (3,), "sequence ignoring": (3,), "rewards": (2,)}.get(name, ())
+    pairs, three = ("rewards", "stacked rewards"), ("sequence", "sequence ignoring")
+    shape = (2,) if name in pairs else (3,) if name in three else ()
     x = torch.randn(n, *shape, 4, generator=g).double()
     match name:
         case "binary" | "binary flat" | "multi-label":
@@ -138,7 +150,7 @@ def case(name: str, n: int = 13) -> Case:
             return Case(model, x, y, "bernoulli", {})
         case "outputs":
             return Case(model, x, torch.randn(n, 3, generator=g).double(), "regression", {})
-        case "rewards":
+        case "rewards" | "stacked rewards":
             return Case(model, x, torch.randint(2, (n,), generator=g), "reward_modeling", {})
     y = torch.randint(3, (n, *shape), generator=g)
     if "ignoring" in name:
@@ -156,4 +168,5 @@ NAMES = [
     "ignoring",
     "outputs",
     "rewards",
+    "stacked rewards",
 ]

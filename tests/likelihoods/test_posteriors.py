@@ -15,7 +15,7 @@ from tests.likelihoods.problems import IGNORED, NAMES, Case, Reward, case
 from tests.moments import moments
 from tests.tolerances import SIGMAS, assert_exact, assert_same, deviation
 
-PROBABILITIES = [name for name in NAMES if name not in ("outputs", "rewards")]
+PROBABILITIES = [name for name in NAMES if name not in ("outputs", "rewards", "stacked rewards")]
 
 
 def inverse_link(c: Case, f: Tensor) -> Tensor:

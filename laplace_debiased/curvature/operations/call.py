@@ -287,6 +287,19 @@ def register_operation_rule(
     _RULES[function] = rule
 
 
+def samples_first(tensor: Tensor, m: int, copies: int = 1) -> Tensor:
+    """A tensor [m·k, ...] as [m, k, ...].
+
+    Args:
+        tensor: sample after sample; or copies of the batch one after the other.
+        m: number of samples.
+        copies: how many.
+    """
+    if copies == 1 or len(tensor) % (copies * m):
+        return tensor.unflatten(0, (m, -1))
+    return tensor.unflatten(0, (copies, m, -1)).transpose(0, 1).flatten(1, 2)
+
+
 def registered_operations() -> Mapping[Any, OperationRule]:
     """The torch functions that have a rule, read-only."""
     return MappingProxyType(_RULES)
