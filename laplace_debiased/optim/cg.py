@@ -129,8 +129,8 @@ def debiased_cg(
 
     Raises:
         TypeError: If a quadratic is none, or another argument is of the wrong kind.
-        ValueError: If a number is out of range, shapes, precisions or devices differ, ``initial`` is not finite, or the
-            preconditioner is not positive definite.
+        ValueError: If a number is out of range, shapes, precisions or devices differ, ``initial``
+            is not finite, or the preconditioner is not positive definite.
         RuntimeError: If a product is not finite, or under ``NonPositiveCurvature.RAISE``.
     """
     own = quadratic_directions

@@ -86,7 +86,8 @@ def test_only_one_row_at_a_time_is_held_as_probabilities_in_float64(compared, mo
 
     monkeypatch.setattr(comparing, "classified", watched)
     compare(la, val, test, progress_bar=False)
-    assert len(most) == len(KEYS) and max(most) <= 1, most
+    assert len(most) == len(KEYS)
+    assert max(most) <= 1, most
 
 
 def test_prior_only_is_the_posterior_of_so_little_data_that_curvature_vanishes(compared) -> None:

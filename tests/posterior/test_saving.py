@@ -130,15 +130,14 @@ def test_a_missing_eigenbasis_and_other_tensors_are_named_when_a_state_is_read()
     edits = {f"{key} {value}": {key: value} for key in bases for value in (None, "sparse", "meta")}
     edits |= {key: {key: value} for key, value in EDITS.items()}
     triangle = next(key for key in state if key.endswith("/triangle"))
-    for name, edit in edits.items():
+    for edit in edits.values():
         [(key, value)] = edit.items()
         if isinstance(value, str):
             value = state[key].to_sparse() if value == "sparse" else state[key].to("meta")
         with pytest.raises(ValueError, match="damaged or was edited"):
             la.load_state_dict({**state, key: value})
-            pytest.fail(f"loaded {name}")
+    rows = {triangle.replace("/triangle", "/rows"): 3}
     with pytest.raises(ValueError, match="damaged or was edited"):
-        rows = {triangle.replace("/triangle", "/rows"): 3}
         la.load_state_dict({k: v for k, v in state.items() if k != triangle} | rows)
     for a, b in zip(numbers(la), before, strict=True):
         assert torch.equal(a, b)
