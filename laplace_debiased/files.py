@@ -185,7 +185,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(node, _Node) or steps[-1] in node:
                 raise ValueError
             node[steps[-1]] = value
-        except (ValueError, AttributeError, TypeError):
+        except (ValueError, AttributeError, TypeError, RuntimeError):  # the last of tolist()
             raise _edited(key) from None
     return _container("", root)
 

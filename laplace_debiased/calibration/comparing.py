@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -289,13 +289,11 @@ def _scored(
     outside: dict[str, list[Any]] = {}
     if ood_loader is not None:
         outside, _ = walk(ood_loader, "ood_loader", lambda batch: (inputs_only(batch), None))
-    predictions = {key: classified(la, answers, labels) for key, answers in inside.items()}
-    baseline, settings = predictions["temperature"].nll, ways.settings
-    rows = []
-    for key, found in predictions.items():
+    settings, rows = ways.settings, []
+    for key, answers in inside.items():  # one after the other: predictions are [n, C] in float64
+        found = classified(la, answers, labels)
         elsewhere = unlabelled(outside[key]) if key in outside else None
         confidence, correct = found.probs.max(axis=1), found.probs.argmax(axis=1) == found.labels
-        same = key == "temperature"
         rows.append(
             ComparedRow(
                 key,
@@ -304,7 +302,14 @@ def _scored(
                 found.nll,
                 metrics.risk_coverage(confidence, correct),
                 settings.get(key, {}),
-                None if same else metrics.paired_interval(found.nll, baseline, seed),
             )
         )
-    return Comparison(tuple(rows))
+    baseline = next(row.nlls for row in rows if row.key == "temperature")
+    return Comparison(
+        tuple(
+            row
+            if row.key == "temperature"
+            else replace(row, interval=metrics.paired_interval(row.nlls, baseline, seed))
+            for row in rows
+        )
+    )

@@ -5,7 +5,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import binned_statistic
 
 from laplace_debiased.calibration.batches import FloatArray
 
@@ -57,9 +56,12 @@ class IntervalCurve:
 
 def reliability_bins(confidence: FloatArray, correct: np.ndarray, n_bins: int) -> ReliabilityBins:
     """Equal-width bins of confidence [n] and correctness [n]; a bin is closed on its left."""
-    both = [confidence, correct.astype(np.float64)]
-    means, edges, _ = binned_statistic(confidence, both, bins=n_bins, range=(0.0, 1.0))
-    counts, _ = np.histogram(confidence, edges)
+    edges = np.linspace(0.0, 1.0, n_bins + 1)
+    # The inner edges alone: by round-off a confidence may lie above 1, and it counts all the same.
+    index = np.digitize(confidence, edges[1:-1])
+    counts = np.bincount(index, minlength=n_bins)
+    sums = [np.bincount(index, values, n_bins) for values in (confidence, correct)]
+    means = np.divide(sums, counts, out=np.full((2, n_bins), np.nan), where=counts > 0)
     return ReliabilityBins(*(tuple(part.tolist()) for part in (edges, counts, *means)))
 
 

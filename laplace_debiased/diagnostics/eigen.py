@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp
 from tqdm import tqdm
 
-from laplace_debiased.checks import checked_integer, generator_seed
+from laplace_debiased.checks import checked_flag, checked_integer, generator_seed
 from laplace_debiased.curvature.lowrank import span
 from laplace_debiased.curvature.lowrank.products import (
     Product,
@@ -115,6 +115,7 @@ def top_eigenpairs(
     checked_model(model)
     how = parse_choice(Solver, solver, "solver")
     k, seed = checked_integer("k", k), generator_seed(seed)
+    checked_flag("progress_bar", progress_bar)
     with undisturbed(model), differentiable_kernels(model):
         network = LossNetwork.of(model, likelihood, dict_key_y)
         functional = network.functional

@@ -92,7 +92,9 @@ class QuadraticSums:
     def estimate(self) -> DirectionalQuadratic:
         """Means over all samples, of which there must be some."""
         if self._sums is None:
-            raise ValueError("there are no batches to measure on; give at least one sample.")
+            raise ValueError(
+                "batches or reference_loader gave no batches; give at least one sample."
+            )
         return DirectionalQuadratic(*(total.estimate() for total in self._sums))
 
 

@@ -87,7 +87,7 @@ class KfacBlockProfile:
     def plot(self, axes: tuple[Axes, Axes] | None = None) -> Figure:
         """Slopes and curvatures by rank, into ``axes`` or a new figure; nothing is shown."""
         figure = self.profile.plot(axes)
-        self._finish((axes or figure.axes)[1])
+        self._finish((figure.axes if axes is None else axes)[1])  # axes may be an array
         return figure
 
     def _finish(self, curvatures: Axes) -> None:

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from torch.func import grad, jvp
 from tqdm import tqdm
 
+from laplace_debiased.checks import checked_flag, checked_integer
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
 from laplace_debiased.diagnostics.network import LossBatch, LossNetwork
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.inputs import row_slices, select_rows
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
+from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.transforms import (
     Parameters,
     directional_outputs,
@@ -86,6 +89,7 @@ def directional_quadratic(
         Per-sample means [k] with the covariance of these means.
 
     Raises:
+        TypeError: for an argument of the wrong kind.
         ValueError: for a bad option, no batches, targets that do not fit, directions of the wrong
             shape, or a choice of derivatives with the Hessian.
         NumericalError: for outputs that are not finite.
@@ -97,6 +101,15 @@ def directional_quadratic(
         raise ValueError(
             "the Hessian is measured by forward over reverse mode only; leave derivatives='auto'."
         )
+    checked_model(model)
+    checked_flag("progress_bar", progress_bar)
+    if chunk_size is not None:
+        chunk_size = checked_integer("chunk_size", chunk_size)
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise ArgumentTypeError(f"batches must give batches; got {type(batches).__name__}.")
+    if not isinstance(directions, Tensor):
+        kind = type(directions).__name__
+        raise ArgumentTypeError(f"directions must be a tensor [P, k]; got {kind}.")
     if not bool(torch.isfinite(directions).all()):
         raise ValueError("directions contain NaN or infinite values.")
     sums = QuadraticSums()

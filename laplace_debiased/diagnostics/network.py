@@ -62,7 +62,9 @@ class LossNetwork:
         """A batch that is not empty, with outputs that are finite and targets that fit them."""
         inputs, targets = split_batch(batch, self.label_key)
         if batch_length(inputs) == 0:
-            raise ValueError("a batch is empty; it needs at least one sample.")
+            raise ValueError(
+                "batch, or one of batches or reference_loader, is empty; give at least one sample."
+            )
         functional = self.functional
         targets = functional.prepare(targets)
         inputs = functional.prepare(inputs)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from laplace_debiased.checks import checked_integer, generator_seed
 from laplace_debiased.diagnostics.eigen import eigenspace_overlap, top_eigenpairs
 from laplace_debiased.diagnostics.plots import OTHER, OWN, new_figure, tidy
 from laplace_debiased.diagnostics.profile import directional_profile
+from laplace_debiased.errors import ArgumentTypeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,29 +141,44 @@ def batch_size_sweep(
     Raises:
         ValueError: as `directional_profile` and `disjoint_batches`, or for no size or pair.
     """
-    if not batch_sizes or pairs < 1:
-        raise ValueError(
-            f"a sweep needs batch sizes and pairs; got {len(batch_sizes)} sizes, {pairs} pairs."
-        )
+    pairs, seed = checked_integer("pairs", pairs), generator_seed(seed)
+    batch_sizes = tuple(checked_integer("batch_sizes", size) for size in batch_sizes)
+    if not batch_sizes:
+        raise ValueError("a sweep needs batch sizes; batch_sizes is empty.")
+    if reference_loader is None:
+        raise ArgumentTypeError("reference_loader must give batches; got None.")
     generator = torch.Generator().manual_seed(seed)
     options["seed"] = seed
-    shared = {n: options[n] for n in ("matrix", "solver", "seed", "dict_key_y") if n in options}
     steps = [size for size in batch_sizes for _ in range(pairs)]
     rows = []
     for size in tqdm(steps, desc="pairs of batches", disable=not progress_bar):
         drawn = disjoint_batches(dataset, size, generator, collate_fn)
-        profile = directional_profile(model, likelihood, *drawn, reference_loader, k, **options)
-        there = top_eigenpairs(model, likelihood, drawn[1], k, **shared)
-        summary, here = profile.summary(), cast(Tensor, profile.directions)
-        both = min(profile.n_directions, there.vectors.shape[1])
-        spectrum = profile.own.curvature.mean[:both] - profile.weight_decay
-        rows.append(
-            (
-                summary.median_own_to_reference,
-                summary.median_other_to_reference,
-                eigenspace_overlap(here[:, :both], there.vectors[:, :both]),
-                float((spectrum / there.values[:both]).median()),
-            )
-        )
+        rows.append(_one_pair(model, likelihood, drawn, reference_loader, k, options))
     table = torch.tensor(rows, dtype=torch.float64).reshape(len(batch_sizes), pairs, 4)
-    return BatchSizeSweep(tuple(batch_sizes), k, *table.unbind(-1))
+    return BatchSizeSweep(batch_sizes, k, *table.unbind(-1))
+
+
+def _one_pair(
+    model: nn.Module,
+    likelihood: str,
+    drawn: tuple[object, object],
+    reference_loader: Iterable[object],
+    k: int,
+    options: dict[str, Any],
+) -> tuple[float, float, float, float]:
+    """Own and other curvature over the reference's, eigenspace overlap, ratio of spectra.
+
+    A function of its own: the two bases [P, k] are gone before the next pair's are formed.
+    """
+    profile = directional_profile(model, likelihood, *drawn, reference_loader, k, **options)
+    shared = {n: options[n] for n in ("matrix", "solver", "seed", "dict_key_y") if n in options}
+    there = top_eigenpairs(model, likelihood, drawn[1], k, **shared)
+    summary, here = profile.summary(), cast(Tensor, profile.directions)
+    both = min(profile.n_directions, there.vectors.shape[1])
+    spectrum = profile.own.curvature.mean[:both] - profile.weight_decay
+    return (
+        cast(float, summary.median_own_to_reference),
+        cast(float, summary.median_other_to_reference),
+        eigenspace_overlap(here[:, :both], there.vectors[:, :both]),
+        float((spectrum / there.values[:both]).median()),
+    )

@@ -102,7 +102,7 @@ def curvature_from_state(
     """Curvature of :func:`curvature_to_state`, or of earlier versions, of the covered parameters.
 
     Raises:
-        ValueError: if a table does not fit its eigenbasis.
+        ValueError: if a table or a factor does not fit its eigenbasis.
     """
     bases, tables, folds = to_device((state["H"], state["tables"], state["folds"]), device)
     basis = tuple(
@@ -120,9 +120,20 @@ def curvature_from_state(
                 side: _factor_from_state(value, getattr(along, f"{side}_basis"))
                 for side, value in _fields_of(BlockFactors, entry).items()
             }
+            for side, factor in values.items():
+                _check_side(along, side, factor)
             blocks.append(BlockFactors(along.name, **values))
         factors.append(KroneckerFactors(tuple(blocks), fold["n_samples"]))
     return KronCurvature(basis, tuple(tables), tuple(factors))
+
+
+def _check_side(block: BlockBasis, side: str, factor: Factor | None) -> None:
+    """Check that a factor is of tensors, and that no eigenbasis is missing but a diagonal's."""
+    entries = factor.rows if isinstance(factor, RowsFactor) else factor
+    if not isinstance(entries, Tensor | None):
+        raise ValueError(f"the state's {side} factor of {block.name!r} is no tensor.")
+    if getattr(block, f"{side}_basis") is None and entries is not None and entries.ndim > 1:
+        raise ValueError(f"the state has no {side}_basis of {block.name!r}.")
 
 
 def _copied(tensor: Tensor) -> Tensor:

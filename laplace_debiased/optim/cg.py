@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from laplace_debiased.checks import checked_integer
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.optim.quadratic import Matvec, Quadratic, as_matvec
 from laplace_debiased.optim.termination import DEFAULT_TERMINATION, StopReason, Termination
+from laplace_debiased.options import parse_choice
 
 
 class NonPositiveCurvature(StrEnum):
@@ -126,22 +128,25 @@ def debiased_cg(
         (2, True)
 
     Raises:
-        TypeError: If a quadratic is none.
-        ValueError: If shapes, precisions or devices differ, ``initial`` is not finite, or the
-            preconditioner is not positive definite.
+        TypeError: If a quadratic is none, or another argument is of the wrong kind.
+        ValueError: If a number is out of range, shapes, precisions or devices differ, ``initial``
+            is not finite, or the preconditioner is not positive definite.
         RuntimeError: If a product is not finite, or under ``NonPositiveCurvature.RAISE``.
     """
     own = quadratic_directions
     target = own if quadratic_magnitudes is None else quadratic_magnitudes
     _check_pair(own, target)
-    if refresh_every is not None and refresh_every < 1:
-        raise ValueError(f"refresh_every must be at least 1 or None, got {refresh_every}.")
+    if refresh_every is not None:
+        refresh_every = checked_integer("refresh_every", refresh_every)
+    if not isinstance(termination, Termination):
+        kind = type(termination).__name__
+        raise ArgumentTypeError(f"termination must be a Termination; got {kind}.")
+    policy = parse_choice(NonPositiveCurvature, nonpositive_curvature, "nonpositive_curvature")
     precondition = (
         torch.clone
         if preconditioner is None
         else as_matvec(preconditioner, own.dimension, "preconditioner")
     )
-    policy = NonPositiveCurvature(nonpositive_curvature)
     start = _checked_start(initial, own.gradient)
     iteration = _Iteration(own, target, start, precondition, policy, refresh_every, keep_vectors)
     return iteration.run(termination)

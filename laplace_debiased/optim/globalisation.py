@@ -3,6 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+
+from laplace_debiased.checks import checked_integer
+from laplace_debiased.errors import ArgumentTypeError
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class LevenbergMarquardt:
     max_damping: float = 1e8
 
     def __post_init__(self) -> None:
+        _check_real(self, "factor", "lower", "upper", "min_damping", "max_damping")
         if not (math.isfinite(self.factor) and self.factor > 1):
             raise ValueError(f"factor must be finite and above 1, got {self.factor}.")
         if not self.lower < self.upper:
@@ -63,12 +68,12 @@ class Backtracking:
     max_trials: int = 12
 
     def __post_init__(self) -> None:
+        _check_real(self, "shrink", "sufficient")
+        checked_integer("max_trials", self.max_trials)
         if not 0 < self.shrink < 1:
             raise ValueError(f"shrink must lie in (0, 1), got {self.shrink}.")
         if not 0 <= self.sufficient < 1:
             raise ValueError(f"sufficient must lie in [0, 1), got {self.sufficient}.")
-        if self.max_trials < 1:
-            raise ValueError(f"max_trials must be at least 1, got {self.max_trials}.")
 
     def search(
         self, loss_at: Callable[[float], float], loss: float, slope: float, step_size: float
@@ -94,3 +99,10 @@ class Trial:
     step_size: float
     loss: float | None
     n_evaluations: int
+
+
+def _check_real(record: object, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ArgumentTypeError(f"{name} must be a number; got {type(value).__name__}.")

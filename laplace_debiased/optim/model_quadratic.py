@@ -82,6 +82,10 @@ def model_quadratic(
     curvature = parse_choice(Curvature, curvature, "curvature")
     damping = checked_number("damping", damping)
     chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
+    if not isinstance(chosen, Iterable):
+        raise ArgumentTypeError(
+            f"params must be parameters of the model; got {type(chosen).__name__}."
+        )
     loss = ModelLoss(model, loss_func, tuple(chosen))
     with preserved_rng(generators=loader_generators(data)):
         batches = [check_batch(batch, "data") for batch in data]

@@ -47,7 +47,7 @@ class Termination:
             checked_integer("max_iterations", self.max_iterations)
         for name in ("relative_residual", "absolute_residual", "relative_progress"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name != "relative_progress":
                 checked_number(name, value)
 
     def check(

@@ -19,7 +19,7 @@ from laplace_debiased.curvature import Coverage
 from laplace_debiased.estimation.structure import Fit
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
-from laplace_debiased.network.inputs import map_tensors
+from laplace_debiased.network.inputs import map_tensors, tensors_of
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.probe import Probe
 from laplace_debiased.network.rng import preserved_rng
@@ -187,7 +187,8 @@ def _is_sound(name: str, value: Any) -> bool:
             return all(isinstance(parameter, str) for parameter in value)
         case Tensor():
             whole = not value.is_meta and value.layout is torch.strided and not value.is_complex()
-            return whole and bool(torch.isfinite(value).all())
+            vector = name != "mean" or value.ndim == 1
+            return whole and vector and bool(torch.isfinite(value).all())
         case bool():
             return True
         case int():
@@ -236,6 +237,10 @@ def _parsed(
 ) -> tuple[Fit, dict[str, Any]]:
     """The fit and the hyper-parameters; whatever Python or torch raise means that it is edited."""
     target, probe = self._target, state.get("probe")
+    if any(t.is_meta or t.layout is not torch.strided for t in tensors_of(state)):
+        raise ValueError("a tensor is sparse or holds no data.")
+    if probe is not None and not probe[1].is_floating_point():
+        raise ValueError("the outputs of 'probe' are no real numbers.")
     cast = _in_dtype(state, target.dtype)
     curvature, comparisons = self._structure.from_state(cast, target.device)
     sizes = {name: p.numel() for name, p in target.model.named_parameters()}

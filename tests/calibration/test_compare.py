@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace, NotFittedError, compare, evaluate, fit_temperature
-from laplace_debiased.calibration import Comparison, metrics
+from laplace_debiased.calibration import Comparison, comparing, metrics
+from laplace_debiased.calibration.asking import classified
 from tests.likelihoods.problems import case
 from tests.untouched import untouched
 from tests.zoo import Problem, problem
@@ -68,6 +71,23 @@ def test_rows_are_what_their_own_way_to_predict_gives(compared) -> None:
         last.optimize_prior_precision(val_loader=val)
     own = evaluate(last, test, ood_loader=ood).to_dict()
     close(found["last_layer"].evaluation.to_dict(), own)
+
+
+def test_only_one_row_at_a_time_is_held_as_probabilities_in_float64(compared, monkeypatch) -> None:
+    la, _, val, test, _, _ = compared
+    held, most = [], []
+
+    def watched(*args):
+        gc.collect()
+        most.append(sum(probs() is not None for probs in held))
+        found = classified(*args)
+        held.append(weakref.ref(found.probs))
+        return found
+
+    monkeypatch.setattr(comparing, "classified", watched)
+    compare(la, val, test, progress_bar=False)
+    assert len(most) == len(KEYS)
+    assert max(most) <= 1, most
 
 
 def test_prior_only_is_the_posterior_of_so_little_data_that_curvature_vanishes(compared) -> None:

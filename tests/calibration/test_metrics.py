@@ -50,6 +50,17 @@ def test_calibration_errors_score_the_top_label_when_two_labels_are_left():
     assert mce == pytest.approx(0.3, rel=RTOL)
 
 
+def test_a_confidence_above_one_by_round_off_is_in_the_last_bin():
+    confidence, correct = (
+        np.array([1.0005, 1.0 + 1e-7, 0.95, 0.2]),
+        np.array([True, True, 0, 0], bool),
+    )
+    bins = reliability_bins(confidence, correct, 10)
+    assert (bins.counts[2], bins.counts[9], sum(bins.counts)) == (1, 3, 4)
+    expected = (sum(_loop_bins(confidence, correct, 10)[1]) - 3) * 3 / 4 + 0.2 / 4
+    assert bins.expected_error == pytest.approx(expected, rel=RTOL)
+
+
 def test_confidence_on_an_edge_falls_in_the_bin_above_it():
     confidence, correct = np.array([0.5, 0.6, 0.4, 1.0]), np.array([False, True, True, True])
     bins = reliability_bins(confidence, correct, 2)

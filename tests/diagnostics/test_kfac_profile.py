@@ -214,6 +214,8 @@ def test_plots_show_ranks_and_refuse_unknown_blocks():
     assert labels == ["1", "10"]
     assert len(profile.plot(["0.bias"]).axes) == 2
     assert len(profile.blocks["0.weight"].plot().axes) == 2
+    axes = figure.subplots(2, 1)  # an array, as matplotlib gives it
+    assert profile.blocks["0.weight"].plot(axes) is figure
     for names in (["nothing"], []):
         with pytest.raises(ValueError, match="names must be"):
             profile.plot(names)
@@ -252,7 +254,7 @@ def test_bad_calls_raise():
     for bad in (0, True, 2.5):
         with pytest.raises(ValueError, match="n_bands"):
             kfac_profile(p.model, p.likelihood, *pair, n_bands=bad)
-    with pytest.raises(ValueError, match="no batches"):
+    with pytest.raises(ValueError, match="reference_loader gave no batches"):
         kfac_profile(p.model, p.likelihood, *pair, iter(()))
     with pytest.raises(ValueError, match="class indices"):
         kfac_profile(p.model, p.likelihood, pair[0], (p.x[OTHER], p.y[OTHER] + 7))

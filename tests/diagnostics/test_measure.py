@@ -132,6 +132,15 @@ def test_bad_data_raise(change, message):
         measured(p, oracles.orthonormal(len(oracles.flat(p.model)), 2))
 
 
+BAD_ARGUMENTS = {
+    "model": "x",
+    "batches": 3,
+    "directions": [1.0],
+    "chunk_size": "x",
+    "progress_bar": "no",
+}
+
+
 def test_bad_calls_raise():
     p = problem("mlp")
     size = len(oracles.flat(p.model))
@@ -139,6 +148,13 @@ def test_bad_calls_raise():
         measured(p, torch.zeros(size + 1, 2))
     with pytest.raises(ValueError, match="forward over reverse"):
         measured(p, torch.eye(size), matrix=Curvature.HESSIAN, derivatives=Derivatives.FORWARD)
+    for name, bad in BAD_ARGUMENTS.items():
+        given = {"batches": p.loader(), "directions": torch.eye(size)[:, :2], name: bad}
+        given = {"model": p.model, "likelihood": p.likelihood} | given
+        with pytest.raises(TypeError, match=f"^{name} must "):
+            directional_quadratic(**given)
+    with pytest.raises(ValueError, match="chunk_size"):
+        directional_quadratic(p.model, p.likelihood, p.loader(), torch.eye(size), chunk_size=0)
     with pytest.raises(ValueError, match="no batches"):
         measured(p, torch.eye(size), iter(()))
     with pytest.raises(TypeError, match="pair"):

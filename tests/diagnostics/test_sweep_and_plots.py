@@ -45,6 +45,11 @@ def test_bias_and_misalignment_shrink_with_batch_size_and_spectra_agree(untouche
     assert len(sweep.plot().axes) == 2
     with pytest.raises(ValueError, match="batch sizes"):
         batch_size_sweep(p.model, p.likelihood, p.dataset, reference, ())
+    with pytest.raises(TypeError, match="reference_loader"):
+        batch_size_sweep(p.model, p.likelihood, p.dataset, None, (4,))
+    for name, bad in {"batch_sizes": (4, "x"), "pairs": "x", "seed": "x"}.items():
+        with pytest.raises(TypeError, match=f"^{name} must be"):
+            batch_size_sweep(p.model, p.likelihood, p.dataset, reference, **{name: bad})
 
 
 def test_the_profiles_figure_shows_the_three_measurements(tmp_path):

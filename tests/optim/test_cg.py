@@ -379,7 +379,11 @@ def test_bad_input_is_named():
         debiased_cg(q, preconditioner=torch.eye(4))
     with pytest.raises(ValueError, match="refresh_every"):
         debiased_cg(q, refresh_every=0)
-    with pytest.raises(ValueError, match="is not a valid NonPositiveCurvature"):
+    with pytest.raises(TypeError, match="refresh_every must be a positive integer"):
+        debiased_cg(q, refresh_every="x")
+    with pytest.raises(TypeError, match="termination must be a Termination"):
+        debiased_cg(q, termination=5)
+    with pytest.raises(ValueError, match="nonpositive_curvature must be one of 'stop'"):
         debiased_cg(q, nonpositive_curvature="hope")
 
 

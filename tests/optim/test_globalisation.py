@@ -67,3 +67,19 @@ def test_backtracking_never_accepts_an_increase_along_an_ascent():
 def test_bad_settings_are_named(rule, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         rule(**bad)
+
+
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [
+        (LevenbergMarquardt, ("factor", "lower", "upper", "min_damping", "max_damping")),
+        (Backtracking, ("shrink", "sufficient", "max_trials")),
+    ],
+)
+def test_what_is_no_number_is_named(rule, names):
+    for name in names:
+        for bad in ("x", None, True):
+            with pytest.raises(TypeError, match=f"^{name} must be"):
+                rule(**{name: bad})
+    with pytest.raises(TypeError, match="max_trials must be"):
+        Backtracking(max_trials=2.5)

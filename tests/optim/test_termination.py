@@ -66,3 +66,9 @@ def test_the_window_grows_with_the_iterations():
 def test_bad_criteria_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Termination(**bad)
+
+
+@pytest.mark.parametrize("name", ["relative_residual", "absolute_residual"])
+def test_a_residual_that_ends_the_iteration_is_a_number(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number"):
+        Termination(**{name: None})

@@ -35,6 +35,15 @@ OPTIONS = {
 }
 
 
+EDITS = {
+    "mean": torch.tensor(1.0),
+    "drawn[]": torch.zeros(3, device="meta"),
+    "general[]": torch.zeros(3, device="meta"),
+    "probe[1]": torch.zeros(1, 3, dtype=torch.int64),
+}
+"""One each that only its use would have found wanting."""
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_file_gives_back_class_numbers_and_every_option(structure: str, tmp_path: Path) -> None:
     la = fitted(structure, n=20, **OPTIONS[structure])
@@ -107,7 +116,29 @@ def test_an_edit_of_any_entry_is_a_state_or_named_and_loses_nothing(structure: s
         for edit in ({}, *edits):
             with suppress(ValueError):
                 la.load_state_dict(others | edit)
-                la.load_state_dict(state)
+                numbers(la)
+                la.state_dict()
+            la.load_state_dict(state)
+    for a, b in zip(numbers(la), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_missing_eigenbasis_and_other_tensors_are_named_when_a_state_is_read() -> None:
+    la = fitted("kron", n=None)
+    state, before = la.state_dict(), numbers(la)
+    bases = [key for key, value in state.items() if key.endswith("_basis") and value is not None]
+    edits = {f"{key} {value}": {key: value} for key in bases for value in (None, "sparse", "meta")}
+    edits |= {key: {key: value} for key, value in EDITS.items()}
+    triangle = next(key for key in state if key.endswith("/triangle"))
+    for edit in edits.values():
+        [(key, value)] = edit.items()
+        if isinstance(value, str):
+            value = state[key].to_sparse() if value == "sparse" else state[key].to("meta")
+        with pytest.raises(ValueError, match="damaged or was edited"):
+            la.load_state_dict({**state, key: value})
+    rows = {triangle.replace("/triangle", "/rows"): 3}
+    with pytest.raises(ValueError, match="damaged or was edited"):
+        la.load_state_dict({k: v for k, v in state.items() if k != triangle} | rows)
     for a, b in zip(numbers(la), before, strict=True):
         assert torch.equal(a, b)
 
