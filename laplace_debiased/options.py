@@ -95,7 +95,7 @@ ALL_COLUMNS_UP_TO = 64
 """With up to so many outputs per sample, ``columns="auto"`` takes the whole root."""
 
 SKETCHED_COLUMNS = 2
-"""With more, so many random signs of it: see ``likelihoods/sketch.py``."""
+"""With more, so many random signs of it: see ``likelihoods.models.sketched_columns``."""
 
 _LEAST = {"mc_samples": 1, "max_rank": 1, "byte_budget": 1, "pool_size": 1, "folds": 2}
 
