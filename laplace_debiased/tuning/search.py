@@ -195,10 +195,12 @@ class GridSearch:
             log_nodes, on_grid = log_nodes[on_grid], torch.arange(len(on_grid))
         subject, compared = self.validation.subject, self.validation.loss is None
         priors = log_nodes.exp().to(subject.device, subject.dtype)
+        # Once for all batches: every block of it is checked, for which a device is waited for.
+        precision = subject.predictor.precision(subject.h, torch.zeros(1))
         scorers, alone = self._scorers(len(on_grid)), self._scorers(len(on_grid))
         map_scorer, rounded = self.validation.fresh_scorer(), torch.zeros(2, len(on_grid)).double()
         for inputs, targets in self._parts(len(priors), progress_bar):
-            batch = self._moments(inputs, targets, priors)
+            batch = self._moments(inputs, targets, precision, priors)
             self._score(scorers, batch, batch.covariances[on_grid])
             if not (batch.diagonal or self.validation.regression):
                 rounded += rounding(batch.covariances[on_grid])
@@ -259,11 +261,10 @@ class GridSearch:
             for rows in row_slices(m, step):
                 yield select_rows(inputs, rows), targets[rows]
 
-    def _moments(self, inputs: Any, targets: Tensor, priors: Tensor) -> Moments:
+    def _moments(self, inputs: Any, targets: Tensor, precision: Any, priors: Tensor) -> Moments:
         """Moments of what has a label that counts; the positions of sequences as samples."""
         subject = self.validation.subject
         kind = OutputCovariance.DIAGONAL if self._diagonal else OutputCovariance.PER_SAMPLE
-        precision = subject.predictor.precision(subject.h, torch.zeros(1))
         found = subject.predictor.under(Ask(inputs, kind, subject.selection), precision, priors)
         if subject.selection.last_position:
             targets = last_labels(inputs, targets)

@@ -140,9 +140,8 @@ def test_derived_operators_equal_fresh_ones():
     basis, eigenvalues = BASES["oblique"], table(RANK, seed=4)
     v = normal(N_PARAMS, seed=11)
     operator = LowRank(basis, eigenvalues, 0.7, LAYERS)
-    operator.sqrt_solve(
-        v
-    )  # fills what is kept, which must not leak into operators with another prior
+    # Fills what is kept, which must not leak into operators with another prior.
+    operator.sqrt_solve(v)
     for prior in PRIORS.values():
         derived = operator.scaled(2.0).with_prior(prior).scaled(1.5)
         fresh = LowRank(basis, 3.0 * eigenvalues, prior, LAYERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.posterior import DebiasedKronLaplace
+from laplace_debiased.predictive import KronPredictor
 from laplace_debiased.tuning import search
 from tests.tolerances import INTERPOLATED
 from tests.zoo import Problem, problem
@@ -199,6 +201,20 @@ def test_sampled_networks_are_tuned_with_the_same_draws() -> None:
         results.append(la.tuning_result.losses)
     assert results[0] == results[1]
     assert results[0] != results[2]
+
+
+def test_a_walk_prepares_the_precision_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    la, validation = fitted()
+    prepared: list[Tensor] = []
+    prepare = KronPredictor.precision
+
+    def counted(self: KronPredictor, h: Tensor, prior: Tensor) -> Any:
+        prepared.append(prior)
+        return prepare(self, h, prior)
+
+    monkeypatch.setattr(KronPredictor, "precision", counted)
+    quietly(la, val_loader=validation.loader(batch_size=3), **GRID)
+    assert len(prepared) == 1
 
 
 def test_moments_that_are_too_large_to_keep_leave_the_best_grid_point(
