@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class LinearRule(RuleDefaults):
         if slot == "bias":
             return BiasRows(self.bias_positions(call, columns[0]))
         g = self.output_positions(call, columns[0])
-        return MatrixRows(lambda: _fitting(call, self.input_positions(call), g), g, self.transposed)
+        return MatrixRows(partial(self._fitting_inputs, call, g.shape), g, self.transposed)
 
     def input_factor(
         self, call: OperationCall, slot: str, counts: Tensor | None = None
@@ -55,19 +56,19 @@ class LinearRule(RuleDefaults):
         """Of what the weight reads."""
         return None if slot == "bias" else input_factor(self.input_positions(call), counts)
 
+    def _fitting_inputs(self, call: OperationCall, columns: torch.Size) -> Tensor:
+        """Inputs [..., m, T, D_in], checked to fit columns of a shape [..., m, R, T, D_out].
 
-def _fitting(call: OperationCall, a: Tensor, g: Tensor) -> Tensor:
-    """Inputs [..., m, T, D_in], checked to fit columns [..., m, R, T, D_out].
-
-    Raises:
-        ValueError: if they do not.
-    """
-    if (a.shape[-3], a.shape[-2]) != (g.shape[-4], g.shape[-2]):
-        raise ValueError(
-            f"{call.operation} read {a.shape[-2]} positions of {a.shape[-3]} samples and wrote "
-            f"{g.shape[-2]} of {g.shape[-4]}; is the first dimension of its input the batch?"
-        )
-    return a
+        Raises:
+            ValueError: if they do not.
+        """
+        a = self.input_positions(call)
+        if (a.shape[-3], a.shape[-2]) != (columns[-4], columns[-2]):
+            raise ValueError(
+                f"{call.operation} read {a.shape[-2]} positions of {a.shape[-3]} samples and wrote "
+                f"{columns[-2]} of {columns[-4]}; is the first dimension of its input the batch?"
+            )
+        return a
 
 
 class AddmmRule(LinearRule):

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from laplace_debiased.curvature.rows.base import BlockRows
 from laplace_debiased.curvature.rows.gram import Factor, RowsFactor
-from laplace_debiased.curvature.rows.parameters import MatrixRows, VectorRows
+from laplace_debiased.curvature.rows.parameters import MatrixRows, VectorRows, formed
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Place:
             if self.whole:
                 return replace(rows, transposed=transposed)
             outs, ins = (1, 0) if transposed else (0, 1)
-            columns, around = pad(rows.columns, self._around(outs)), self._around(ins)
-            return MatrixRows(lambda: pad(rows.read, around), columns, transposed)
+            inputs, around = rows.inputs, self._around(ins)
+            columns = pad(rows.columns, self._around(outs))
+            return MatrixRows(lambda: pad(formed(inputs), around), columns, transposed)
         if self.whole:
             return rows
         if isinstance(rows, VectorRows):

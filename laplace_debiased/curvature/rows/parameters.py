@@ -44,8 +44,8 @@ class MatrixRows:
 
     @cached_property
     def read(self) -> Tensor:
-        """The inputs."""
-        return self.inputs if isinstance(self.inputs, Tensor) else self.inputs()
+        """The inputs, formed once."""
+        return formed(self.inputs)
 
     @property
     def grouped(self) -> bool:
@@ -64,9 +64,10 @@ class MatrixRows:
 
     def joined(self, others: Sequence[Any]) -> Self:
         parts = [self, *others]
+        inputs = [part.inputs for part in parts]  # to hold no part, with its columns and patches
         return replace(
             self,
-            inputs=lambda: torch.cat([part.read for part in parts], -2),
+            inputs=lambda: torch.cat([formed(a) for a in inputs], -2),
             columns=torch.cat([part.columns for part in parts], -2),
         )
 
@@ -108,6 +109,11 @@ class MatrixRows:
         """[(G,) m, R, I, J] as the parameter is, [m, R, (G,) I, J]."""
         rows = rows.mT if self.transposed else rows
         return rows.movedim(0, 2) if self.grouped else rows
+
+
+def formed(inputs: Tensor | Callable[[], Tensor]) -> Tensor:
+    """Inputs of rows, or what they are formed from, as a tensor."""
+    return inputs if isinstance(inputs, Tensor) else inputs()
 
 
 def _spread(basis: Tensor | None) -> int:
