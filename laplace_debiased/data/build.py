@@ -279,8 +279,10 @@ def _stream_source(supply: Supply, fractions: Sequence[float], name: str) -> Str
     if not sizes:
         raise ValueError(f"{name} is empty: it yields no samples.")
     draws = Draws.uniform(interleaved_folds(fold_sizes(sum(sizes), fractions)))
-    first = sum(one.n_samples for one in records[: ranks.rank]) if len(records) > 1 else 0
-    return StreamSource(supply.loader, draws, sizes, record, seed, key, first)
+    # Also where one rank has all samples, and the others' streams are empty.
+    is_own = len(records) > 1
+    first = sum(one.n_samples for one in records[: ranks.rank]) if is_own else 0
+    return StreamSource(supply.loader, draws, sizes, record, seed, key, is_own, first)
 
 
 def fold_sizes(n: int, fractions: Sequence[float]) -> tuple[int, ...]:

@@ -192,6 +192,7 @@ class StreamSource:
 
     Attributes:
         record: The walk over this rank's stream that the folds were assigned on.
+        is_own: Whether every rank has a stream of its own.
         first: Which of the draws is the first of this rank's stream.
         rows: Which of the draws are taken of a stream that is walked whole, ascending; None for
             all. [k] int64
@@ -203,13 +204,9 @@ class StreamSource:
     record: StreamRecord
     seed: int
     dict_key_y: str
+    is_own: bool
     first: int = 0
     rows: Tensor | None = None
-
-    @property
-    def is_own(self) -> bool:
-        """Whether every rank has a stream of its own."""
-        return self.record.n_samples < len(self.draws)
 
     def part(self, rows: Tensor, rank: int) -> StreamSource:
         """Some of the draws [k], ascending: what of them is in this rank's stream."""

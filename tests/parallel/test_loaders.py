@@ -53,6 +53,10 @@ def attempts(rank: int, world: int, with_accelerate: bool) -> dict[str, Any]:
             DataLoader(Stream(share_of(rank, world)), batch_size=None),
             {"n_samples": None, "n_data": 40},
         ),
+        "one rank's stream": (
+            list(loader(4)) if rank == world - 1 else [],
+            {"n_samples": None, "n_data": 40},
+        ),
     }
     if with_accelerate:
         loaders["prepared"] = prepared(), {"n_samples": None}
@@ -90,13 +94,14 @@ def test_every_sample_counts_once(world: int) -> None:
         "sampler, a budget": budget,
         "streams": stream,
         "own streams": stream,
+        "one rank's stream": stream,
         "prepared": whole,
         "prepared, shuffled": budget,
         "ddp": budget,
     }
     for theirs in run(world, attempts, world, with_accelerate):
         assert "pass n_data" in theirs.pop("n_data").message
-        assert len(theirs) == (7 if with_accelerate else 5)
+        assert len(theirs) == (8 if with_accelerate else 6)
         for name, found in theirs.items():
             for what, value in numbers(expected[name]).items():
                 torch.testing.assert_close(
