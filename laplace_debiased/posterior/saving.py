@@ -170,12 +170,16 @@ def loaded(
             "with DebiasedLaplace.load, which reads all of the library's own."
         )
     arguments = record["arguments"]
-    for name, default in RETIRED.items():
-        if arguments.pop(name, default) != default:
-            raise StoredFileError(
-                f"{path} was made with {name} other than {default!r}, an option that this version "
-                "no longer has: fit anew, or read it with the version that wrote it."
-            )
+    retired = {name: arguments.pop(name, default) for name, default in RETIRED.items()}
+    gone = {name: value for name, value in retired.items() if value != RETIRED[name]}
+    if arguments.get("magnitudes") == "rayleigh_ritz":
+        gone["magnitudes"] = "rayleigh_ritz"
+    if gone:
+        made_with = ", ".join(f"{name}={value!r}" for name, value in gone.items())
+        raise StoredFileError(
+            f"{path} was made with {made_with}, which this version no longer has: fit anew, "
+            "or read it with the version that wrote it."
+        )
     if "backend" in arguments:
         arguments["backend"] = _backend_named(arguments["backend"])
     return rebuilt(by_name[found], model, arguments, record["state"], check_weights=check_weights)

@@ -152,6 +152,9 @@ def test_an_option_that_is_no_more_is_named_unless_it_means_what_is_done_now(
         torch.save({**record, "arguments/ratio_step": value}, tmp_path / "la.pt")
         with pytest.raises(StoredFileError, match="ratio_step") if value else nullcontext():
             DebiasedLaplace.load(tmp_path / "la.pt", network())
+    torch.save({**record, "arguments/magnitudes": "rayleigh_ritz"}, tmp_path / "la.pt")
+    with pytest.raises(StoredFileError, match="magnitudes='rayleigh_ritz'"):
+        DebiasedLaplace.load(tmp_path / "la.pt", network())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
