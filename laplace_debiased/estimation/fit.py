@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
@@ -68,14 +68,7 @@ def run_fit(
     """
     clock = FitClock(shows=request.progress_bar)
     options = arguments.options_for(request)
-    check_whole(target.model)
-    check_weights(target.model)
-    model, writes = fingerprint(target.model), Writes(target.model)
-    if previous is not None and previous.model != model:
-        raise ModelChangedError(
-            "override=False adds to a fit at the same weights, but the model has changed since. "
-            "Fit anew with override=True."
-        )
+    model, writes = _identified(target, previous)
     # What a fit keeps must not be inference tensors, even where the caller is in that mode.
     with preserved_rng(request.seed), outside_inference_mode(), exact_arithmetic(target.device):
         target = _located(target, request, ranks)
@@ -90,29 +83,19 @@ def run_fit(
         supply = supply_for(request, len(options.fold_fractions), recommended, ranks)
         is_drawn = supply is not None and supply.budget is not None
         earlier = None if previous is None else Earlier(previous, is_drawn)
-        described = _described(structure, target, arguments, request, options, model, earlier)
-        given = {"checkpoint": request.checkpoint is not None, "override": request.override}
-        ranks.agree("fit", described | given)
-        kept = _opened_checkpoint(structure, request, described, ranks)
+        kept = _begun(structure, target, arguments, request, options, model, earlier, ranks)
         score = Scorer(engine.outputs, target.model, loss, options.fisher)
         with clock.scoring(score) as counted:
             scores = None if kept is None else kept.scores
             plan = make_plan(supply, request, options, earlier, counted, ranks, scores)
             plan = _same_plan(plan, supply, request, ranks)
         inputs = first_inputs_of_plan(plan)
-        try:
-            coverage = _inspected(structure, engine, target, inputs, coverage, ranks)
-            mixes = MISMATCH in coverage.excluded.values()
-            probe = None if inputs is None else Probe.of(target.model, inputs, may_mix=mixes)
-        finally:  # what writes to itself looks stochastic, or like other things
-            writes.check()
-        coverage.require(strict=arguments.strict)
-        little = coverage.low_share()
-        if little is not None:
-            warnings.warn(little, UserWarning, stacklevel=3)
+        coverage, probe = _looked_at(structure, engine, target, inputs, coverage, writes, ranks)
+        # One sample: the batch would be held as long as the fit takes.
+        sample = inputs if probe is None else probe.inputs
+        del inputs
+        _check_coverage(coverage, arguments, earlier)
         accept(coverage)
-        if earlier is not None and earlier.fit.coverage.covered != coverage.covered:
-            raise ValueError("override=False needs the same covered parameters as the earlier fit.")
         if kept is not None:
             kept.bind(plan, covered=list(coverage.covered))
         task = Task(
@@ -122,7 +105,7 @@ def run_fit(
             request,
             plan,
             is_drawn,
-            inputs,
+            sample,
             coverage,
             model,
             clock,
@@ -137,6 +120,23 @@ def run_fit(
     return replace(fit, report=clock.report(), probe=probe)
 
 
+def _identified(target: Target, previous: Fit | None) -> tuple[ModelFingerprint, Writes]:
+    """The network as it is now, sound, and what tells whether it writes to itself.
+
+    Raises:
+        ModelChangedError: if it is another than at the fit that is added to.
+    """
+    check_whole(target.model)
+    check_weights(target.model)
+    model = fingerprint(target.model)
+    if previous is not None and previous.model != model:
+        raise ModelChangedError(
+            "override=False adds to a fit at the same weights, but the model has changed since. "
+            "Fit anew with override=True."
+        )
+    return model, Writes(target.model)
+
+
 def _located(target: Target, request: FitRequest, ranks: Ranks) -> Target:
     """The target with its last layer known, from any rank that has samples."""
     if target.last_layer is None or target.last_layer.is_given:
@@ -149,20 +149,41 @@ def _located(target: Target, request: FitRequest, ranks: Ranks) -> Target:
     return target.at(names[0])
 
 
-def _inspected(
+def _looked_at(
     structure: Structure,
     engine: Any,
     target: Target,
     inputs: Any,
     coverage: Coverage,
+    writes: Writes,
     ranks: Ranks,
-) -> Coverage:
-    """What a look at the data leaves of the coverage; what any rank sees counts."""
-    own = coverage if inputs is None else structure.inspect(engine, target, inputs, coverage)
-    general: frozenset[str] = frozenset()
-    for excluded, theirs in ranks.gathered("coverage", (dict(own.excluded), own.general)):
-        coverage, general = coverage.without(excluded), general | theirs
-    return replace(coverage, general=general - coverage.excluded.keys())
+) -> tuple[Coverage, Probe | None]:
+    """What a look at the first batch leaves of the coverage; what any rank sees counts.
+
+    Also this rank's first sample, and how the network answers to it; None where it has none, or
+    the network takes none alone.
+    """
+    try:
+        own = coverage if inputs is None else structure.inspect(engine, target, inputs, coverage)
+        general: frozenset[str] = frozenset()
+        for excluded, theirs in ranks.gathered("coverage", (dict(own.excluded), own.general)):
+            coverage, general = coverage.without(excluded), general | theirs
+        coverage = replace(coverage, general=general - coverage.excluded.keys())
+        mixes = MISMATCH in coverage.excluded.values()
+        probe = None if inputs is None else Probe.of(target.model, inputs, may_mix=mixes)
+    finally:  # what writes to itself looks stochastic, or like other things
+        writes.check()
+    return coverage, probe
+
+
+def _check_coverage(coverage: Coverage, arguments: Arguments, earlier: Earlier | None) -> None:
+    """Check what is covered after all: that it is something, and what the earlier fit covers."""
+    coverage.require(strict=arguments.strict)
+    little = coverage.low_share()
+    if little is not None:
+        warnings.warn(little, UserWarning, stacklevel=5)
+    if earlier is not None and earlier.fit.coverage.covered != coverage.covered:
+        raise ValueError("override=False needs the same covered parameters as the earlier fit.")
 
 
 def _same_plan(
@@ -241,13 +262,23 @@ def _described(
     return task
 
 
-def _opened_checkpoint(
-    structure: Structure, request: FitRequest, described: Mapping[str, Any], ranks: Ranks
+def _begun(
+    structure: Structure,
+    target: Target,
+    arguments: Arguments,
+    request: FitRequest,
+    options: CurvatureOptions,
+    model: ModelFingerprint,
+    earlier: Earlier | None,
+    ranks: Ranks,
 ) -> FitCheckpoint | None:
-    """The checkpoint of a fit, with what an interrupted one left there; None without a path.
+    """Check that all ranks mean the same fit, and open its checkpoint; None without a path.
 
     It is continued by the same fit only: what identifies a fit is stored with it.
     """
+    described = _described(structure, target, arguments, request, options, model, earlier)
+    given = {"checkpoint": request.checkpoint is not None, "override": request.override}
+    ranks.agree("fit", described | given)
     if request.checkpoint is None:
         return None
     if not structure.resumes:

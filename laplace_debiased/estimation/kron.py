@@ -131,7 +131,7 @@ class KronStructure:
         earlier = task.earlier
         sketch = None
         if isinstance(engine, BackwardPass):
-            own = 0 if task.inputs is None else engine.output_shape(task.inputs).numel()
+            own = 0 if task.sample is None else engine.output_shape(task.sample).numel()
             sketch = task.options.sketched(max(task.ranks.gathered("outputs", own)))
         estimator = in_closed_form(KronEstimator(engine, task, sketch))
         with torch.no_grad():

@@ -106,9 +106,10 @@ class Earlier:
 class Task:
     """What one fit works on, once its samples are chosen.
 
-    The scheme of its options is resolved. ``inputs``: of the first batch, or None where this rank
-    has no samples. ``is_drawn``: whether samples are drawn, and not whole
-    loaders walked. ``checkpoint``: where the walks keep what they have so far, or None.
+    The scheme of its options is resolved. ``is_drawn``: whether samples are drawn, and not whole
+    loaders walked. ``sample``: inputs of the first one (of the first batch where the network takes
+    none alone), or None where this rank has none. ``checkpoint``: where the walks keep what they
+    have so far, or None.
     """
 
     target: Target
@@ -117,7 +118,7 @@ class Task:
     request: FitRequest
     plan: CurvaturePlan
     is_drawn: bool
-    inputs: Any
+    sample: Any
     coverage: Coverage
     model: ModelFingerprint
     clock: FitClock
