@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_debiased.checks import checked_integer
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.optim.quadratic import Matvec, Quadratic, as_matvec
@@ -23,24 +22,19 @@ class NonPositiveCurvature(StrEnum):
     quadratic. Where that fails the iteration ends under every policy.
 
     * ``STOP``: end before this direction.
-    * ``SKIP``: step size 0 where only the magnitude quadratic fails, and go on; else as ``STOP``.
     * ``ABSOLUTE``: step −slope/|curvature|, still a descent of the magnitude quadratic; 0 where
       the curvature cannot be told from 0.
-    * ``RAISE``: RuntimeError.
     """
 
     STOP = "stop"
-    SKIP = "skip"
     ABSOLUTE = "absolute"
-    RAISE = "raise"
 
 
 @dataclass(frozen=True, eq=False)
 class CGResult:
     """What the iteration found, with K directions taken.
 
-    Scalars per iteration are float64 on the CPU, of the damped quadratics. "own" belongs to the
-    direction quadratic along its own iterates; the others belong to the magnitude quadratic.
+    Scalars per iteration are float64 on the CPU, of the damped magnitude quadratic.
 
     Attributes:
         solution: Last iterate [P].
@@ -51,10 +45,7 @@ class CGResult:
         curvatures: d_kᵀH̃d_k [K].
         step_sizes: α_k [K].
         values: q̃(x_k) [K+1].
-        own_slopes: [K].
-        own_curvatures: [K].
-        own_step_sizes: [K].
-        own_residual_norms: Euclidean [K+1].
+        own_residual_norms: Euclidean, of the direction quadratic along its own iterates [K+1].
         stop_reason: Why the iteration ended.
         direction_products: Products with the direction quadratic.
         magnitude_products: Products with the magnitude quadratic; 0 in single mode, where the two
@@ -69,9 +60,6 @@ class CGResult:
     curvatures: Tensor
     step_sizes: Tensor
     values: Tensor
-    own_slopes: Tensor
-    own_curvatures: Tensor
-    own_step_sizes: Tensor
     own_residual_norms: Tensor
     stop_reason: StopReason
     direction_products: int
@@ -88,14 +76,12 @@ def debiased_cg(
     quadratic_directions: Quadratic,
     quadratic_magnitudes: Quadratic | None = None,
     *,
-    initial: Tensor | None = None,
     preconditioner: Any = None,
     termination: Termination = DEFAULT_TERMINATION,
     nonpositive_curvature: NonPositiveCurvature | str = NonPositiveCurvature.STOP,
-    refresh_every: int | None = None,
     keep_vectors: bool = True,
 ) -> CGResult:
-    """Minimise the magnitude quadratic along the CG directions of the direction quadratic.
+    """Minimise the magnitude quadratic from 0 along the CG directions of the direction quadratic.
 
     The directions d_k are those of CG on q = (H, g), with CG's own recurrences and step sizes. The
     iterate moves by an exact line search of q̃ = (H̃, g̃) along each of them,
@@ -107,13 +93,10 @@ def debiased_cg(
         quadratic_directions: q, from the batch that gives the directions.
         quadratic_magnitudes: q̃, from an independent batch. None, or the same object, is single
             mode: textbook conjugate gradients on ``quadratic_directions``.
-        initial: x_0 [P]; None is 0. It costs one product per quadratic.
         preconditioner: Symmetric positive definite approximation of (H + δI)⁻¹ [P, P], anything
             that ``as_matvec`` takes. It shapes the directions alone.
         termination: When to end.
         nonpositive_curvature: What to do where a quadratic is not convex.
-        refresh_every: Recompute r̃ by a product after this many iterations, against the drift of
-            its recurrence; None never.
         keep_vectors: Return all iterates and directions, 2K+1 vectors of length P.
 
     Returns:
@@ -129,15 +112,13 @@ def debiased_cg(
 
     Raises:
         TypeError: If a quadratic is none, or another argument is of the wrong kind.
-        ValueError: If a number is out of range, shapes, precisions or devices differ, ``initial``
-            is not finite, or the preconditioner is not positive definite.
-        RuntimeError: If a product is not finite, or under ``NonPositiveCurvature.RAISE``.
+        ValueError: If shapes, precisions or devices differ, a matrix is not symmetric, or the
+            preconditioner is not positive definite.
+        RuntimeError: If a product is not finite.
     """
     own = quadratic_directions
     target = own if quadratic_magnitudes is None else quadratic_magnitudes
     _check_pair(own, target)
-    if refresh_every is not None:
-        refresh_every = checked_integer("refresh_every", refresh_every)
     if not isinstance(termination, Termination):
         kind = type(termination).__name__
         raise ArgumentTypeError(f"termination must be a Termination; got {kind}.")
@@ -147,9 +128,7 @@ def debiased_cg(
         if preconditioner is None
         else as_matvec(preconditioner, own.dimension, "preconditioner")
     )
-    start = _checked_start(initial, own.gradient)
-    iteration = _Iteration(own, target, start, precondition, policy, refresh_every, keep_vectors)
-    return iteration.run(termination)
+    return _Iteration(own, target, precondition, policy, keep_vectors).run(termination)
 
 
 def _check_pair(own: Quadratic, target: Quadratic) -> None:
@@ -166,19 +145,6 @@ def _check_pair(own: Quadratic, target: Quadratic) -> None:
             f"device, got {tuple(g.shape)} {g.dtype} {g.device} and {tuple(h.shape)} {h.dtype} "
             f"{h.device}."
         )
-
-
-def _checked_start(initial: Tensor | None, gradient: Tensor) -> Tensor | None:
-    if initial is None:
-        return None
-    if not isinstance(initial, Tensor):
-        raise ArgumentTypeError(f"initial must be a tensor; got {type(initial).__name__}.")
-    if initial.shape != gradient.shape or not torch.isfinite(initial).all():
-        raise ValueError(
-            f"initial must be a finite vector of shape {tuple(gradient.shape)}, got shape "
-            f"{tuple(initial.shape)}."
-        )
-    return initial.detach().to(gradient, copy=True)
 
 
 class _Line(NamedTuple):
@@ -222,57 +188,46 @@ class _Iteration:
         self,
         own: Quadratic,
         target: Quadratic,
-        start: Tensor | None,
         precondition: Matvec,
         policy: NonPositiveCurvature,
-        refresh_every: int | None,
         keep_vectors: bool,
     ) -> None:
         self.own, self.target, self.single = own, target, own is target
-        self.precondition, self.policy = precondition, policy
-        self.refresh_every, self.keep_vectors = refresh_every, keep_vectors
-        if start is None:
-            self.x = torch.zeros_like(own.gradient)
-            self.own_residual, self.residual = own.gradient.detach(), target.gradient.detach()
-        else:
-            self.x, self.own_residual = start, own.residual(start)
-            self.residual = self.own_residual if self.single else target.residual(start)
-        self.n_products, self.n_refreshes = int(start is not None), 0
+        self.precondition, self.policy, self.keep_vectors = precondition, policy, keep_vectors
+        self.x = torch.zeros_like(own.gradient)
+        self.own_residual, self.residual = own.gradient.detach(), target.gradient.detach()
         self.direction, self.inner = torch.zeros_like(self.x), 0.0
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
+        self.n_products = 0
         self.values, self.norms = list[float](), list[float]()
         self.iterates, self.directions = list[Tensor](), list[Tensor]()
         self.steps = list[tuple[float, ...]]()
 
     def run(self, termination: Termination) -> CGResult:
-        gradient_norm, dimension = float(self.own.gradient.norm()), self.own.dimension
+        dimension = self.own.dimension
         self._arrive()
         while not (
-            reason := termination.check(self.values, self.norms[-1], gradient_norm, dimension)
+            reason := termination.check(self.values, self.norms[-1], self.norms[0], dimension)
         ):
             if not self._step():
                 reason = StopReason.NON_POSITIVE_CURVATURE
                 break
-        refreshed = self.n_products + self.n_refreshes
-        steps = torch.tensor(self.steps, dtype=torch.float64).reshape(-1, 6).T.contiguous()
-        slopes, curvatures, step_sizes, own_slopes, own_curvatures, own_step_sizes = steps
+        steps = torch.tensor(self.steps, dtype=torch.float64).reshape(-1, 3).T.contiguous()
+        slopes, curvatures, step_sizes = steps
         taken = torch.stack(self.directions) if self.directions else self.x.new_empty(0, dimension)
         return CGResult(
             solution=self.x,
             residual=self.residual,
             iterates=torch.stack(self.iterates) if self.keep_vectors else None,
-            directions=None if not self.keep_vectors else taken,
+            directions=taken if self.keep_vectors else None,
             slopes=slopes,
             curvatures=curvatures,
             step_sizes=step_sizes,
             values=torch.tensor(self.values, dtype=torch.float64),
-            own_slopes=own_slopes,
-            own_curvatures=own_curvatures,
-            own_step_sizes=own_step_sizes,
             own_residual_norms=torch.tensor(self.norms, dtype=torch.float64),
             stop_reason=reason,
-            direction_products=refreshed if self.single else self.n_products,
-            magnitude_products=0 if self.single else refreshed,
+            direction_products=self.n_products,
+            magnitude_products=0 if self.single else self.n_products,
         )
 
     def _arrive(self) -> None:
@@ -297,8 +252,8 @@ class _Iteration:
         self.direction, self.inner = self.direction.mul(beta).sub_(z), inner
 
     def _step(self) -> bool:
-        """Take, skip or refuse the direction; False where it is the last."""
-        d, policy, iteration = self.direction, self.policy, len(self.values)
+        """Take or refuse the direction; False where it is the last."""
+        d = self.direction
         self.n_products += 1
         own = line = _restrict(self.own, d, self.own_residual, "direction")
         self._require_symmetric("quadratic_directions", own.product, self.last and self.last[1])
@@ -306,20 +261,17 @@ class _Iteration:
             line = _restrict(self.target, d, self.residual, "magnitude")
             magnitudes = self.last and self.last[2]
             self._require_symmetric("quadratic_magnitudes", line.product, magnitudes)
-        if self._refuses(own, line):
+        if self.policy is NonPositiveCurvature.STOP and not (own.is_convex and line.is_convex):
             return False
-        step, own_step = line.step_size(policy), own.step_size(policy)
+        step = line.step_size(self.policy)
         self.x = self.x.add(d, alpha=step)
-        if self.refresh_every is not None and iteration % self.refresh_every == 0:
-            self.residual = self.target.residual(self.x)
-            self.n_refreshes += 1
-        else:
-            self.residual = self.residual.add(line.product, alpha=step)
+        self.residual = self.residual.add(line.product, alpha=step)
         if self.single:
             self.own_residual = self.residual
         else:
+            own_step = own.step_size(self.policy)
             self.own_residual = self.own_residual.add(own.product, alpha=own_step)
-        self.steps.append((*line[:2], step, *own[:2], own_step))
+        self.steps.append((line.slope, line.curvature, step))
         if self.keep_vectors:
             self.directions.append(d)
         self.last = d, own.product, line.product
@@ -338,22 +290,3 @@ class _Iteration:
                 f"{name} has a matrix that is not symmetric: dᵀHe and eᵀHd differ by "
                 f"{difference:.3g} for two directions. Pass a symmetric operator."
             )
-
-    def _refuses(self, own: _Line, line: _Line) -> bool:
-        """Whether the iteration ends before this direction."""
-        if own.is_convex and line.is_convex:
-            return False
-        match self.policy:
-            case NonPositiveCurvature.STOP:
-                return True
-            case NonPositiveCurvature.SKIP:
-                return not own.is_convex
-            case NonPositiveCurvature.ABSOLUTE:
-                return False
-            case NonPositiveCurvature.RAISE:
-                name, bad = ("magnitude", line) if own.is_convex else ("direction", own)
-                raise RuntimeError(
-                    f"The {name} quadratic has curvature {bad.curvature:.3g} along direction "
-                    f"{len(self.values)}, within rounding of 0 or below: raise the damping, use "
-                    "the GGN in place of the Hessian, or choose another nonpositive_curvature."
-                )

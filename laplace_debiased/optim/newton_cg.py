@@ -8,13 +8,12 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.checks import checked_number
+from laplace_debiased.checks import checked_flag, checked_number
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.optim.cg import CGResult, NonPositiveCurvature, debiased_cg
-from laplace_debiased.optim.globalisation import Backtracking, LevenbergMarquardt, Trial
 from laplace_debiased.optim.model_quadratic import (
     Batch,
     ModelLoss,
@@ -22,15 +21,16 @@ from laplace_debiased.optim.model_quadratic import (
     check_batch,
     unflatten,
 )
-from laplace_debiased.optim.quadratic import Quadratic
 from laplace_debiased.optim.termination import StopReason, Termination
 from laplace_debiased.options import Curvature, parse_choice
 
 DEFAULT_CG: Final = Termination(max_iterations=40, relative_progress=5e-4)
-DEFAULT_DAMPING_RULE: Final = LevenbergMarquardt()
-DEFAULT_LINE_SEARCH: Final = Backtracking()
 _GRADIENTS_PER_PRODUCT: Final = 2.0
 _GRADIENTS_PER_FORWARD: Final = 1.0 / 3.0
+_DAMPING_FACTOR: Final = 1.5
+_DAMPING_RANGE: Final = 1e-8, 1e8
+_LOW_RATIO, _HIGH_RATIO = 0.25, 0.75
+_SHRINK, _SUFFICIENT, _MAX_TRIALS = 0.5, 1e-2, 12
 
 
 class MiniBatches(NamedTuple):
@@ -78,6 +78,42 @@ class StepReport:
     sample_gradients: float
 
 
+class Trial(NamedTuple):
+    """A step size, the mean loss there (None if not evaluated), and the evaluations it took."""
+
+    step_size: float
+    loss: float | None
+    n_evaluations: int
+
+
+def backtracked(
+    loss_at: Callable[[float], float], loss: float, slope: float, step_size: float
+) -> Trial:
+    """The first of ``step_size`` and its halves at which the loss falls enough, or step size 0.
+
+    ``loss_at`` gives the mean loss at a step size, and infinite or NaN counts as too large;
+    ``loss`` is that at 0, and ``slope`` its derivative, taken as 0 if it is positive.
+    """
+    for n_trials in range(1, _MAX_TRIALS + 1):
+        trial = loss_at(step_size)
+        # A NaN fails the comparison, as it should.
+        if trial <= loss + _SUFFICIENT * step_size * min(slope, 0.0):
+            return Trial(step_size, trial, n_trials)
+        step_size *= _SHRINK
+    return Trial(0.0, loss, _MAX_TRIALS)
+
+
+def adapted(damping: float, ratio: float) -> float:
+    """The next damping, given the loss's change over that of the undamped quadratic.
+
+    A ``ratio`` of −inf stands for a step that failed (Martens 2010, section 4.1).
+    """
+    low, high = _DAMPING_RANGE
+    if ratio < _LOW_RATIO:
+        return min(max(damping * _DAMPING_FACTOR, low), max(damping, high))
+    return max(damping / _DAMPING_FACTOR, min(damping, low)) if ratio > _HIGH_RATIO else damping
+
+
 class NewtonCG(torch.optim.Optimizer):
     """Newton's method with debiased conjugate gradients, two mini-batches per step.
 
@@ -113,11 +149,11 @@ class NewtonCG(torch.optim.Optimizer):
         damping: Initial δ ≥ 0, added to the curvature of the mean loss.
         curvature: ``"ggn"`` or ``"hessian"``.
         termination: When CG ends.
-        nonpositive_curvature: See ``NonPositiveCurvature``. Only a Hessian, or δ = 0, needs it.
-        preconditioner: Function from the direction quadratic to an approximation of its inverse.
-        levenberg_marquardt: How δ adapts; None keeps it. A step that leads to a loss that is not
-            finite is refused and makes δ grow.
-        line_search: Backtracking on the magnitude batch; None takes the step as it is.
+        levenberg_marquardt: Adapt δ to how well the quadratic foretold the loss (Martens 2010,
+            section 4.1); False keeps it. A step that leads to a loss that is not finite is refused
+            and makes δ grow.
+        line_search: Halve the step until the loss on the magnitude batch falls enough (Armijo;
+            Nocedal & Wright 2006, algorithm 3.1), 12 times at most; False takes it as it is.
 
     Attributes:
         last_step: The report on the last step, or None. Not part of the state_dict, which holds
@@ -140,38 +176,23 @@ class NewtonCG(torch.optim.Optimizer):
         damping: float = 1e-2,
         curvature: Curvature | str = Curvature.GGN,
         termination: Termination = DEFAULT_CG,
-        nonpositive_curvature: NonPositiveCurvature | str = NonPositiveCurvature.ABSOLUTE,
-        preconditioner: Callable[[Quadratic], Any] | None = None,
-        levenberg_marquardt: LevenbergMarquardt | None = DEFAULT_DAMPING_RULE,
-        line_search: Backtracking | None = DEFAULT_LINE_SEARCH,
+        levenberg_marquardt: bool = True,
+        line_search: bool = True,
     ) -> None:
         checked_model(model)
         lr, damping = checked_number("lr", lr, positive=True), checked_number("damping", damping)
-        kinds: tuple[tuple[str, Any, Any, str], ...] = (
-            ("params", params, Iterable, "the model's parameters"),
-            ("termination", termination, Termination, "a Termination"),
-            (
-                "levenberg_marquardt",
-                levenberg_marquardt,
-                LevenbergMarquardt | None,
-                "a rule or None",
-            ),
-            ("line_search", line_search, Backtracking | None, "a Backtracking or None"),
-            ("preconditioner", preconditioner, Callable | None, "a function or None"),
-        )
-        for name, value, kind, wanted in kinds:
-            if not isinstance(value, kind):
-                raise ArgumentTypeError(f"{name} must be {wanted}; got {type(value).__name__}.")
+        if not isinstance(params, Iterable):
+            kind = type(params).__name__
+            raise ArgumentTypeError(f"params must be the model's parameters; got {kind}.")
+        if not isinstance(termination, Termination):
+            kind = type(termination).__name__
+            raise ArgumentTypeError(f"termination must be a Termination; got {kind}.")
         counters = {"n_steps": 0, "sample_gradients": 0.0}
         super().__init__(params, {"lr": lr, "damping": damping} | counters)
-        self._model = model
-        self._loss_func = loss_func
+        self._model, self._loss_func, self._termination = model, loss_func, termination
         self._curvature = parse_choice(Curvature, curvature, "curvature")
-        self._policy = parse_choice(
-            NonPositiveCurvature, nonpositive_curvature, "nonpositive_curvature"
-        )
-        self._termination, self._preconditioner = termination, preconditioner
-        self._damping_rule, self._line_search = levenberg_marquardt, line_search
+        self._adapts = checked_flag("levenberg_marquardt", levenberg_marquardt)
+        self._line_search = checked_flag("line_search", line_search)
         self.last_step: StepReport | None = None
         self._loss()  # bad parameters or a bad loss are reported here
 
@@ -232,9 +253,8 @@ class NewtonCG(torch.optim.Optimizer):
         result = debiased_cg(
             own,
             target,
-            preconditioner=None if self._preconditioner is None else self._preconditioner(own),
             termination=self._termination,
-            nonpositive_curvature=self._policy,
+            nonpositive_curvature=NonPositiveCurvature.ABSOLUTE,
             keep_vectors=False,
         )
         x, gradient = result.solution, target.gradient
@@ -246,8 +266,9 @@ class NewtonCG(torch.optim.Optimizer):
         trial = self._tried(lambda t: loss.at(judge, t * x), value, slope, lr)
         t = trial.step_size
         predicted = t * slope + 0.5 * t**2 * curvature
-        ratio, rule = _reduction_ratio(value, trial, predicted, result), self._damping_rule
-        next_damping = damping if rule is None or ratio is None else rule.adapt(damping, ratio)
+        ratio, next_damping = _reduction_ratio(value, trial, predicted, result), damping
+        if self._adapts and ratio is not None:
+            next_damping = adapted(damping, ratio)
         n = batch_size(batches.directions[0])
         cost = n * (1 + _GRADIENTS_PER_PRODUCT * result.direction_products)
         if batches.magnitudes is not None:
@@ -261,9 +282,9 @@ class NewtonCG(torch.optim.Optimizer):
     def _tried(
         self, loss_at: Callable[[float], float], loss: float, slope: float, lr: float
     ) -> Trial:
-        if self._line_search is not None:
-            return self._line_search.search(loss_at, loss, slope, lr)
-        if self._damping_rule is None:
+        if self._line_search:
+            return backtracked(loss_at, loss, slope, lr)
+        if not self._adapts:
             return Trial(lr, None, 0)
         trial = loss_at(lr)
         return Trial(lr, trial, 1) if math.isfinite(trial) else Trial(0.0, loss, 1)

@@ -69,10 +69,6 @@ class Quadratic:
         """Gradient of q at x [P], g + (H + δI) x [P]; one product."""
         return self.gradient.detach() + self.product(x)
 
-    def value(self, x: Tensor) -> float:
-        """q(x) for x [P]; one product."""
-        return self.value_from_residual(x, self.residual(x))
-
     def value_from_residual(self, x: Tensor, residual: Tensor) -> float:
         """q(x) = ½ xᵀ(g + r) from x [P] and its residual r [P]; no product."""
         return 0.5 * float(x @ (self.gradient.detach() + residual))

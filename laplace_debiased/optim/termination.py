@@ -25,9 +25,7 @@ class Termination:
 
     Attributes:
         max_iterations: Number of directions at most; None means the number of unknowns.
-        relative_residual: End when ‖g + Hx‖ ≤ max(``relative_residual``·‖g‖,
-            ``absolute_residual``), as in scipy.
-        absolute_residual: See there.
+        relative_residual: End when ‖g + Hx‖ ≤ ``relative_residual``·‖g‖.
         relative_progress: ε of Martens (2010, "Deep learning via Hessian-free optimization",
             section 4.4): end at iteration i when i > k, q(x_i) < 0 and
             (q(x_i) − q(x_{i−k})) / q(x_i) < kε, with k = max(10, i/10). None switches it off;
@@ -39,16 +37,14 @@ class Termination:
 
     max_iterations: int | None = None
     relative_residual: float = 1e-5
-    absolute_residual: float = 0.0
     relative_progress: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_iterations is not None:
             checked_integer("max_iterations", self.max_iterations)
-        for name in ("relative_residual", "absolute_residual", "relative_progress"):
-            value = getattr(self, name)
-            if value is not None or name != "relative_progress":
-                checked_number(name, value)
+        checked_number("relative_residual", self.relative_residual)
+        if self.relative_progress is not None:
+            checked_number("relative_progress", self.relative_progress)
 
     def check(
         self,
@@ -63,7 +59,7 @@ class Termination:
         direction quadratic's residual at iteration i, and of its gradient.
         """
         iteration = len(values) - 1
-        if residual_norm <= max(self.relative_residual * gradient_norm, self.absolute_residual):
+        if residual_norm <= self.relative_residual * gradient_norm:
             return StopReason.RESIDUAL
         window = max(10, iteration // 10)
         if self.relative_progress is not None and iteration > window and values[-1] < 0:

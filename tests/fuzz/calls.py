@@ -208,7 +208,6 @@ def _newton_good(w: World, folder: Path) -> dict[str, Any]:
         "lr": 1.0,
         "damping": 0.01,
         "curvature": "ggn",
-        "nonpositive_curvature": "absolute",
         "directions": own,
         "magnitudes": other,
     }
@@ -223,7 +222,7 @@ def _solve(w: World, given: dict[str, Any]) -> Any:
 def _solve_good(w: World, folder: Path) -> dict[str, Any]:
     loss = _newton_good(w, folder)["loss_func"]
     good = {"model": w.model, "loss_func": loss, "data": [_halves(w)[0]], "curvature": "ggn"}
-    return {**good, "damping": 0.1, "quadratic_magnitudes": None, "initial": None}
+    return {**good, "damping": 0.1, "quadratic_magnitudes": None, "preconditioner": None}
 
 
 def _attribute(w: World, given: dict[str, Any]) -> None:

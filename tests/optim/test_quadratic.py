@@ -14,7 +14,9 @@ def test_product_residual_and_value_are_those_of_the_damped_matrix(damping):
     damped = H + damping * torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(q.product(x), damped @ x, rtol=RTOL, atol=0)
     torch.testing.assert_close(q.residual(x), g + damped @ x, rtol=RTOL, atol=0)
-    assert q.value(x) == pytest.approx((g @ x + 0.5 * x @ damped @ x).item(), rel=RTOL)
+    assert q.value_from_residual(x, q.residual(x)) == pytest.approx(
+        (g @ x + 0.5 * x @ damped @ x).item(), rel=RTOL
+    )
     assert q.dimension == 6
 
 
