@@ -156,15 +156,8 @@ def _prior_only(
     """Prior precision and link of the prior alone: as the tuning found them, else by a search."""
     found = la.tuning_result
     if found is None or found.prior_only_precision is None:
-        search = GridSearch(
-            Validation(subject_of(la), val_loader, None, ranks),
-            PriorGrid(),
-            PredType.GLM,
-            (LinkApprox.MC, LinkApprox.PROBIT),
-            n_samples=None,
-            refine=True,
-            seed=0,
-        )
+        validation = Validation(subject_of(la), val_loader, None, ranks)
+        search = GridSearch(validation, PriorGrid(), PredType.GLM)
         with undisturbed(la._target.model, generators=loader_generators(val_loader)):
             found = search.run(progress_bar)
     return found.prior_only_precision, LinkApprox(found.prior_only_link)

@@ -22,10 +22,12 @@ from laplace_debiased.curvature import BlockFactors, Coverage, KroneckerFactors,
 from laplace_debiased.curvature.over_ranks import Key, summed_factors
 from laplace_debiased.curvature.rows.gram import dense
 from laplace_debiased.data.sources import Batch
-from laplace_debiased.estimation.arguments import Arguments, Backend
+from laplace_debiased.estimation.arguments import Backend
 from laplace_debiased.estimation.kron_estimator import FoldStatistics
 from laplace_debiased.estimation.structure import Task
+from laplace_debiased.estimation.tally import Tally
 from laplace_debiased.estimation.target import Target
+from laplace_debiased.estimation.walking import rows_of
 from laplace_debiased.network.inputs import to_device
 from laplace_debiased.network.rng import preserved_rng
 
@@ -62,7 +64,6 @@ class BackendFactors:
 
     backend: Backend
     task: Task
-    arguments: Arguments
 
     def fold_statistics(self) -> FoldStatistics:
         """Factors of every fold as means over its samples, and the loss.
@@ -70,7 +71,7 @@ class BackendFactors:
         Raises:
             RuntimeError: if the backend returns blocks that do not fit the covered parameters.
         """
-        task, arguments, ranks = self.task, self.arguments, self.task.ranks
+        task, arguments, ranks = self.task, self.task.arguments, self.task.ranks
         model = isolated_network(task.target, task.coverage)
         engine = self.backend.kind(
             model,
@@ -81,26 +82,25 @@ class BackendFactors:
             **({} if task.target.last_layer is None else {"last_layer": True}),
         )
         sums: dict[Key, Tensor] = {}
-        loss, n_outputs, n_calls = 0.0, 0, ranks.rank
+        tally, n_calls = Tally(), ranks.rank
         for batch in task.clock.walk(task.plan.share(ranks), "factors"):
             for fold in batch.folds.unique().tolist():
                 part = batch.select((batch.folds == fold).nonzero().squeeze(-1))
                 seed = task.request.seed + _SEED_STEP * n_calls
                 with preserved_rng(seed), torch.enable_grad():
-                    part_loss, n_outputs, kfacs = self._call(engine, model, part, seed)
+                    kfacs = self._call(engine, model, part, seed, tally)
                 for name, factors in zip(task.coverage.covered, kfacs, strict=True):
                     for side, factor in zip(("rows", "columns"), factors, strict=False):
                         key = (fold, side, name)
                         sums[key] = sums[key] + factor if key in sums else factor
                 n_calls += ranks.world
-                loss += part_loss
-        totals = ranks.gathered("the loss", (loss, n_outputs))
+        tally = tally.over_ranks(ranks)
+        tally.require_usable(task.loss)
         found = summed_factors(ranks, sums)
         means = {key: dense(f) / task.plan.fold_sizes[key[0]] for key, f in found.items()}
         return FoldStatistics(
             tuple(self._factors(means, fold, n) for fold, n in enumerate(task.plan.fold_sizes)),
-            sum(loss for loss, _ in totals) / sum(task.plan.fold_sizes),
-            max(n_outputs for _, n_outputs in totals),
+            tally,
         )
 
     def _factors(self, means: Mapping[Key, Tensor], fold: int, size: int) -> KroneckerFactors:
@@ -113,21 +113,23 @@ class BackendFactors:
         )
 
     def _call(
-        self, engine: CurvatureInterface, model: nn.Module, part: Batch, seed: int
-    ) -> tuple[float, int, list[list[Tensor]]]:
-        """Loss, C, and factors summed over samples."""
+        self, engine: CurvatureInterface, model: nn.Module, part: Batch, seed: int, tally: Tally
+    ) -> list[list[Tensor]]:
+        """Factors summed over samples, which the tally counts."""
         device = next(model.parameters()).device
-        inputs, targets = to_device(part.inputs, device), part.targets.to(device)
+        inputs, part = to_device(part.inputs, device), rows_of(part, slice(None), device)
+        targets = part.targets
         with torch.no_grad():
             outputs = model(inputs)
         self.task.loss.check_targets(outputs, targets)
+        tally.add(self.task.loss, outputs, part)
         model.output_size = outputs.shape[-1]  # read by BackPACK's interface
         kwargs = dict(self.backend.kron_kwargs)
         if isinstance(engine, CurvlinopsGGN) and engine.stochastic:
             # Its own default is one fixed seed: every batch would draw the same labels.
             kwargs.setdefault("seed", seed)
         model.zero_grad()
-        loss, kron = engine.kron(inputs, targets, N=len(targets), **kwargs)
+        _, kron = engine.kron(inputs, targets, N=len(targets), **kwargs)
         shapes = [tuple(len(factor) for factor in block) for block in kron.kfacs]
         parameters = self.task.target.parameters(self.task.coverage)
         needed = [tuple(p.flatten(1).shape) if p.ndim > 1 else (len(p),) for p in parameters]
@@ -137,12 +139,11 @@ class BackendFactors:
                 f"parameters need {needed}; use backend=None."
             )
         # Every empirical-Fisher backend is twice the true one in regression.
-        doubled = isinstance(engine, EFInterface) and self.arguments.likelihood == "regression"
-        sums = [
+        doubled = isinstance(engine, EFInterface) and self.task.arguments.likelihood == "regression"
+        return [
             [output.detach() / (2.0 if doubled else 1.0), *(a.detach() * len(part) for a in mean)]
             for output, *mean in kron.kfacs
         ]
-        return float(loss), outputs.shape[-1], sums
 
 
 def isolated_network(target: Target, coverage: Coverage) -> nn.Module:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from laplace_debiased.estimation.plan import (
     supply_for,
 )
 from laplace_debiased.estimation.report import FitClock
-from laplace_debiased.estimation.structure import Earlier, Fit, Structure, Task
+from laplace_debiased.estimation.structure import Fit, Order, Structure, Task
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.identity import ModelFingerprint, digest_of, fingerprint
@@ -38,8 +39,7 @@ from laplace_debiased.network.probe import Probe
 from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.network.watch import Writes
 from laplace_debiased.network.wrappers import check_whole
-from laplace_debiased.options import CurvatureOptions
-from laplace_debiased.parallel.ranks import ALONE, Ranks
+from laplace_debiased.parallel.ranks import Ranks
 
 
 def run_fit(
@@ -47,10 +47,10 @@ def run_fit(
     target: Target,
     arguments: Arguments,
     request: FitRequest,
-    previous: Fit | None,
+    earlier: Fit | None,
     chosen: Coverage | None,
     accept: Callable[[Coverage], None],
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> Fit:
     """Fit a curvature. Nothing outside is changed: who asked decides what to do with the result.
 
@@ -61,57 +61,41 @@ def run_fit(
         target: the network, and which of its weights.
         arguments: what the posterior was asked for.
         request: the call of ``fit``, where the errors are listed.
-        previous: the fit that this one is added to; None for a new one.
+        earlier: the fit that this one is added to; None for a new one.
         chosen: which parameters the structure named when the posterior was made, if any.
         accept: refuses a coverage that hyper-parameters do not fit, before the long work begins.
         ranks: all ranks, in a collective call.
     """
-    clock = FitClock(shows=request.progress_bar)
-    options = arguments.options_for(request)
-    model, writes = _identified(target, previous)
+    clock, options = FitClock(shows=request.progress_bar), arguments.options_for(request)
+    model, writes = _identified(target, earlier)
+    loss = arguments.loss(positions=structure.takes_positions)
     # What a fit keeps must not be inference tensors, even where the caller is in that mode.
     with preserved_rng(request.seed), outside_inference_mode(), exact_arithmetic(target.device):
         target = _located(target, request, ranks)
-        loss = arguments.loss(positions=structure.takes_positions)
+        order = Order(target, arguments, request, options, loss, model, earlier, ranks, clock)
         coverage = structure.coverage(target, chosen)
         coverage.require(strict=arguments.strict)
         engine = structure.engine(target, coverage)
-
-        def recommended() -> int | None:
-            return structure.recommended_samples(engine, request, loss)
-
+        recommended = partial(structure.recommended_samples, engine, request, loss)
         supply = supply_for(request, len(options.fold_fractions), recommended, ranks)
-        is_drawn = supply is not None and supply.budget is not None
-        earlier = None if previous is None else Earlier(previous, is_drawn)
-        kept = _begun(structure, target, arguments, request, options, model, earlier, ranks)
+        kept = _begun(structure, order)
         score = Scorer(engine.outputs, target.model, loss, options.fisher)
         with clock.scoring(score) as counted:
-            scores = None if kept is None else kept.scores
-            plan = make_plan(supply, request, options, earlier, counted, ranks, scores)
+            plan = make_plan(order, supply, counted, None if kept is None else kept.scores)
             plan = _same_plan(plan, supply, request, ranks)
-        inputs = first_inputs_of_plan(plan)
-        coverage, probe = _looked_at(structure, engine, target, inputs, coverage, writes, ranks)
-        # One sample: the batch would be held as long as the fit takes.
-        sample = inputs if probe is None else probe.inputs
-        del inputs
-        _check_coverage(coverage, arguments, earlier)
+        coverage, sample, probe = _looked_at(structure, engine, order, plan, coverage, writes)
+        _check_coverage(coverage, order)
         accept(coverage)
         if kept is not None:
             kept.bind(plan, covered=list(coverage.covered))
+        is_drawn = supply is not None and supply.budget is not None
         task = Task(
-            target,
-            options,
-            loss,
-            request,
-            plan,
-            is_drawn,
-            sample,
-            coverage,
-            model,
-            clock,
-            earlier,
-            ranks,
-            kept,
+            **vars(order),
+            plan=plan,
+            is_drawn=is_drawn,
+            sample=sample,
+            coverage=coverage,
+            checkpoint=kept,
         )
         fit = structure.estimate(structure.engine(target, coverage), task)
         if kept is not None:
@@ -120,7 +104,7 @@ def run_fit(
     return replace(fit, report=clock.report(), probe=probe)
 
 
-def _identified(target: Target, previous: Fit | None) -> tuple[ModelFingerprint, Writes]:
+def _identified(target: Target, earlier: Fit | None) -> tuple[ModelFingerprint, Writes]:
     """The network as it is now, sound, and what tells whether it writes to itself.
 
     Raises:
@@ -129,7 +113,7 @@ def _identified(target: Target, previous: Fit | None) -> tuple[ModelFingerprint,
     check_whole(target.model)
     check_weights(target.model)
     model = fingerprint(target.model)
-    if previous is not None and previous.model != model:
+    if earlier is not None and earlier.model != model:
         raise ModelChangedError(
             "override=False adds to a fit at the same weights, but the model has changed since. "
             "Fit anew with override=True."
@@ -152,37 +136,38 @@ def _located(target: Target, request: FitRequest, ranks: Ranks) -> Target:
 def _looked_at(
     structure: Structure,
     engine: Any,
-    target: Target,
-    inputs: Any,
+    order: Order,
+    plan: CurvaturePlan,
     coverage: Coverage,
     writes: Writes,
-    ranks: Ranks,
-) -> tuple[Coverage, Probe | None]:
+) -> tuple[Coverage, Any, Probe | None]:
     """What a look at the first batch leaves of the coverage; what any rank sees counts.
 
-    Also this rank's first sample, and how the network answers to it; None where it has none, or
-    the network takes none alone.
+    Also this rank's first sample (the first batch where the network takes none alone; a whole one
+    would be held as long as the fit takes), and how the network answers to it; None where it has
+    none.
     """
+    inputs, target = first_inputs_of_plan(plan), order.target
     try:
         own = coverage if inputs is None else structure.inspect(engine, target, inputs, coverage)
         general: frozenset[str] = frozenset()
-        for excluded, theirs in ranks.gathered("coverage", (dict(own.excluded), own.general)):
+        for excluded, theirs in order.ranks.gathered("coverage", (dict(own.excluded), own.general)):
             coverage, general = coverage.without(excluded), general | theirs
         coverage = replace(coverage, general=general - coverage.excluded.keys())
         mixes = MISMATCH in coverage.excluded.values()
         probe = None if inputs is None else Probe.of(target.model, inputs, may_mix=mixes)
     finally:  # what writes to itself looks stochastic, or like other things
         writes.check()
-    return coverage, probe
+    return coverage, inputs if probe is None else probe.inputs, probe
 
 
-def _check_coverage(coverage: Coverage, arguments: Arguments, earlier: Earlier | None) -> None:
+def _check_coverage(coverage: Coverage, order: Order) -> None:
     """Check what is covered after all: that it is something, and what the earlier fit covers."""
-    coverage.require(strict=arguments.strict)
+    coverage.require(strict=order.arguments.strict)
     little = coverage.low_share()
     if little is not None:
         warnings.warn(little, UserWarning, stacklevel=5)
-    if earlier is not None and earlier.fit.coverage.covered != coverage.covered:
+    if order.earlier is not None and order.earlier.coverage.covered != coverage.covered:
         raise ValueError("override=False needs the same covered parameters as the earlier fit.")
 
 
@@ -222,16 +207,9 @@ def _same_plan(
     return plan
 
 
-def _described(
-    structure: Structure,
-    target: Target,
-    arguments: Arguments,
-    request: FitRequest,
-    options: CurvatureOptions,
-    model: ModelFingerprint,
-    earlier: Earlier | None,
-) -> dict[str, Any]:
+def _described(structure: Structure, order: Order) -> dict[str, Any]:
     """What identifies a fit, as plain values: the same on all ranks, and when it is continued."""
+    request, arguments, earlier = order.request, order.arguments, order.earlier
     # Of a stream the plan knows more.
     sizes = [
         len(loader.dataset) if is_indexable(loader) else None
@@ -239,13 +217,15 @@ def _described(
     ]
     before = None
     if earlier is not None:
-        fit = earlier.fit
-        digest = digest_of(list(tensors_of(structure.to_state(fit))))
-        before = f"{digest} of {fit.n_samples}, N {fit.n_data}"
-    task: dict[str, Any] = {
+        digest = digest_of(list(tensors_of(structure.to_state(earlier))))
+        before = f"{digest} of {earlier.n_samples}, N {earlier.n_data}"
+    last_layer = order.target.last_layer
+    # The byte budget changes no result beyond rounding.
+    options = {k: v for k, v in asdict(order.options).items() if k != "byte_budget"}
+    return {
         "class": type(structure).__name__,
-        "last layer": None if target.last_layer is None else target.last_layer.name,
-        "model": model.digest,
+        "last layer": None if last_layer is None else last_layer.name,
+        "model": order.model.digest,
         "likelihood": arguments.likelihood,
         "ignore_index": arguments.ignore_index,
         "n_samples": request.n_samples,
@@ -255,30 +235,18 @@ def _described(
         "magnitude_loader": sizes[1],
         "earlier fit": before,
         "loader": type(request.train_loader).__name__,
+        **{k: v.value if isinstance(v, Enum) else v for k, v in options.items()},
     }
-    for name, value in asdict(options).items():
-        if name != "byte_budget":  # changes no result beyond rounding
-            task[name] = value.value if isinstance(value, Enum) else value
-    return task
 
 
-def _begun(
-    structure: Structure,
-    target: Target,
-    arguments: Arguments,
-    request: FitRequest,
-    options: CurvatureOptions,
-    model: ModelFingerprint,
-    earlier: Earlier | None,
-    ranks: Ranks,
-) -> FitCheckpoint | None:
+def _begun(structure: Structure, order: Order) -> FitCheckpoint | None:
     """Check that all ranks mean the same fit, and open its checkpoint; None without a path.
 
     It is continued by the same fit only: what identifies a fit is stored with it.
     """
-    described = _described(structure, target, arguments, request, options, model, earlier)
+    described, request = _described(structure, order), order.request
     given = {"checkpoint": request.checkpoint is not None, "override": request.override}
-    ranks.agree("fit", described | given)
+    order.ranks.agree("fit", described | given)
     if request.checkpoint is None:
         return None
     if not structure.resumes:
@@ -286,4 +254,4 @@ def _begun(
             "checkpoint needs hessian_structure='kron' and our own pass: drop backend, or fit "
             "without a checkpoint."
         )
-    return FitCheckpoint(request.checkpoint, described, request.checkpoint_interval, ranks)
+    return FitCheckpoint(request.checkpoint, described, request.checkpoint_interval, order.ranks)

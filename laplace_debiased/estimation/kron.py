@@ -31,7 +31,7 @@ from laplace_debiased.estimation.backends import BackendFactors, check_backend
 from laplace_debiased.estimation.kron_estimator import FoldStatistics, KronEstimator, in_closed_form
 from laplace_debiased.estimation.kron_state import as_kept, curvature_from_state, curvature_to_state
 from laplace_debiased.estimation.plan import first_inputs_of_loader
-from laplace_debiased.estimation.structure import Earlier, Fit, KronCurvature, Task
+from laplace_debiased.estimation.structure import Fit, KronCurvature, Task
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.memory import working_memory
@@ -128,7 +128,6 @@ class KronStructure:
         may repeat samples of the earlier fit, so they are measured along directions of their own:
         along merged ones a sample could measure a direction that it has chosen before.
         """
-        earlier = task.earlier
         sketch = None
         if isinstance(engine, BackwardPass):
             own = 0 if task.sample is None else engine.output_shape(task.sample).numel()
@@ -137,12 +136,12 @@ class KronStructure:
         with torch.no_grad():
             backend, walk = self.arguments.backend, estimator.fold_statistics
             if backend is not None and task.options.magnitudes is Magnitudes.KFAC:
-                walk = BackendFactors(backend, task, self.arguments).fold_statistics
+                walk = BackendFactors(backend, task).fold_statistics
             new = walk()
-            if earlier is None:
+            if task.earlier is None:
                 curvature, comparisons = _measured(new, estimator, task)
             else:
-                curvature, comparisons = _added(earlier, new, estimator, task)
+                curvature, comparisons = _added(task.earlier, new, estimator, task)
             # The same to the bit on every rank: products differ in their last digits from one
             # machine to another, and even with where in memory a matrix lies.
             *tables, comparisons = task.ranks.from_first(
@@ -150,8 +149,7 @@ class KronStructure:
             )
             folds = tuple(as_kept(fold, curvature.basis) for fold in curvature.folds)
             curvature = replace(curvature, tables=tuple(tables), folds=folds)
-        found = (new.mean_loss, new.n_outputs, new.effective_samples)
-        return task.result(curvature, comparisons, *found)
+        return task.result(curvature, comparisons, new.tally)
 
     def predictor(self, engine: CurvaturePass, fit: Fit) -> Predictor:
         """From N·λ in the posterior's eigenbasis."""
@@ -222,17 +220,17 @@ def _directions(
 
 
 def _added(
-    earlier: Earlier, new: FoldStatistics, estimator: KronEstimator, task: Task
+    fit: Fit, new: FoldStatistics, estimator: KronEstimator, task: Task
 ) -> tuple[KronCurvature, tuple[Comparison, ...]]:
     """A new fit's statistics added to an earlier fit."""
-    fit, options, sizes = earlier.fit, task.options, task.plan.fold_sizes
+    options, sizes = task.options, task.plan.fold_sizes
     old: KronCurvature = fit.curvature
     if fit.scheme is not options.scheme or len(old.folds) != len(sizes):
         raise ValueError(
             f"override=False adds to a fit with scheme={fit.scheme.value!r} and {len(old.folds)} "
             f"folds, but this one has scheme={options.scheme.value!r} and {len(sizes)}."
         )
-    weights, n_draws = earlier.weights(task.plan), (fit.n_samples, sum(sizes))
+    weights, n_draws = task.weights(fit), (fit.n_samples, sum(sizes))
     merged = replace(
         new,
         factors=tuple(
@@ -245,7 +243,7 @@ def _added(
             for parts in zip(old.folds, new.factors, strict=True)
         ),
     )
-    if earlier.same_data and options.sampling is Sampling.CURVATURE:
+    if task.is_drawn and options.sampling is Sampling.CURVATURE:
         measured, comparisons = _measured(new, estimator, task)
         comparisons = (*fit.comparisons, *comparisons)
         [basis] = _directions(merged, [scheme_plan(options.scheme, sizes).posterior_folds], task)

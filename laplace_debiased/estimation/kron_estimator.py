@@ -27,8 +27,8 @@ from laplace_debiased.data.sources import Batch
 from laplace_debiased.debiasing.schemes import Measurement
 from laplace_debiased.estimation.progress import Progress, Resumable
 from laplace_debiased.estimation.structure import Task
+from laplace_debiased.estimation.tally import Tally
 from laplace_debiased.estimation.walking import (
-    Tally,
     by_fold,
     coefficients_of,
     columns_per_sample,
@@ -48,12 +48,10 @@ DENSE_UP_TO = 4_096
 
 @dataclass(frozen=True, eq=False)
 class FoldStatistics:
-    """What the first walk over a plan gives: per fold means over its draws; see :class:`Fit`."""
+    """What the first walk over a plan gives: per fold means over its draws."""
 
     factors: tuple[KroneckerFactors, ...]
-    mean_loss: float
-    n_outputs: int
-    effective_samples: float | None = None
+    tally: Tally
 
     def merged(self, folds: Sequence[int]) -> KroneckerFactors:
         """Factors of some folds together."""
@@ -91,7 +89,7 @@ class KronEstimator:
         factors = tuple(
             accumulator.means(size) for accumulator, size in zip(sums, plan.fold_sizes, strict=True)
         )
-        return FoldStatistics(factors, tally.mean_loss, tally.n_outputs, tally.effective_samples)
+        return FoldStatistics(factors, tally)
 
     def _add_chunk(self, sums: Sequence[FactorAccumulator], chunk: Chunk, part: Batch) -> None:
         """Add a chunk to the factors of its folds."""

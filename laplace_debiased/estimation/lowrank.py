@@ -90,7 +90,7 @@ class LowRankStructure:
         Fits are averaged as matrices, weighted by the number of draws (same N), or by N where the
         new data extend the training set, and decomposed again.
         """
-        plan, earlier = task.plan, task.earlier
+        earlier = task.earlier
         estimator = LowRankEstimator(engine, task, self.arguments.rank)
         survey = estimator.survey()
         pairs, measured = estimator.estimate(survey)
@@ -98,16 +98,14 @@ class LowRankStructure:
         if task.options.scheme is not Scheme.SINGLE:
             comparisons = tuple(compared((part.own,), (part.held_out,)) for part in measured)
         if earlier is not None:
-            weights = earlier.weights(plan)
+            weights = task.weights(earlier)
             parts = [
                 JoinedPart(one.basis, one.eigenvalues, weight / sum(weights))
-                for one, weight in zip((earlier.fit.curvature, pairs), weights, strict=True)
+                for one, weight in zip((earlier.curvature, pairs), weights, strict=True)
             ]
             pairs = pairs_of_first(task.ranks, lambda: matrix_average(parts, self.arguments.rank))
-            comparisons = (*earlier.fit.comparisons, *comparisons)
-        tally = survey.tally
-        found = (tally.mean_loss, tally.n_outputs, tally.effective_samples)
-        return task.result(pairs, comparisons, *found)
+            comparisons = (*earlier.comparisons, *comparisons)
+        return task.result(pairs, comparisons, survey.tally)
 
     def predictor(self, engine: RowPass, fit: Fit) -> Predictor:
         """From the eigenpairs of the mean."""

@@ -29,7 +29,8 @@ from laplace_debiased.data.coefficients import draw_coefficients
 from laplace_debiased.data.sources import Batch, Draws
 from laplace_debiased.debiasing.schemes import Measurement, scheme_plan
 from laplace_debiased.estimation.structure import Task
-from laplace_debiased.estimation.walking import Tally, coefficients_of, fit_columns, rows_of
+from laplace_debiased.estimation.tally import Tally
+from laplace_debiased.estimation.walking import coefficients_of, fit_columns, rows_of
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.parallel.sums import summed
 

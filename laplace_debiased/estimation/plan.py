@@ -15,7 +15,7 @@ from laplace_debiased.data.loaders import can_draw, loader_generators, sampler_i
 from laplace_debiased.data.plan import CurvaturePlan
 from laplace_debiased.data.pool import Kept, Score, plan_by_curvature
 from laplace_debiased.estimation.arguments import FitRequest
-from laplace_debiased.estimation.structure import Earlier
+from laplace_debiased.estimation.structure import Order
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.inputs import batch_length, map_tensors, tensor_shapes, tensors_of
 from laplace_debiased.network.interrupts import unbroken
@@ -23,7 +23,7 @@ from laplace_debiased.network.last_layer import SeenCall, found_last_layer, watc
 from laplace_debiased.network.locks import model_lock
 from laplace_debiased.network.precision import full_precision
 from laplace_debiased.network.rng import derived_seed, preserved_rng
-from laplace_debiased.options import CurvatureOptions, Fisher, Sampling, Scheme
+from laplace_debiased.options import Fisher, Sampling, Scheme
 from laplace_debiased.parallel.ranks import ALONE, Ranks
 
 
@@ -55,13 +55,7 @@ def supply_for(
 
 
 def make_plan(
-    supply: Supply | None,
-    request: FitRequest,
-    options: CurvatureOptions,
-    earlier: Earlier | None,
-    score: Score,
-    ranks: Ranks,
-    kept: Kept | None,
+    order: Order, supply: Supply | None, score: Score, kept: Kept | None
 ) -> CurvaturePlan:
     """Which samples a fit looks at.
 
@@ -71,6 +65,7 @@ def make_plan(
 
     ``kept`` gives the scores of an interrupted fit. Raises as the data room says.
     """
+    request, options, earlier = order.request, order.options, order.earlier
     if supply is None:
         return plan_from_two_loaders(
             request.train_loader,
@@ -78,15 +73,15 @@ def make_plan(
             n_data=request.n_data,
             seed=request.seed,
             dict_key_y=request.dict_key_y,
-            ranks=ranks,
+            ranks=order.ranks,
         )
     by_curvature = options.sampling is Sampling.CURVATURE
     if earlier is not None and supply.budget is not None:
         if by_curvature:
-            seed = derived_seed(supply.seed, "added", earlier.fit.n_samples)
+            seed = derived_seed(supply.seed, "added", earlier.n_samples)
             supply = replace(supply, seed=seed)
         else:
-            supply = supply.without(earlier.fit.drawn)
+            supply = supply.without(earlier.drawn)
     # A budget that leaves nothing out takes every sample once.
     if not by_curvature or supply.pool is None or supply.budget == len(supply.pool):
         return plan_from_supply(supply, options.fold_fractions)

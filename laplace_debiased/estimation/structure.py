@@ -13,15 +13,16 @@ from laplace_debiased.curvature import Coverage, KroneckerFactors
 from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.data.plan import CurvaturePlan
 from laplace_debiased.debiasing.bias import Comparison
-from laplace_debiased.estimation.arguments import FitRequest
+from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
 from laplace_debiased.estimation.report import FitClock, FitReport
+from laplace_debiased.estimation.tally import Tally
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.likelihoods import LossModel
 from laplace_debiased.network.identity import ModelFingerprint
 from laplace_debiased.network.probe import Probe
 from laplace_debiased.options import CurvatureOptions, Scheme
-from laplace_debiased.parallel.ranks import ALONE, Ranks
+from laplace_debiased.parallel.ranks import Ranks
 from laplace_debiased.predictive import Predictor
 
 
@@ -83,57 +84,54 @@ class Fit:
 
 
 @dataclass(frozen=True, eq=False)
-class Earlier:
-    """The fit that a new one is added to.
+class Order:
+    """One fit as it is asked for.
 
     Attributes:
-        fit: the earlier fit.
-        same_data: whether the new samples are of the same training set, so that N stays; else
-            they extend it.
-    """
-
-    fit: Fit
-    same_data: bool
-
-    def weights(self, plan: CurvaturePlan) -> tuple[int, int]:
-        """What the earlier and the new fit count: draws of the same data, else data."""
-        if self.same_data:
-            return self.fit.n_samples, sum(plan.fold_sizes)
-        return self.fit.n_data, plan.n_data
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What one fit works on, once its samples are chosen.
-
-    The scheme of its options is resolved. ``is_drawn``: whether samples are drawn, and not whole
-    loaders walked. ``sample``: inputs of the first one (of the first batch where the network takes
-    none alone), or None where this rank has none. ``checkpoint``: where the walks keep what they
-    have so far, or None.
+        target: the network, and which of its weights.
+        arguments: what the posterior was asked for.
+        request: the call of ``fit``.
+        options: the curvature's, with the scheme resolved.
+        loss: the loss model.
+        model: fingerprint of the network as it is now.
+        earlier: the fit that this one is added to; None for a new one.
+        ranks: all ranks, in a collective call.
+        clock: takes the times.
     """
 
     target: Target
+    arguments: Arguments
+    request: FitRequest
     options: CurvatureOptions
     loss: LossModel
-    request: FitRequest
+    model: ModelFingerprint
+    earlier: Fit | None
+    ranks: Ranks
+    clock: FitClock
+
+
+@dataclass(frozen=True, eq=False)
+class Task(Order):
+    """What one fit works on, once its samples are chosen.
+
+    ``is_drawn``: whether samples are drawn, and not whole loaders walked. ``sample``: inputs of the
+    first one (of the first batch where the network takes none alone), or None where this rank has
+    none. ``checkpoint``: where the walks keep what they have so far, or None.
+    """
+
     plan: CurvaturePlan
     is_drawn: bool
     sample: Any
     coverage: Coverage
-    model: ModelFingerprint
-    clock: FitClock
-    earlier: Earlier | None = None
-    ranks: Ranks = ALONE
     checkpoint: FitCheckpoint | None = field(default=None, repr=False)
 
-    def result(
-        self,
-        curvature: Any,
-        comparisons: Sequence[Comparison],
-        mean_loss: float,
-        n_outputs: int,
-        effective_samples: float | None,
-    ) -> Fit:
+    def weights(self, earlier: Fit) -> tuple[int, int]:
+        """What the earlier and the new fit count: draws of the same data, so that N stays, or N."""
+        if self.is_drawn:
+            return earlier.n_samples, sum(self.plan.fold_sizes)
+        return earlier.n_data, self.plan.n_data
+
+    def result(self, curvature: Any, comparisons: Sequence[Comparison], tally: Tally) -> Fit:
         """The fit, with what follows from the plan and the earlier fit.
 
         Curvature and comparisons are of both fits together, where one is added to another; the
@@ -141,27 +139,27 @@ class Task:
         """
         plan, earlier, n_data = self.plan, self.earlier, self.plan.n_data
         n_samples, last_layer, drawn = sum(plan.fold_sizes), self.target.last_layer, set[int]()
-        if plan.pool is not None:
-            mean_loss = float(plan.pool.losses.mean())
+        pool = plan.pool
+        mean_loss = tally.mean_loss if pool is None else float(pool.losses.mean())
         if self.is_drawn and plan.indices is not None:
             drawn = set(torch.cat(plan.indices).tolist())
         if earlier is not None:
-            old, new = earlier.weights(plan)
-            mean_loss = (old * earlier.fit.mean_loss + new * mean_loss) / (old + new)
-            n_samples, drawn = n_samples + earlier.fit.n_samples, drawn | earlier.fit.drawn
-            n_data = earlier.fit.n_data + (0 if earlier.same_data else n_data)
+            old, new = self.weights(earlier)
+            mean_loss = (old * earlier.mean_loss + new * mean_loss) / (old + new)
+            n_samples, drawn = n_samples + earlier.n_samples, drawn | earlier.drawn
+            n_data = earlier.n_data + (0 if self.is_drawn else n_data)
         return Fit(
             curvature,
             tuple(comparisons),
             mean_loss,
-            n_outputs,
+            tally.n_outputs,
             n_samples,
             n_data,
             self.options.scheme,
             self.coverage,
             frozenset(drawn),
             self.model,
-            effective_samples,
+            tally.effective_samples,
             None if last_layer is None else last_layer.name,
         )
 

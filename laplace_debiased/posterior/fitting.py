@@ -87,13 +87,12 @@ def fit(
             checkpoint,
             checkpoint_interval,
         )
-        previous = None if override else self._fit
         fit = run_fit(
             self._structure,
             self._target,
             self._arguments,
             request,
-            previous,
+            None if override else self._fit,
             self._chosen or self._coverage,
             suits_priors,
             ranks,

@@ -317,7 +317,7 @@ class DebiasedPosterior(_Host):
         """How many samples of equal curvature would estimate its scale as steadily.
 
         (Σ w h)² / Σ (w h)² over the draws of the latest fit, h = tr ∇²_f ℓ and w the importance
-        weight; None where a laplace-torch backend made the fit, or for states of version 1.
+        weight; None for states that do not know it (of version 1, or of backends of then).
 
         Raises:
             NotFittedError: before ``fit``.

@@ -27,7 +27,7 @@ from laplace_debiased.options import Positions
 from laplace_debiased.parallel.ranks import Ranks
 from laplace_debiased.posterior.predicting import selection_of
 from laplace_debiased.posterior.shell import Shell
-from laplace_debiased.predictive.call import checked_link, checked_positions, checked_pred_type
+from laplace_debiased.predictive.call import checked_positions, checked_pred_type
 from laplace_debiased.tuning import GridSearch, PriorGrid, Subject, Validation
 from laplace_debiased.tuning.marglik import (
     N_SAMPLES,
@@ -226,15 +226,9 @@ def optimize_prior_precision(
         self._check_model()
         pred = checked_pred_type(pred_type)
         checked_flag("verbose", verbose)
-        checked_flag("progress_bar", progress_bar)
-        result, link = None, None
-        how = tuning_method(method, val_loader)
+        shows = checked_flag("progress_bar", progress_bar) and ranks.is_first
         at = checked_positions(positions, pred)
-        if at is Positions.LAST and how is TuningMethod.MARGLIK:
-            raise ValueError(
-                "positions='last' is for method='gridsearch': the marginal likelihood is of whole "
-                "sequences. Leave positions out."
-            )
+        how = tuning_method(method, val_loader, at)
         grid = log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
         given = {
             "model": self.fitted.model.digest,
@@ -243,23 +237,18 @@ def optimize_prior_precision(
             "arguments": str((pred, how, link_approx, loss is None, n_samples, refine, seed, at)),
         }
         ranks.agree("optimize_prior_precision", given)
+        result = link = None
         if how is TuningMethod.MARGLIK:
-            best = _by_evidence(
-                self, init_prior_prec, prior_structure, n_steps, lr, progress_bar, ranks
-            )
+            best = _by_evidence(self, init_prior_prec, prior_structure, n_steps, lr, shows, ranks)
         else:
-            given_links = (
-                () if link_approx is None else (checked_link(link_approx, self.likelihood),)
-            )
-            # Of two that are equally good the exact one.
-            links = given_links or (LinkApprox.MC, LinkApprox.PROBIT)
-            links = links if pred is PredType.GLM else (LinkApprox.MC,)
             validation = Validation(subject_of(self, at), val_loader, loss, ranks)
-            search = GridSearch(validation, PriorGrid(*grid), pred, links, n_samples, refine, seed)
-            result = search.run(progress_bar and ranks.is_first)
+            search = GridSearch(
+                validation, PriorGrid(*grid), pred, link_approx, n_samples, refine, seed
+            )
+            result = search.run(shows)
             if ranks.is_first:
                 result.warn()
-            link = links[0] if result.link is None else LinkApprox(result.link)
+            link = result.link or search.links[0]
             best = torch.as_tensor(result.prior_precision, dtype=torch.float64)
         ranks.meet("the end of the tuning")
         with uninterrupted():
@@ -276,7 +265,7 @@ def _by_evidence(
     structure: PriorStructure | str,
     n_steps: int,
     lr: float,
-    progress_bar: bool,
+    shows: bool,
     ranks: Ranks,
 ) -> Tensor:
     """The prior of the largest marginal likelihood; a warning if it harms training samples.
@@ -297,7 +286,7 @@ def _by_evidence(
         takes_diagonal=self._takes_diagonal_prior,
         n_steps=n_steps,
         lr=lr,
-        progress_bar=progress_bar and ranks.is_first,
+        progress_bar=shows,
     )
     [best] = ranks.from_first("the prior precision", lambda: [best])
     has_likelihood = self.likelihood != LikelihoodName.REWARD_MODELING

@@ -16,7 +16,7 @@ from laplace_debiased.checks import checked_integer, positive_value, shortened
 from laplace_debiased.data.loaders import check_loader
 from laplace_debiased.errors import NumericalError
 from laplace_debiased.network.grad_modes import outside_inference_mode
-from laplace_debiased.options import parse_choice
+from laplace_debiased.options import Positions, parse_choice
 from laplace_debiased.predictive import OutputCovariance
 from laplace_debiased.tuning.validation import Link, Validation
 
@@ -32,11 +32,14 @@ marginal likelihood, which makes predictions on other data useless, 0.5.
 """
 
 
-def tuning_method(method: TuningMethod | str | None, val_loader: Any) -> TuningMethod:
+def tuning_method(
+    method: TuningMethod | str | None, val_loader: Any, positions: Positions
+) -> TuningMethod:
     """The method of a tuning; None means "gridsearch" with validation data, else "marglik".
 
     Raises:
-        ValueError: for an unknown one, or a "gridsearch" without validation data.
+        ValueError: for an unknown one, a "gridsearch" without validation data, or a "marglik" at
+            the last position.
         TypeError: for validation data that cannot be walked more than once.
     """
     if method is None:
@@ -52,6 +55,11 @@ def tuning_method(method: TuningMethod | str | None, val_loader: Any) -> TuningM
         if val_loader is None:
             raise ValueError("method='gridsearch' needs a val_loader.")
         check_loader(val_loader, "val_loader")
+    elif positions is Positions.LAST:
+        raise ValueError(
+            "positions='last' is for method='gridsearch': the marginal likelihood is of whole "
+            "sequences. Leave positions out."
+        )
     return chosen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from laplace_debiased.network.inputs import (
 from laplace_debiased.network.modes import evaluation_mode
 from laplace_debiased.network.precision import exact_arithmetic
 from laplace_debiased.network.rng import preserved_rng
-from laplace_debiased.predictive.call import NETWORKS
+from laplace_debiased.predictive.call import NETWORKS, checked_link
 from laplace_debiased.predictive.predictor import Ask, OutputCovariance
 from laplace_debiased.predictive.probabilities import rounded_away, rounding
 from laplace_debiased.predictive.selection import last_labels
@@ -96,7 +96,8 @@ class GridSearch:
         validation: data and loss.
         grid: prior precisions to look at.
         pred_type: prediction whose loss is compared.
-        links: ways to approximate probabilities, the preferred one first.
+        link_approx: how probabilities are approximated; None for the better one of "mc" and
+            "probit".
         n_samples: points of "mc", sampled networks of "nn"; None for what these take by themselves.
         refine: search on between the neighbours of the best grid point.
         seed: of sampled networks.
@@ -105,13 +106,20 @@ class GridSearch:
     validation: Validation
     grid: PriorGrid
     pred_type: PredType
-    links: tuple[LinkApprox, ...]
-    n_samples: int | None
-    refine: bool
-    seed: int
+    link_approx: LinkApprox | str | None = None
+    n_samples: int | None = None
+    refine: bool = True
+    seed: int = 0
+    links: tuple[LinkApprox, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         checked_flag("refine", self.refine)
+        # Of two that are equally good the exact one.
+        links: tuple[LinkApprox, ...] = LinkApprox.MC, LinkApprox.PROBIT
+        if self.link_approx is not None:
+            links = (checked_link(self.link_approx, self.validation.subject.likelihood),)
+        links = links if self.pred_type is PredType.GLM else (LinkApprox.MC,)
+        object.__setattr__(self, "links", links)
         object.__setattr__(self, "seed", generator_seed(self.seed))
         if self.n_samples is not None:
             object.__setattr__(self, "n_samples", checked_integer("n_samples", self.n_samples))

@@ -121,6 +121,8 @@ def test_backends_give_the_same_debiased_posterior_as_our_own_pass(
     for la in (ours, theirs):
         la.fit(p.loader(), n_samples=36, seed=3)
     assert_exact(theirs.H.to_matrix(), ours.H.to_matrix())
+    assert theirs.loss == pytest.approx(ours.loss, rel=1e-12)
+    assert theirs.effective_sample_size == pytest.approx(ours.effective_sample_size, rel=1e-12)
 
 
 @pytest.mark.parametrize(
