@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laplace_debiased.checks import as_integer, checked_flag, checked_integer, checked_number
 from laplace_debiased.data.loaders import whole_loader
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.files import PathLike
 from laplace_debiased.likelihoods import LikelihoodName, LossModel, loss_model
 from laplace_debiased.options import (
@@ -238,11 +239,18 @@ def backend_from(
     kwargs: Mapping[str, Any] | None,
     kron_kwargs: Mapping[str, Any] | None,
 ) -> Backend | None:
-    """A backend with its arguments, or None; arguments without a backend are a ValueError."""
+    """A backend with its arguments, or None.
+
+    Raises:
+        ArgumentTypeError: for arguments that are no mapping.
+        ValueError: for arguments without a backend.
+    """
+    for name, value in (("backend_kwargs", kwargs), ("asdl_fisher_kwargs", kron_kwargs)):
+        if not isinstance(value, Mapping | None):
+            raise ArgumentTypeError(f"{name} must be a dict or None; got {type(value).__name__}.")
+        if value and kind is None:
+            raise ValueError(f"{name} need a backend.")
     if kind is None:
-        for name, value in (("backend_kwargs", kwargs), ("asdl_fisher_kwargs", kron_kwargs)):
-            if value is not None and not (isinstance(value, Mapping) and not value):
-                raise ValueError(f"{name} need a backend.")
         return None
     return Backend(kind, dict(kwargs or {}), dict(kron_kwargs or {}))
 

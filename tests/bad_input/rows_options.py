@@ -255,6 +255,14 @@ ROWS = [
         "backend",
         backend_kwargs={"a": 1},
     ),
+    option(
+        "backend_kwargs=True",
+        "ArgumentTypeError",
+        "backend_kwargs",
+        "bool",
+        backend=CurvlinopsGGN,
+        backend_kwargs=True,
+    ),
     Row(
         AREA,
         '`likelihood="bernoulli", backend=CurvlinopsGGN`',
