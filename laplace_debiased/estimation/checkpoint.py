@@ -14,23 +14,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.data.plan import CurvaturePlan, PoolScores
+from laplace_debiased.data.sources import Batch, content_checksum
 from laplace_debiased.errors import StoredFileError
-from laplace_debiased.estimation.progress import (
-    Progress,
-    Resumable,
-    SharedProgress,
-    State,
-    WalkProgress,
-    chosen_sums,
-)
 from laplace_debiased.files import PathLike, read_record, remove_file, resolved_path, write_record
 from laplace_debiased.network.inputs import to_device
 from laplace_debiased.network.interrupts import uninterrupted
@@ -40,6 +33,16 @@ KIND = "laplace_debiased fit checkpoint"
 FORMAT_VERSION = 3
 DEFAULT_INTERVAL = 60.0
 """Seconds between two checkpoints."""
+
+
+class Resumable(Protocol):
+    """Sums that a walk adds to."""
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far: tensors, plain values, and containers of such."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Add what a :meth:`state` holds."""
 
 
 class FitCheckpoint:
@@ -111,54 +114,35 @@ class FitCheckpoint:
     ) -> Progress:
         """One walk over the plan; what the files hold of it is added to the sums.
 
-        ``key`` is what the sums are made along: a walk along something else starts anew.
+        Each stored sum is taken over by the rank that has read it, and the rest shared out. ``key``
+        is what the sums are made along: a walk along something else starts anew.
         """
         stored = [
             walk
             for record in self._found.values()
             if (walk := record["walks"].get(name)) is not None and walk["key"] == key
         ]
-        alone = self._ranks.world == 1 and set(self._found) <= {self.path}
-        if alone and not any("places" in walk for walk in stored):
-            for walk in stored:
-                self._restore(sums, walk)
-                self._record["walks"][name] = walk
-            first = stored[0] if stored else None
-            complete = first is not None and bool(first["complete"])
-            write = partial(self._write, name)
-            return WalkProgress(plan, complete, write, key, sums, self.path, first)
-        return self._shared(name, sums, plan, key, stored)
-
-    def _shared(
-        self,
-        name: str,
-        sums: Sequence[Resumable],
-        plan: CurvaturePlan,
-        key: str,
-        stored: Sequence[Mapping[str, Any]],
-    ) -> SharedProgress:
-        """Take over stored sums, each by the rank that has read them, and share out the rest."""
-        places = [_places(walk, plan) for walk in stored]
-        everyones = self._ranks.gathered(
+        places, ranks = [_places(walk, plan) for walk in stored], self._ranks
+        everyones = ranks.gathered(
             f"what is known of {name}",
             [(walk["complete"], at) for walk, at in zip(stored, places, strict=True)],
         )
         taken, complete = chosen_sums(everyones, plan.n_samples)
-        mine = [index for rank, index in taken if rank == self._ranks.rank]
-        for index in mine:
-            self._restore(sums, stored[index])
+        mine = [index for rank, index in taken if rank == ranks.rank]
+        for walk in (stored[index] for index in mine):
+            for one, state in zip(sums, walk["sums"], strict=True):
+                one.restore(to_device(state, ranks.home))
+            self._record["walks"][name] = walk
+        progress = Progress(plan, complete, self, name, key, sums)
+        alone = ranks.world == 1 and set(self._found) <= {self.path}
+        if alone and not any("places" in walk for walk in stored):
+            return replace(progress, behind=None if complete or not stored else stored[0])
         nothing = torch.empty(0, dtype=torch.int64)
         done = torch.cat([nothing, *(everyones[rank][index][1] for rank, index in taken)])
         own = torch.cat([nothing, *(places[index] for index in mine)])
-        share = plan.share(self._ranks, done)
-        write, close = partial(self._write, name), partial(self._close, name)
-        return SharedProgress(share, complete, write, key, sums, [own], close)
+        return replace(progress, share=plan.share(ranks, done), places=[own])
 
-    def _restore(self, sums: Sequence[Resumable], walk: Mapping[str, Any]) -> None:
-        for one, state in zip(sums, walk["sums"], strict=True):
-            one.restore(to_device(state, self._ranks.home))
-
-    def _write(self, name: str, state: State, now: bool) -> None:
+    def write(self, name: str, state: Callable[[], Mapping[str, Any]], *, now: bool) -> None:
         """Write a walk's state if the last write is long enough ago, or ``now``."""
         if not now and time.monotonic() - self._written < self._interval:
             return
@@ -167,10 +151,10 @@ class FitCheckpoint:
             write_record(self.path, KIND, FORMAT_VERSION, self._record)
         self._written = time.monotonic()
 
-    def _close(self, name: str, state: State) -> None:
+    def close(self, name: str, state: Callable[[], Mapping[str, Any]]) -> None:
         """Keep a walk's state, of all ranks, with rank 0 alone."""
         if self._ranks.is_first:
-            self._write(name, state, True)
+            self.write(name, state, now=True)
         self._ranks.meet(f"the file of {name}")
         if not self._ranks.is_first:
             self._record["walks"].pop(name, None)
@@ -210,11 +194,127 @@ class FitCheckpoint:
         return found
 
 
+@dataclass(eq=False)
+class Progress:
+    """How far one walk over a plan is on this rank.
+
+    Attributes:
+        share: what is to be walked.
+        complete: whether the sums are those of the whole walk over all ranks.
+        checkpoint: where they are kept; None where they are not.
+        name: what the walk is for.
+        key: what the sums are made along.
+        sums: what adds up what the walk gives.
+        behind: one process: the state to which the first batches of the walk lead.
+        places: several, or what they left: places in the plan of what the sums stand for.
+    """
+
+    share: CurvaturePlan
+    complete: bool = False
+    checkpoint: FitCheckpoint | None = None
+    name: str = ""
+    key: str = ""
+    sums: Sequence[Resumable] = ()
+    behind: Mapping[str, Any] | None = None
+    places: list[Tensor] | None = None
+    _position: int = 0
+    _checksum: int = 0
+
+    def is_behind(self, batch: Batch) -> bool:
+        """Whether a batch is in the sums already; call once per batch, in the order of the walk.
+
+        Raises:
+            RuntimeError: if the batches are not the ones that were summed up.
+        """
+        if self.behind is None or self.checkpoint is None:
+            return False
+        self._count(batch)
+        if self._position == self.behind["position"]:
+            if self._checksum != self.behind["checksum"]:
+                raise RuntimeError(
+                    "the loader gave other batches than before the fit was interrupted, so "
+                    f"{self.checkpoint.path} cannot be continued: it shuffles or changes its "
+                    "samples by itself. Pass an unshuffled loader or a DataLoader over a map-style "
+                    "dataset, and remove the file to start anew."
+                )
+            self.behind = None
+        return True
+
+    def add(self, batch: Batch) -> None:
+        """Tell that a batch is in the sums."""
+        if self.checkpoint is None:
+            return
+        if self.places is None:
+            self._count(batch)
+        else:
+            assert batch.positions is not None
+            self.places.append(batch.positions)
+        self.checkpoint.write(self.name, self._state, now=False)
+
+    def finish(self) -> None:
+        """Tell that all batches are in this rank's sums.
+
+        Raises:
+            RuntimeError: if the walk ended before it came to where it had been.
+        """
+        if self.checkpoint is None:
+            return
+        if self.behind is not None:
+            raise RuntimeError(
+                f"the loader gave {self._position} batches, but {self.behind['position']} had "
+                f"been seen when the fit was interrupted; {self.checkpoint.path} cannot be "
+                "continued. Remove the file to start anew."
+            )
+        if self.places is not None:  # another rank may die before all are added up
+            self.checkpoint.write(self.name, self._state, now=True)
+
+    def close(self, sums: Sequence[Resumable]) -> None:
+        """Tell that the walk is done, with the sums of all ranks: rank 0 keeps them."""
+        if self.checkpoint is None or (self.complete and self.places is None):
+            return
+        self.sums, self.complete = tuple(sums), True
+        self.checkpoint.close(self.name, self._state)
+
+    def _count(self, batch: Batch) -> None:
+        self._position += 1
+        self._checksum = content_checksum((batch.inputs, batch.targets), self._checksum)
+
+    def _state(self) -> dict[str, Any]:
+        sums = [one.state() for one in self.sums]
+        state = {"key": self.key, "complete": self.complete, "sums": sums}
+        if self.places is None:
+            return state | {"position": self._position, "checksum": self._checksum}
+        return state | {"places": torch.cat(self.places)}
+
+
 def _places(walk: Mapping[str, Any], plan: CurvaturePlan) -> Tensor:
     """Places in the plan that sums stand for; one process has stored the number of batches."""
     if "places" in walk:
         return walk["places"]
     return torch.arange(sum(plan.batch_sizes[: walk["position"]]))
+
+
+def chosen_sums(
+    everyones: Sequence[Sequence[tuple[bool, Tensor]]], n_samples: int
+) -> tuple[list[tuple[int, int]], bool]:
+    """Which stored sums to take over, by rank and number, so that no place counts twice.
+
+    The largest first; what overlaps with them is left out, and its other places computed again: a
+    file that others have taken over may have outlived them. Of each stored sum of each rank it is
+    known whether it is complete, and its places among ``n_samples``. Also returned is whether the
+    choice is complete.
+    """
+    candidates = [(r, i) for r, stored in enumerate(everyones) for i in range(len(stored))]
+    for rank, index in candidates:
+        if everyones[rank][index][0]:
+            return [(rank, index)], True
+    taken, covered = [], torch.zeros(n_samples, dtype=torch.bool)
+    for rank, index in sorted(candidates, key=lambda at: -len(everyones[at[0]][at[1]][1])):
+        places = everyones[rank][index][1]
+        if not bool(covered[places].any()):
+            covered[places] = True
+            taken.append((rank, index))
+    return taken, False
 
 
 def _readers(everyones: Sequence[Sequence[str]], base: str) -> dict[str, int]:

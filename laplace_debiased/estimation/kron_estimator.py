@@ -25,7 +25,7 @@ from laplace_debiased.curvature.rows.size import largest_basis
 from laplace_debiased.curvature.softmax_head import SoftmaxHeadRule
 from laplace_debiased.data.sources import Batch
 from laplace_debiased.debiasing.schemes import Measurement
-from laplace_debiased.estimation.progress import Progress, Resumable
+from laplace_debiased.estimation.checkpoint import Progress, Resumable
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.tally import Tally
 from laplace_debiased.estimation.walking import (
@@ -136,7 +136,7 @@ class KronEstimator:
     ) -> Progress:
         """Where a walk is, with its sums set to the checkpoint's; only along the same bases."""
         if self.task.checkpoint is None:
-            return Progress(self.task.plan.share(self.task.ranks), complete=False)
+            return Progress(self.task.plan.share(self.task.ranks))
         values = [v for basis in bases for block in basis for v in vars(block).values()]
         key = digest_of([value for value in values if isinstance(value, Tensor)])
         return self.task.checkpoint.walk(what, sums, self.task.plan, key)

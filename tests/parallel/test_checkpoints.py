@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from laplace_debiased.estimation.progress import chosen_sums
+from laplace_debiased.estimation.checkpoint import chosen_sums
 from tests.parallel.cases import INPUTS, LABELS, Case, numbers
 from tests.parallel.crowd import Crowd, Failure, run
 
