@@ -125,6 +125,7 @@ def ways_to_predict(
     logits, labels = collect_logits(
         la._target.model,
         val_loader,
+        dict_key_x=la.dict_key_x,
         dict_key_y=la.dict_key_y,
         progress_bar=progress_bar,
         ranks=ranks,
@@ -229,6 +230,7 @@ class Ways:
     def answers(self, inputs: Any) -> Answers:
         """Predictions of one batch; one pass serves the posterior and its prior alone."""
         subject, priors = subject_of(self.la), self.la.prior_precision.detach()
+        inputs = subject.keys.entered(inputs)
         scalar = len(priors) == 1
         with exact_arithmetic(subject.device):
             swept = subject.predictor.sweep(

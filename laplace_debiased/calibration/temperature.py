@@ -25,7 +25,8 @@ from laplace_debiased.calibration.batches import (
     without_ignored,
 )
 from laplace_debiased.calibration.predictions import class_labels, finite
-from laplace_debiased.checks import as_integer
+from laplace_debiased.checks import as_integer, check_key
+from laplace_debiased.network.entry import OneEntry
 from laplace_debiased.network.inputs import invoke
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.parallel.ranks import ALONE, Ranks
@@ -69,6 +70,7 @@ def fit_temperature(
     val_loader: Targets,
     *,
     ignore_index: int | None = None,
+    dict_key_x: str = "input_ids",
     dict_key_y: str = "labels",
     progress_bar: bool = False,
 ) -> TemperatureScaling:
@@ -80,6 +82,7 @@ def fit_temperature(
         val_loader: Gives (x, y) or mappings, the inputs as a posterior takes them. Beside logits
             it must not shuffle, and the labels [n] themselves will do as well.
         ignore_index: Label that does not count, such as -100 at padded positions; None for none.
+        dict_key_x: Where a mapping holds the input of a model that takes no mapping.
         dict_key_y: Where a mapping holds its labels.
         progress_bar: Whether to show progress over the loader.
 
@@ -98,7 +101,11 @@ def fit_temperature(
         ignore_index = as_integer("ignore_index", ignore_index)
     if isinstance(logits_or_model, nn.Module):
         logits, labels = collect_logits(
-            logits_or_model, val_loader, dict_key_y=dict_key_y, progress_bar=progress_bar
+            logits_or_model,
+            val_loader,
+            dict_key_x=dict_key_x,
+            dict_key_y=dict_key_y,
+            progress_bar=progress_bar,
         )
         return scaling_of(logits, to_numpy(labels), ignore_index)
     if not isinstance(logits_or_model, torch.Tensor | np.ndarray):
@@ -113,6 +120,7 @@ def collect_logits(
     model: nn.Module,
     loader: Iterable[Any],
     *,
+    dict_key_x: str = "input_ids",
     dict_key_y: str = "labels",
     progress_bar: bool = False,
     ranks: Ranks = ALONE,
@@ -128,11 +136,13 @@ def collect_logits(
         ValueError: If the loader is empty, or the labels of sequences are not [batch, T].
     """
     device = next((parameter.device for parameter in model.parameters()), None)
+    check_key("dict_key_x", dict_key_x)
+    entered = OneEntry(model, dict_key_x)
 
     def of_batch(batch: Any) -> tuple[torch.Tensor, np.ndarray]:
         x, y = split_batch(batch, dict_key_y)
         with torch.no_grad():
-            output = invoke(model, to_device(x, device))
+            output = invoke(model, to_device(entered(x), device))
         if not isinstance(output, torch.Tensor):
             raise TypeError(
                 "logits_or_model must return a tensor of logits, or a record that holds one as "

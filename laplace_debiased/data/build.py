@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.checks import checked_integer
+from laplace_debiased.data.keys import AS_LABELLED, Keys
 from laplace_debiased.data.loaders import (
     base_indices,
     check_loader,
@@ -34,7 +35,7 @@ class Supply:
         loader: The training loader.
         n_data: N, size of the training set.
         seed: Decides draws, splits, the shuffle and augmentations.
-        dict_key_y: Key of the targets in mapping batches.
+        keys: Which entries of mapping batches are read.
         ranks: All ranks.
         budget: Samples m to draw; None for everything that one walk yields.
         pool: Dataset indices that the budget is drawn from, ascending; None without a budget.
@@ -45,7 +46,7 @@ class Supply:
     loader: Any
     n_data: int
     seed: int = 0
-    dict_key_y: str = "labels"
+    keys: Keys = AS_LABELLED
     ranks: Ranks = ALONE
     budget: int | None = None
     pool: Tensor | None = None
@@ -61,7 +62,7 @@ class Supply:
         n_folds: int = 1,
         **reading: Any,
     ) -> Supply:
-        """Look a loader up; ``reading`` are ``seed``, ``dict_key_y`` and ``ranks``.
+        """Look a loader up; ``reading`` are ``seed``, ``keys`` and ``ranks``.
 
         Args:
             loader: The training loader.
@@ -131,7 +132,7 @@ class Supply:
             size = self.loader.batch_size or sampled or _DEFAULT_BATCH_SIZE
             batch_sizes = tuple(min(size, len(draws) - i) for i in range(0, len(draws), size))
         seed = derived_seed(self.seed, purpose)
-        return IndexedSource(self.loader, draws, batch_sizes, seed, self.dict_key_y)
+        return IndexedSource(self.loader, draws, batch_sizes, seed, self.keys)
 
 
 def plan_from_supply(supply: Supply, fractions: Sequence[float]) -> CurvaturePlan:
@@ -180,7 +181,7 @@ def plan_from_two_loaders(
     *,
     n_data: int | None = None,
     seed: int = 0,
-    dict_key_y: str = "labels",
+    keys: Keys = AS_LABELLED,
     ranks: Ranks = ALONE,
 ) -> CurvaturePlan:
     """Walk two loaders whole: fold 0 is ``loader`` (B), fold 1 ``magnitude_loader`` (B̃).
@@ -207,7 +208,7 @@ def plan_from_two_loaders(
         )
     n, sources = loader_length(loader, n_data), []
     for fold, (name, one) in enumerate(both.items()):
-        supply = Supply(one, n, derived_seed(seed, name), dict_key_y, ranks)
+        supply = Supply(one, n, derived_seed(seed, name), keys, ranks)
         source = _whole_source(supply, (1.0,), name)
         folds = torch.full_like(source.draws.folds, fold)
         sources.append(replace(source, draws=replace(source.draws, folds=folds)))
@@ -270,8 +271,8 @@ def _whole_source(supply: Supply, fractions: Sequence[float], name: str = "loade
 
 def _stream_source(supply: Supply, fractions: Sequence[float], name: str) -> StreamSource:
     """A loader without indices: the same on all ranks, or one after the other's."""
-    seed, key, ranks = derived_seed(supply.seed, "walk"), supply.dict_key_y, supply.ranks
-    record = record_stream(supply.loader, seed, key, content=ranks.world > 1)
+    seed, keys, ranks = derived_seed(supply.seed, "walk"), supply.keys, supply.ranks
+    record = record_stream(supply.loader, seed, keys, content=ranks.world > 1)
     records = ranks.gathered(f"the stream of {name}", record)
     if all(other == record for other in records):
         records = [record]
@@ -282,7 +283,7 @@ def _stream_source(supply: Supply, fractions: Sequence[float], name: str) -> Str
     # Also where one rank has all samples, and the others' streams are empty.
     is_own = len(records) > 1
     first = sum(one.n_samples for one in records[: ranks.rank]) if is_own else 0
-    return StreamSource(supply.loader, draws, sizes, record, seed, key, is_own, first)
+    return StreamSource(supply.loader, draws, sizes, record, seed, keys, is_own, first)
 
 
 def fold_sizes(n: int, fractions: Sequence[float]) -> tuple[int, ...]:

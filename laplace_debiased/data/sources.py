@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_debiased.data.loaders import inner_loader, loader_generators, restartable, split_batch
+from laplace_debiased.data.keys import Keys
+from laplace_debiased.data.loaders import inner_loader, loader_generators, restartable
 from laplace_debiased.network.identity import tensor_bytes
 from laplace_debiased.network.inputs import select_rows
 from laplace_debiased.network.rng import derived_seed, guarded_iter
@@ -87,14 +88,14 @@ class IndexedSource:
         draws: The samples, with their indices, in the order of the walk. [n]
         batch_sizes: Samples in each batch; they sum to n.
         seed: Seed of the augmentations.
-        dict_key_y: Key of the targets in mapping batches.
+        keys: Which entries of mapping batches are read.
     """
 
     loader: DataLoader
     draws: Draws
     batch_sizes: tuple[int, ...]
     seed: int
-    dict_key_y: str
+    keys: Keys
     is_own = False
 
     def part(self, rows: Tensor, rank: int) -> IndexedSource:
@@ -119,7 +120,7 @@ class IndexedSource:
         )
         start = 0
         for size, item in zip(self.batch_sizes, loaded, strict=True):
-            inputs, targets = split_batch(item, self.dict_key_y)
+            inputs, targets = self.keys.split(item)
             if len(targets) != size:
                 raise ValueError(
                     f"collate_fn returned {len(targets)} targets for {size} samples, so samples "
@@ -168,14 +169,14 @@ def _stream(loader: Any, seed: int) -> Iterator[Any]:
     return guarded_iter(lambda: restartable(loader), seed, generators=loader_generators(loader))
 
 
-def record_stream(loader: Any, seed: int, dict_key_y: str, *, content: bool) -> StreamRecord:
+def record_stream(loader: Any, seed: int, keys: Keys, *, content: bool) -> StreamRecord:
     """Walk a loader without indices once, for its batch sizes and checksums; loads all its data.
 
     ``content``: whether everything enters a checksum, and not the targets alone.
     """
     sizes, checksums, whole = [], [], 0
     for item in _stream(loader, seed):
-        targets = split_batch(item, dict_key_y)[1]
+        targets = keys.split(item)[1]
         sizes.append(len(targets))
         checksums.append(content_checksum(targets))
         if content:
@@ -203,7 +204,7 @@ class StreamSource:
     batch_sizes: tuple[int, ...]
     record: StreamRecord
     seed: int
-    dict_key_y: str
+    keys: Keys
     is_own: bool
     first: int = 0
     rows: Tensor | None = None
@@ -230,7 +231,7 @@ class StreamSource:
         known = list(zip(self.record.sizes, self.record.checksums, strict=True))
         start, last = self.first, self.first + self.record.n_samples
         for number, item in enumerate(_stream(self.loader, self.seed)):
-            inputs, targets = split_batch(item, self.dict_key_y)
+            inputs, targets = self.keys.split(item)
             end = start + len(targets)
             seen = [(len(targets), content_checksum(targets))] if ordered else []
             if end > last or (ordered and seen != known[number : number + 1]):

@@ -12,7 +12,14 @@ from typing import Any, SupportsIndex, cast
 from laplace.curvature.curvature import CurvatureInterface, EFInterface
 from torch import Tensor
 
-from laplace_debiased.checks import as_integer, checked_flag, checked_integer, checked_number
+from laplace_debiased.checks import (
+    as_integer,
+    check_key,
+    checked_flag,
+    checked_integer,
+    checked_number,
+)
+from laplace_debiased.data.keys import AS_LABELLED, Keys
 from laplace_debiased.data.loaders import whole_loader
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.files import PathLike
@@ -42,7 +49,7 @@ _ENUMS: dict[str, type[Enum]] = {
 
 @dataclass(frozen=True, eq=False)
 class FitRequest:
-    """The arguments of one call of ``fit``, as documented there, and the key of the targets.
+    """The arguments of one call of ``fit``, as documented there, and how mappings are read.
 
     Loaders are whole where they were shared out over processes.
 
@@ -58,7 +65,7 @@ class FitRequest:
     seed: int = 0
     override: bool = True
     progress_bar: bool = False
-    dict_key_y: str = "labels"
+    keys: Keys = AS_LABELLED
     checkpoint: PathLike | None = None
     checkpoint_interval: float = 60.0
 
@@ -189,6 +196,8 @@ def arguments_from(
             "could be damped one by one (and laplace-torch drops its damping on scaling)."
         )
     name = parse_choice(LikelihoodName, likelihood, "likelihood").value
+    for key, value in zip(("dict_key_x", "dict_key_y"), dict_keys, strict=True):
+        check_key(key, value)
     _check_backend(backend, name, low_rank=low_rank)
     rest = dict(given)
     ignore_index = _checked_ignore_index(rest.pop("ignore_index", None), name, backend)

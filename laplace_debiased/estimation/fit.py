@@ -125,7 +125,7 @@ def _located(target: Target, request: FitRequest, ranks: Ranks) -> Target:
     """The target with its last layer known, from any rank that has samples."""
     if target.last_layer is None or target.last_layer.is_given:
         return target
-    inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
+    inputs = first_inputs_of_loader(request.train_loader, request.keys)
     name = None if inputs is None else found_last_layer(target.model, inputs)
     names = [found for found in ranks.gathered("the last layer", name) if found is not None]
     if not names:

@@ -102,7 +102,7 @@ class KronStructure:
         if isinstance(engine, FeaturePass):
             recommended = RECOMMENDED_LAST_LAYER_SAMPLES
         elif n_data > recommended:
-            inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
+            inputs = first_inputs_of_loader(request.train_loader, request.keys)
             sketch = self.arguments.options.sketched(engine.output_shape(inputs).numel())
             recommended = RECOMMENDED_SAMPLES if sketch is None else RECOMMENDED_SKETCHED_SAMPLES
         return recommended if n_data > recommended else None

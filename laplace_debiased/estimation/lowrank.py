@@ -56,7 +56,7 @@ class LowRankStructure:
         """Without a rank as many as fit in memory, with one everything."""
         if self.arguments.rank is not None:
             return None
-        inputs = first_inputs_of_loader(request.train_loader, request.dict_key_y)
+        inputs = first_inputs_of_loader(request.train_loader, request.keys)
         if inputs is None:
             raise ValueError("train_loader is empty.")
         loader = request.train_loader

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.data.build import Supply, plan_from_supply, plan_from_two_loaders
-from laplace_debiased.data.loaders import can_draw, loader_generators, sampler_indices, split_batch
+from laplace_debiased.data.keys import Keys
+from laplace_debiased.data.loaders import can_draw, loader_generators, sampler_indices
 from laplace_debiased.data.plan import CurvaturePlan
 from laplace_debiased.data.pool import Kept, Score, plan_by_curvature
 from laplace_debiased.estimation.arguments import FitRequest
@@ -49,7 +50,7 @@ def supply_for(
         n_data=request.n_data,
         n_folds=n_folds,
         seed=request.seed,
-        dict_key_y=request.dict_key_y,
+        keys=request.keys,
         ranks=ranks,
     )
 
@@ -72,7 +73,7 @@ def make_plan(
             request.magnitude_loader,
             n_data=request.n_data,
             seed=request.seed,
-            dict_key_y=request.dict_key_y,
+            keys=request.keys,
             ranks=order.ranks,
         )
     by_curvature = options.sampling is Sampling.CURVATURE
@@ -145,14 +146,14 @@ def _feature_norms(seen: SeenCall | None, scores: Tensor) -> Tensor:
     return squares.reshape(len(scores), -1).mean(1).sqrt().to(scores)
 
 
-def first_inputs_of_loader(loader: Any, dict_key_y: str) -> Any:
+def first_inputs_of_loader(loader: Any, keys: Keys) -> Any:
     """Model inputs of a training loader's first batch; its generators are left as they were.
 
     None if the loader is empty.
     """
     with preserved_rng(generators=loader_generators(loader)):
         batch = next(iter(loader), None)
-    return None if batch is None else split_batch(batch, dict_key_y)[0]
+    return None if batch is None else keys.split(batch)[0]
 
 
 def training_sample(request: FitRequest, n_samples: int) -> list[tuple[Any, Tensor]]:
@@ -161,17 +162,17 @@ def training_sample(request: FitRequest, n_samples: int) -> list[tuple[Any, Tens
     Drawn uniformly where the loader can be drawn from, else its first ones. The loader's generators
     are left as they were.
     """
-    loader, key = request.train_loader, request.dict_key_y
+    loader, keys = request.train_loader, request.keys
     if can_draw(loader):
         size = min(n_samples, len(sampler_indices(loader)))
-        reading: dict[str, Any] = {"seed": request.seed, "dict_key_y": key}
+        reading: dict[str, Any] = {"seed": request.seed, "keys": keys}
         supply = Supply.of(loader, n_samples=size, n_data=request.n_data, **reading)
         plan = plan_from_supply(supply, (1.0,))
         return [(batch.inputs, batch.targets) for batch in plan.batches()]
     batches: list[tuple[Any, Tensor]] = []
     with preserved_rng(generators=loader_generators(loader)):
         for batch in loader:
-            batches.append(split_batch(batch, key))
+            batches.append(keys.split(batch))
             if sum(len(targets) for _, targets in batches) >= n_samples:
                 break
     return batches

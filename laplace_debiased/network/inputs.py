@@ -288,10 +288,6 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-_BY_NAME = (
-    " A mapping goes in whole where forward names none of its keys: name forward's argument after "
-    "its key, or yield pairs (inputs, targets)."
-)
 NO_TENSOR = "the model must return a tensor of outputs"
 WITHOUT_OFFSETS = (
     " For an EmbeddingBag give tokens (batch, longest bag) without offsets, padded with the "
@@ -316,8 +312,19 @@ def explained_failure(inputs: Any) -> Iterator[None]:
         raise ModelCallError(
             f"the model failed on inputs {described(inputs)}: {type(error).__name__}: {error}. "
             "Check that the inputs have the shapes, dtypes and keys that the model was trained on."
-            f"{_BY_NAME if isinstance(inputs, Mapping) else _for_bags(inputs)}"
+            f"{_by_key(inputs) if isinstance(inputs, Mapping) else _for_bags(inputs)}"
         ) from error
+
+
+def _by_key(inputs: Mapping[str, Any]) -> str:
+    """How the network is given an entry of a mapping."""
+    tensors = (key for key, one in inputs.items() if isinstance(one, Tensor) and key != LABELS)
+    key = next(tensors, "input_ids")
+    return (
+        " A mapping goes in whole where forward names none of its keys: for a model of one tensor "
+        f"say which it is (dict_key_x={key!r} of the posterior), name forward's arguments after "
+        "their keys, or yield pairs (inputs, targets)."
+    )
 
 
 def _for_bags(inputs: Any) -> str:

@@ -72,7 +72,8 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
         prior_mean: mean of the prior, a scalar or one entry per covered parameter.
         temperature: temperature of the likelihood.
         enable_backprop: keep predictions differentiable with respect to the inputs.
-        dict_key_x: key of the inputs in mapping batches.
+        dict_key_x: key of the input in mapping batches, for a model that takes one tensor. One that
+            takes the mapping whole, or names keys in its ``forward``, is given them as ever.
         dict_key_y: key of the labels in mapping batches.
         backend: a laplace-torch curvature backend for ``magnitudes="kfac"``; by default our own
             pass. It fixes the Fisher type.

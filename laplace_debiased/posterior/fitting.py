@@ -83,7 +83,7 @@ def fit(
             seed,
             override,
             checked_flag("progress_bar", progress_bar) and ranks.is_first,
-            self.dict_key_y,
+            self._keys,
             checkpoint,
             checkpoint_interval,
         )

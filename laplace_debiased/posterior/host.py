@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.checks import checked_flag, positive_value
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.data.keys import Keys
 from laplace_debiased.errors import NotFittedError
 from laplace_debiased.estimation.arguments import (
     Arguments,
@@ -25,6 +26,7 @@ from laplace_debiased.estimation.structure import Fit, Structure
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.files import PathLike
 from laplace_debiased.likelihoods import LikelihoodName
+from laplace_debiased.network.entry import OneEntry
 from laplace_debiased.network.watch import ModelWatch
 from laplace_debiased.posterior import fitting, predicting, priors, saving
 from laplace_debiased.predictive import Predictor
@@ -111,6 +113,7 @@ class DebiasedPosterior(_Host):
         )
         self._arguments, self._structure = arguments, self._structure_for(arguments)
         self._target, self._prepared = target, PreparedPrecision()
+        self._keys = Keys(dict_key_y, OneEntry(target.model, dict_key_x))
         self._chosen = None
         if target.is_located:
             self._chosen = self._structure.coverage(target)
@@ -251,16 +254,7 @@ class DebiasedPosterior(_Host):
             None if link_approx is None else checked_link(link_approx, self.likelihood)
         )
 
-    @property
-    def prior_precision_diag(self) -> Tensor:
-        """Prior precision of every covered entry [P]."""
-        prior = self.prior_precision.to(self.mean)
-        if len(prior) == 1:
-            return prior.expand(self.n_params)
-        if len(prior) == self.n_params:
-            return prior
-        sizes = torch.tensor([parameter.numel() for parameter in self.params], device=prior.device)
-        return prior.repeat_interleave(sizes)
+    prior_precision_diag = property(priors.prior_precision_diag)
 
     # -- fitting ---------------------------------------------------------------------------
 

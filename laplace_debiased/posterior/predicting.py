@@ -106,7 +106,7 @@ def predict(
         n_samples = checked_integer("n_samples", n_samples)
     link = _link(self, link_approx, pred)
     check_generator(generator, self._device)
-    at = checked_positions(positions, pred)
+    at, x = checked_positions(positions, pred), self._keys.entered(x)
     rewards = self.likelihood == LikelihoodName.REWARD_MODELING
     moments = self.likelihood in MOMENTS and not (fitting and rewards)
     # Also what follows the draws may fail, and must then not have drawn.
@@ -172,7 +172,7 @@ def informed_probabilities(
     """
     link = _link(self, link_approx, PredType.GLM)
     at = checked_positions(positions, PredType.GLM)
-    return linearised(self, at).informed_probabilities(x, link)
+    return linearised(self, at).informed_probabilities(self._keys.entered(x), link)
 
 
 def linearised(self: Shell, positions: Positions = Positions.ALL) -> Predictive:
@@ -228,7 +228,7 @@ def report_outputs(
         )
     link = _link(self, link_approx, PredType.GLM)
     at = checked_positions(positions, PredType.GLM)
-    return outputs_report(linearised(self, at), x, link)
+    return outputs_report(linearised(self, at), self._keys.entered(x), link)
 
 
 @public_call
@@ -236,7 +236,8 @@ def host_moments(
     self: Shell, X: Inputs, joint: bool = False, diagonal_output: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
-    return linearised(self).host_moments(X, joint=joint, diagonal_output=diagonal_output)
+    x = self._keys.entered(X)
+    return linearised(self).host_moments(x, joint=joint, diagonal_output=diagonal_output)
 
 
 def sampled_outputs(
@@ -317,7 +318,7 @@ def functional_samples(
     checked_flag("diagonal_output", diagonal_output)
     pred = checked_pred_type(pred_type)
     last = checked_positions(positions, pred) is Positions.LAST
-    n_samples = checked_integer("n_samples", n_samples)
+    n_samples, x = checked_integer("n_samples", n_samples), self._keys.entered(x)
     if pred is PredType.NN:
         return sampled_outputs(self, x, n_samples, generator)
     if diagonal_output:

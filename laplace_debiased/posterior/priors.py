@@ -141,6 +141,17 @@ def log_prob(self: Shell, value: Tensor, normalized: bool = True) -> Tensor:
     return 0.5 * (constant - square) if normalized else -0.5 * square
 
 
+def prior_precision_diag(self: Shell) -> Tensor:
+    """Prior precision of every covered entry [P]."""
+    prior = self.prior_precision.to(self.mean)
+    if len(prior) == 1:
+        return prior.expand(self.n_params)
+    if len(prior) == self.n_params:
+        return prior
+    sizes = torch.tensor([parameter.numel() for parameter in self.params], device=prior.device)
+    return prior.repeat_interleave(sizes)
+
+
 def loss_scale(self: Shell) -> Tensor:
     """What the curvature is multiplied by, h = 1/(σ² temperature).
 
@@ -310,7 +321,7 @@ def subject_of(self: Shell, positions: Positions = Positions.ALL) -> Subject:
         sigma * sigma,
         self._device,
         self._dtype,
-        self.dict_key_y,
+        self._keys,
         self._target.model,
         partial(_sampled_at, self),
         selection_of(self._arguments, self.fitted, positions),

@@ -9,6 +9,7 @@ from laplace.utils.enums import LinkApprox
 from torch import Tensor, nn
 
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.data.keys import Keys
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.structure import Fit, Structure
 from laplace_debiased.estimation.target import Target
@@ -22,7 +23,6 @@ class Shell(Protocol):
 
     model: nn.Module
     likelihood: str
-    dict_key_y: str
     params: list[Tensor]
     n_params: int
     mean: Tensor
@@ -34,6 +34,7 @@ class Shell(Protocol):
     tuning_result: TuningResult | None
     tuned_link_approx: LinkApprox | None
     _arguments: Arguments
+    _keys: Keys
     _structure: Structure
     _target: Target
     _chosen: Coverage | None

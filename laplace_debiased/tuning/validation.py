@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.data.block import Block
-from laplace_debiased.data.loaders import split_batch
+from laplace_debiased.data.keys import Keys
 from laplace_debiased.likelihoods import InverseLink, LikelihoodName, LossModel
 from laplace_debiased.parallel.ranks import ALONE, Ranks
 from laplace_debiased.predictive import OutputSelection, Predictor
@@ -34,7 +34,7 @@ class Subject:
         noise_variance: σ².
         device: the network's.
         dtype: of the posterior.
-        label_key: key of the labels in mapping batches.
+        keys: which entries of mapping batches are read.
         network: the network, for the MAP model's loss beside sampled networks'.
         sampled: (prior precision, inputs, n_samples, generator) to the prediction of sampled
             networks.
@@ -50,7 +50,7 @@ class Subject:
     noise_variance: float
     device: torch.device
     dtype: torch.dtype
-    label_key: str
+    keys: Keys
     network: nn.Module
     sampled: Callable[..., Tensor | tuple[Tensor, Tensor]]
     selection: OutputSelection
@@ -115,7 +115,7 @@ class Validation:
         device, n_batches = self.subject.device, 0
         for batch in tqdm(self.block, disable=not progress_bar, desc="[Validation set]"):
             n_batches += 1
-            inputs, targets = split_batch(batch, self.subject.label_key)
+            inputs, targets = self.subject.keys.split(batch)
             yield inputs, targets.to(device)
         if not sum(self.block.everyones("validation batches", n_batches)):
             raise ValueError("val_loader is empty.")

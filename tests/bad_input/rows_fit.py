@@ -182,7 +182,8 @@ ROWS = [
         lambda w: {"image": w.x[:5], "labels": w.y[:5]},
         "ModelCallError",
         "'image'",
-        "name forward's argument after its key",
+        "dict_key_x='image'",
+        "name forward's arguments after their keys",
     ),
     batches(
         "labels that equal `input_ids`, as for a causal language model",

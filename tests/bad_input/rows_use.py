@@ -122,7 +122,12 @@ ROWS = [
     call("a list of numbers", lambda w: [1.0, 2.0], "TypeError", "model inputs", "list"),
     call("`None`", lambda w: None, "TypeError", "model inputs", "NoneType"),
     call("inputs on the meta device", lambda w: w.x.to("meta"), "ValueError", "meta"),
-    call("a mapping for a model of one tensor", lambda w: {"x": w.x}, "ModelCallError", "'x'"),
+    call(
+        "a mapping for a model of one tensor",
+        lambda w: {"x": w.x},
+        "ModelCallError",
+        "dict_key_x='x'",
+    ),
     option('pred_type="mcmc"', "ValueError", "pred_type", "'glm'", pred_type="mcmc"),
     option('link_approx="logit"', "ValueError", "link_approx", "'probit'", link_approx="logit"),
     option(

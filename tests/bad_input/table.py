@@ -57,9 +57,6 @@ TAIL = """
   real ones, or negative integers, may be indices.
 * Samples that a model mixes only in batches of more than 16, or only some of them: the first and
   the last of a batch are looked at.
-* Under which key a mapping holds the one input of a model whose argument has another name, as
-  `image` for `forward(self, x)`: rename the argument, or yield pairs. `dict_key_x` does not say it:
-  as in laplace-torch it belongs to models that take the mapping whole, and these come in, too.
 * Labels of a causal language model that come as pairs `(batch, labels)` are taken as they are. This
   is the choice: `NextTokenLabels` around the loader's `collate_fn` shifts those of mappings, for
   every call alike; pairs say that each position predicts its own token.

@@ -18,6 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from laplace_debiased.data.keys import Keys
 from tests.data.toys import (
     Numbers,
     NumberStream,
@@ -189,7 +190,7 @@ def test_collate_fn_is_honoured_and_must_keep_every_sample():
         }
 
     loader = DataLoader(Numbers(10), batch_size=4, collate_fn=as_dict)
-    plan = plan_from_loader(loader, folds=1, n_samples=6, dict_key_y="y")
+    plan = plan_from_loader(loader, folds=1, n_samples=6, keys=Keys("y"))
     for batch in walk(plan):
         assert set(batch.inputs) == {"x", "y"}
         assert torch.equal(batch.inputs["x"][:, 0], batch.targets.float())

@@ -307,6 +307,7 @@ ENTRIES = (
             "logits_or_model": w.model,
             "val_loader": w.loader(y=w.y.reshape(12, -1)[:, 0].long().clamp(0, 2)),
             "ignore_index": None,
+            "dict_key_x": "input_ids",
             "dict_key_y": "labels",
             "progress_bar": False,
         },
