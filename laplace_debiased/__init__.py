@@ -7,12 +7,10 @@ from laplace_debiased._version import __version__
 from laplace_debiased.calibration import (
     Comparison,
     Evaluation,
-    PredictiveReport,
     TemperatureScaling,
     compare,
     evaluate,
     fit_temperature,
-    predictive_report,
 )
 from laplace_debiased.data.next_token import NextTokenLabels
 from laplace_debiased.diagnostics import DirectionalProfile, directional_profile
@@ -58,7 +56,6 @@ __all__ = [
     "NextTokenLabels",
     "NotFittedError",
     "NumericalError",
-    "PredictiveReport",
     "Sampling",
     "Scheme",
     "StoredFileError",
@@ -69,5 +66,4 @@ __all__ = [
     "directional_profile",
     "evaluate",
     "fit_temperature",
-    "predictive_report",
 ]

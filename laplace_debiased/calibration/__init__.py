@@ -4,9 +4,7 @@ from laplace_debiased.calibration.comparing import compare
 from laplace_debiased.calibration.comparison import ComparedRow, Comparison
 from laplace_debiased.calibration.evaluation import (
     Evaluation,
-    PredictiveReport,
     evaluate,
-    predictive_report,
 )
 from laplace_debiased.calibration.reliability import IntervalCurve, ReliabilityBins
 from laplace_debiased.calibration.temperature import (
@@ -20,12 +18,10 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "IntervalCurve",
-    "PredictiveReport",
     "ReliabilityBins",
     "TemperatureScaling",
     "collect_logits",
     "compare",
     "evaluate",
     "fit_temperature",
-    "predictive_report",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -110,7 +110,12 @@ def compare(
         progress_bar = progress_bar if ranks.is_first else False
         ranks.agree("compare", {**described(la, Options()), "n_bins": n_bins, "seed": seed})
         ways = ways_to_predict(la, val_loader, train_loader, seed, progress_bar, ranks)
-        return _scored(ways, test_loader, ood_loader, n_bins, seed, progress_bar, ranks)
+        split = partial(split_batch, dict_key_y=la.dict_key_y)
+        inside, labels = ways.over(test_loader, "test_loader", split, ranks, progress_bar)
+        outside: dict[str, list[Any]] = {}
+        if ood_loader is not None:
+            outside, _ = ways.over(ood_loader, "ood_loader", _inputs, ranks, progress_bar)
+        return _scored(ways, inside, labels, outside, n_bins, seed)
 
 
 def ways_to_predict(
@@ -255,56 +260,51 @@ class Ways:
             found["posterior"] = predicting.informed_probabilities(self.la, inputs)
         return found
 
-
-def _scored(
-    ways: Ways,
-    test_loader: Any,
-    ood_loader: Any,
-    n_bins: int,
-    seed: int,
-    progress_bar: bool,
-    ranks: Ranks,
-) -> Comparison:
-    la, device = ways.la, ways.la._device
-
-    def walk(loader: Any, name: str, split: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """By row its answers to every batch, and the batches' targets."""
+    def over(
+        self,
+        loader: Any,
+        name: str,
+        split: Callable[[Any], tuple[Any, Any]],
+        ranks: Ranks,
+        progress_bar: bool,
+    ) -> tuple[dict[str, list[Any]], tuple[Any, ...]]:
+        """By row the answers to every batch of a loader, and the batches' targets."""
 
         def of_batch(batch: Any) -> tuple[Answers, Any]:
             inputs, y = split(batch)
-            return ways.answers(to_device(inputs, device)), y
+            return self.answers(to_device(inputs, self.la._device)), y
 
-        walked = over_batches(of_batch, loader, name, la._target.model, ranks, progress_bar)
+        walked = over_batches(of_batch, loader, name, self.la._target.model, ranks, progress_bar)
         answers, targets = zip(*walked, strict=True)
         return {key: [found[key] for found in answers] for key in answers[0]}, targets
 
-    inside, labels = walk(
-        test_loader, "test_loader", partial(split_batch, dict_key_y=la.dict_key_y)
-    )
-    outside: dict[str, list[Any]] = {}
-    if ood_loader is not None:
-        outside, _ = walk(ood_loader, "ood_loader", lambda batch: (inputs_only(batch), None))
-    settings, rows = ways.settings, []
-    for key, answers in inside.items():  # one after the other: predictions are [n, C] in float64
-        found = classified(la, answers, labels)
+
+def _inputs(batch: Any) -> tuple[Any, None]:
+    return inputs_only(batch), None
+
+
+def _scored(
+    ways: Ways,
+    inside: dict[str, list[Any]],
+    labels: Sequence[Any],
+    outside: dict[str, list[Any]],
+    n_bins: int,
+    seed: int,
+) -> Comparison:
+    """All rows of answers to labelled data, and to inputs from elsewhere where there are such."""
+    settings = ways.settings
+
+    def row(key: str) -> ComparedRow:
+        found = classified(ways.la, inside[key], labels)
         elsewhere = unlabelled(outside[key]) if key in outside else None
         confidence, correct = found.probs.max(axis=1), found.probs.argmax(axis=1) == found.labels
-        rows.append(
-            ComparedRow(
-                key,
-                _NAMES[key],
-                score_classification(found, elsewhere, n_bins),
-                found.nll,
-                metrics.risk_coverage(confidence, correct),
-                settings.get(key, {}),
-            )
-        )
-    baseline = next(row.nlls for row in rows if row.key == "temperature")
-    return Comparison(
-        tuple(
-            row
-            if row.key == "temperature"
-            else replace(row, interval=metrics.paired_interval(row.nlls, baseline, seed))
-            for row in rows
-        )
-    )
+        scores = score_classification(found, elsewhere, n_bins)
+        risk = metrics.risk_coverage(confidence, correct)
+        return ComparedRow(key, _NAMES[key], scores, found.nll, risk, settings.get(key, {}))
+
+    rows = {key: row(key) for key in inside}
+    baseline = rows["temperature"].nlls
+    for key in rows.keys() - {"temperature"}:
+        interval = metrics.paired_interval(rows[key].nlls, baseline, seed)
+        rows[key] = replace(rows[key], interval=interval)
+    return Comparison(tuple(rows.values()))

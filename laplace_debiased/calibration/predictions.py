@@ -46,11 +46,6 @@ class ClassPredictions:
         """Negative log-likelihood [samples], in nats, summed over each sample's labels."""
         return self.summed(metrics.label_nll(self.probs, self.labels, self.floor))
 
-    def by_sample(self, rows: np.ndarray) -> np.ndarray:
-        """Values of rows [n] by sample: [n], or [samples, K]."""
-        k = self.labels_per_sample
-        return rows if k == 1 else rows.reshape(-1, k)
-
     def summed(self, rows: FloatArray) -> FloatArray:
         """Values of rows [n] summed over each sample's labels [samples]."""
         return rows.reshape(-1, self.labels_per_sample).sum(axis=1)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.calibration import evaluate, predictive_report
+from laplace_debiased.calibration import evaluate
 from tests.calibration.helpers import RTOL, FakePosterior, calibrated_classes, loader_of, softmax
 
 SCORES = ("nll", "ece", "mce", "brier", "accuracy", "entropy", "auroc", "fpr95")
@@ -66,16 +66,6 @@ def test_a_posterior_over_binary_labels_is_scored_by_its_probabilities(labels):
     assert result.n_ood_samples == 300
     beside = evaluate(probs, y, likelihood="bernoulli", ood_probs=probs)
     assert result.to_dict() == beside.to_dict()
-
-
-def test_the_report_has_an_entry_per_label(labels):
-    probs, y = labels
-    report = predictive_report(probs, y, likelihood="bernoulli")
-    np.testing.assert_array_equal(report.prediction, probs > 0.5)
-    np.testing.assert_array_equal(report.target, y)
-    np.testing.assert_allclose(report.confidence, np.maximum(probs, 1 - probs), rtol=RTOL)
-    np.testing.assert_allclose(report.nll, -bernoulli.logpmf(y, probs).sum(1), rtol=RTOL)
-    assert report.entropy.shape == report.nll.shape == (300,)
 
 
 def test_sequences_are_scored_position_by_position():

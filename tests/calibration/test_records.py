@@ -1,21 +1,18 @@
-"""What `evaluate` and `predictive_report` return: numbers, tables, plots, columns."""
+"""What `evaluate` returns: numbers, tables, plots."""
 
 import json
 import pickle
 import sys
 from dataclasses import FrozenInstanceError
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from laplace_debiased.calibration import Evaluation, evaluate, predictive_report
+from laplace_debiased.calibration import Evaluation, evaluate
 from tests.calibration.helpers import (
     RTOL,
-    FakePosterior,
     calibrated_classes,
     calibrated_gaussians,
-    loader_of,
     softmax,
 )
 
@@ -118,30 +115,3 @@ def test_plots_go_into_given_axes_and_leave_pyplot_alone(classes, gaussians):
 def test_record_without_a_curve_says_so():
     with pytest.raises(ValueError, match="no curve"):
         Evaluation(nll=1.0, n_samples=1, n_bins=15).plot_reliability()
-
-
-def test_report_of_a_classifier_averages_to_its_evaluation(classes):
-    probs, labels = classes
-    record, report = evaluate(probs, labels), predictive_report(probs, labels)
-    assert len(report) == len(labels)
-    assert report.nll.mean() == pytest.approx(record.nll, rel=RTOL)
-    assert report.entropy.mean() == pytest.approx(record.entropy, rel=RTOL)
-    assert report.correct.mean() == record.accuracy
-    assert np.array_equal(report.prediction, probs.argmax(1))
-    assert np.array_equal(report.confidence, probs.max(1))
-    assert report.total_std is None
-    from_posterior = predictive_report(FakePosterior(), loader_of(probs, labels))
-    assert from_posterior.to_dict().keys() == report.to_dict().keys()
-    assert np.array_equal(from_posterior.nll, report.nll)
-
-
-def test_report_of_a_regression_posterior_splits_the_uncertainty():
-    mean, std, targets = calibrated_gaussians(n=40)
-    la = FakePosterior(likelihood="regression", sigma_noise=0.5)
-    loader = loader_of(np.concatenate([mean, std**2], axis=1), targets)
-    report = predictive_report(la, loader)
-    np.testing.assert_allclose(report.epistemic_std, std, rtol=RTOL)
-    np.testing.assert_allclose(report.total_std, np.sqrt(std**2 + 0.25), rtol=RTOL)
-    assert report.nll.mean() == pytest.approx(evaluate(la, loader).nll, rel=RTOL)
-    assert report.confidence is None
-    assert "40 samples" in repr(report)

@@ -9,7 +9,6 @@ from laplace_debiased.calibration import (
     collect_logits,
     evaluate,
     fit_temperature,
-    predictive_report,
 )
 from laplace_debiased.diagnostics import directional_quadratic, kfac_profile
 from laplace_debiased.optim import model_quadratic
@@ -36,7 +35,6 @@ def network():
 
 WALKS = {
     "evaluate": lambda model, loader: evaluate(FakePosterior(model=model), loader),
-    "report": lambda model, loader: predictive_report(FakePosterior(model=model), loader),
     "ood_loader": lambda model, loader: evaluate(
         FakePosterior(model=model), loader_of(PROBS, LABELS), ood_loader=loader
     ),

@@ -31,7 +31,6 @@ from laplace_debiased import (
     directional_profile,
     evaluate,
     fit_temperature,
-    predictive_report,
 )
 from laplace_debiased.diagnostics import kfac_profile, top_eigenpairs
 from laplace_debiased.network.memory import is_out_of_memory
@@ -294,11 +293,6 @@ ENTRIES = (
         "evaluate",
         lambda w, given: evaluate(**given),
         lambda w, folder: {"la_or_probs": w.la, "loader": w.loader(), "n_bins": 5},
-    ),
-    Entry(
-        "predictive_report",
-        lambda w, given: predictive_report(**given),
-        lambda w, folder: {"la_or_probs": w.la, "loader": w.loader()},
     ),
     Entry(
         "fit_temperature",

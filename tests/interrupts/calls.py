@@ -18,7 +18,6 @@ from laplace_debiased import (
     directional_profile,
     evaluate,
     fit_temperature,
-    predictive_report,
 )
 from laplace_debiased.diagnostics import kfac_profile
 from laplace_debiased.network import interrupts
@@ -78,7 +77,6 @@ def calls(w: World) -> dict[str, Callable[[], Any]]:
         "save": lambda: kron.save(w.path),
         "load": lambda: DebiasedLaplace.load(w.path, w.model),
         "evaluate": lambda: evaluate(kron, w.loader),
-        "predictive_report": lambda: predictive_report(last, w.loader),
         "fit_temperature": lambda: fit_temperature(w.model, w.loader),
         "directional_profile": lambda: directional_profile(
             w.model, "classification", own, other, w.loader, k=3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from laplace_debiased import DebiasedLaplace, compare, evaluate, predictive_report
+from laplace_debiased import DebiasedLaplace, compare, evaluate
 from laplace_debiased.network.identity import digest_of
 from laplace_debiased.network.inputs import tensors_of
 from tests.posterior.cases import STRUCTURES
@@ -260,7 +260,6 @@ def tunings(rank: int) -> dict[str, Any]:
         }.items():
             scores = evaluate(la, loader_, ood_loader=[(2.3 * INPUTS[:11], LABELS[:11])])
             found[f"{name}, scores of a {what}"] = scores.to_dict()
-        found[f"{name}, report"] = predictive_report(la, validation()).to_dict()
         if name == "kron":
             compared = compare(la, validation(), validation(6), progress_bar=False, n_bins=5)
             found["comparison"] = compared.to_dict()

@@ -42,8 +42,6 @@ def tolerance(path: str) -> float:
         return 1e-5
     if ".result." in path and "probit" not in path:
         return 1e-8 if "low rank" in path else 1e-9
-    if ", report." in path:
-        return 1e-9  # of single samples
     return 1e-10
 
 

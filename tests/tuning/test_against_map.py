@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import laplace_debiased
 from laplace_debiased import DebiasedLaplace
 from laplace_debiased.tuning import TuningResult
 from tests.likelihoods.problems import NAMES, case
@@ -155,8 +154,3 @@ def test_the_tuning_result_is_of_the_prior_in_use():
     la.optimize_prior_precision(method="marglik", n_steps=2)
     assert la.tuning_result is None
     assert la.tuned_link_approx is None
-
-
-def test_predictive_report_is_a_name_of_the_package():
-    assert laplace_debiased.predictive_report is laplace_debiased.calibration.predictive_report
-    assert {"predictive_report", "PredictiveReport"} <= set(laplace_debiased.__all__)
