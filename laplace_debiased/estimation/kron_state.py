@@ -102,7 +102,7 @@ def curvature_from_state(
     """Curvature of :func:`curvature_to_state`, or of earlier versions, of the covered parameters.
 
     Raises:
-        ValueError: if a table or a factor does not fit its eigenbasis.
+        ValueError: if a table or a factor does not fit its eigenbasis, or a table is not finite.
     """
     bases, tables, folds = to_device((state["H"], state["tables"], state["folds"]), device)
     basis = tuple(
@@ -110,8 +110,12 @@ def curvature_from_state(
         for name, entry in zip(names, bases, strict=True)
     )
     for block, table in zip(basis, tables, strict=True):
-        if tuple(table.shape) != block.table_shape:
+        fits = _fits(block.output_basis, block.output_eigenvalues)
+        fits = fits and _fits(block.input_basis, block.input_eigenvalues)
+        if tuple(table.shape) != block.table_shape or not fits:
             raise ValueError(f"the state's table of {block.name!r} does not fit its eigenbasis.")
+        if not bool(torch.isfinite(table).all()):
+            raise ValueError(f"the state's table of {block.name!r} is not finite.")
     factors = []
     for fold in folds:
         blocks = []
@@ -125,6 +129,12 @@ def curvature_from_state(
             blocks.append(BlockFactors(along.name, **values))
         factors.append(KroneckerFactors(tuple(blocks), fold["n_samples"]))
     return KronCurvature(basis, tuple(tables), tuple(factors))
+
+
+def _fits(basis: Tensor | None, eigenvalues: Tensor | None) -> bool:
+    if basis is None or eigenvalues is None:
+        return basis is None
+    return (*basis.shape[:-2], basis.shape[-1] + is_thin(basis)) == tuple(eigenvalues.shape)
 
 
 def _check_side(block: BlockBasis, side: str, factor: Factor | None) -> None:

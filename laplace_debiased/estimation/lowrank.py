@@ -12,7 +12,7 @@ from laplace_debiased.curvature import Coverage
 from laplace_debiased.curvature.coverage import parameter_coverage
 from laplace_debiased.curvature.lowrank.over_ranks import pairs_of_first
 from laplace_debiased.curvature.lowrank.rows import FeatureRowPass, RowPass
-from laplace_debiased.curvature.lowrank.span import Eigenpairs, JoinedPart, matrix_average
+from laplace_debiased.curvature.lowrank.span import Eigenpairs, matrix_average
 from laplace_debiased.data.loaders import can_draw, loader_length, sampler_indices
 from laplace_debiased.debiasing.bias import Comparison, compared
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
@@ -98,12 +98,9 @@ class LowRankStructure:
         if task.options.scheme is not Scheme.SINGLE:
             comparisons = tuple(compared((part.own,), (part.held_out,)) for part in measured)
         if earlier is not None:
-            weights = task.weights(earlier)
-            parts = [
-                JoinedPart(one.basis, one.eigenvalues, weight / sum(weights))
-                for one, weight in zip((earlier.curvature, pairs), weights, strict=True)
-            ]
-            pairs = pairs_of_first(task.ranks, lambda: matrix_average(parts, self.arguments.rank))
+            weights, rank = task.weights(earlier), self.arguments.rank
+            shares, parts = [w / sum(weights) for w in weights], (earlier.curvature, pairs)
+            pairs = pairs_of_first(task.ranks, lambda: matrix_average(parts, shares, rank))
             comparisons = (*earlier.comparisons, *comparisons)
         return task.result(pairs, comparisons, survey.tally)
 

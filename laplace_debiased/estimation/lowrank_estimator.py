@@ -18,9 +18,7 @@ from laplace_debiased.curvature.lowrank.products import lanczos_eigenpairs
 from laplace_debiased.curvature.lowrank.rows import RowPass
 from laplace_debiased.curvature.lowrank.span import (
     Eigenpairs,
-    JoinedPart,
     SpanDirections,
-    core_root,
     matrix_average,
     relative_cutoff,
     span_eigenpairs,
@@ -180,7 +178,8 @@ class LowRankEstimator:
             values = (_per_row(one, survey, gram) @ squares for one in both)
             part = MeasuredDirections(found.eigenvalues, *values)
             measured.append(part)
-            factors.append(found.coefficients @ core_root(part.magnitudes, step.share))
+            scales = (part.magnitudes.double() * step.share).clamp_min(0.0).sqrt()
+            factors.append(found.coefficients * scales)
         factor = torch.cat(factors, 1)
         return measured, span_eigenpairs(gram, factor, rank=self.rank, cutoff=cutoff)
 
@@ -206,10 +205,12 @@ class LowRankEstimator:
             found = [self._leading(survey, step, rank) for step in steps]
         measured = self._measure_products(survey, steps, found)
         parts = [
-            JoinedPart(pairs.basis, part.magnitudes, step.share)
-            for pairs, part, step in zip(found, measured, steps, strict=True)
+            Eigenpairs(pairs.basis, part.magnitudes)
+            for pairs, part in zip(found, measured, strict=True)
         ]
-        return pairs_of_first(self.task.ranks, lambda: matrix_average(parts, rank)), measured
+        shares = [step.share for step in steps]
+        pairs = pairs_of_first(self.task.ranks, lambda: matrix_average(parts, shares, rank))
+        return pairs, measured
 
     def _leading(self, survey: Survey, step: Measurement, rank: int) -> Eigenpairs:
         weights = survey.outputs.new_zeros(len(survey.outputs))

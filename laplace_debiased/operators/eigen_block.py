@@ -1,17 +1,11 @@
 """One diagonal block of a curvature: a Kronecker eigenbasis with a full table of eigenvalues."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from laplace_debiased.curvature.rows import sides
-from laplace_debiased.operators._validate import (
-    as_scalar,
-    require_finite,
-    require_floating,
-    require_same_kind,
-)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,39 +32,11 @@ class EigenBlock:
     A side may be thin: a basis of r < D columns, and r + 1 entries in Λ, the last of which belongs
     to every direction outside of the basis. Its *coordinates* are then r + D numbers: those along
     the basis, and what is left of the vector (see :mod:`curvature.rows.sides`).
-
-    Raises:
-        TypeError: something is not a float32 or float64 tensor, or dtypes differ.
-        ValueError: shapes or devices do not fit, an entry is not finite, or the block is empty.
     """
 
     output_basis: Tensor | None
     input_basis: Tensor | None
     eigenvalues: Tensor
-    # Set where a block is derived from a checked one: its bases are large and known to be good.
-    _bases_checked: bool = field(default=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        table = require_floating("eigenvalues", self.eigenvalues)
-        if table.ndim not in (1, 2, 3) or table.numel() == 0:
-            raise ValueError(
-                "eigenvalues must be [D_out, D_in], [D_out] or [groups, D_out, D_in] with at least "
-                f"one entry, got the shape {list(table.shape)}."
-            )
-        require_finite("eigenvalues", table)
-        if self._bases_checked:
-            return
-        if table.ndim == 1 and self.input_basis is not None:
-            raise ValueError(
-                "input_basis must be None with eigenvalues [D_out] (no input factor); give the "
-                "eigenvalues as a table [D_out, D_in] to use it."
-            )
-        for name, basis, axis in (
-            ("output_basis", self.output_basis, 0 if table.ndim == 1 else -2),
-            ("input_basis", self.input_basis, -1),
-        ):
-            if basis is not None:
-                _check_basis(name, basis, table, axis)
 
     def __repr__(self) -> str:
         sides_known = [("output_basis", self.output_basis)]
@@ -155,26 +121,3 @@ class EigenBlock:
         if self.input_basis is not None:
             diagonal = diagonal @ sides.entry_squares(self.input_basis).mT
         return diagonal.flatten()
-
-    def scaled(self, scale: float | Tensor) -> "EigenBlock":
-        """The block with eigenvalues times `scale`; differentiable in `scale`."""
-        eigenvalues = as_scalar("scale", scale, self.eigenvalues) * self.eigenvalues
-        return replace(self, eigenvalues=eigenvalues, _bases_checked=True)
-
-    def detach(self) -> "EigenBlock":
-        """The block cut from the autograd graph; bases carry none, and storage is shared."""
-        return replace(self, eigenvalues=self.eigenvalues.detach(), _bases_checked=True)
-
-
-def _check_basis(name: str, basis: Tensor, table: Tensor, axis: int) -> None:
-    require_floating(name, basis)
-    size = table.shape[axis]
-    shape = [*table.shape[:-2], size, size]
-    thin = sides.is_thin(basis) and list(basis.shape) == [*shape[:-2], basis.shape[-2], size - 1]
-    if list(basis.shape) != shape and not thin:
-        raise ValueError(
-            f"{name} must be {shape} to fit the eigenvalues {list(table.shape)}, got the "
-            f"shape {list(basis.shape)}."
-        )
-    require_same_kind(name, basis, "eigenvalues", table)
-    require_finite(name, basis)

@@ -2,19 +2,14 @@
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.operators._validate import (
-    as_scalar,
-    require_finite,
-    require_same_kind,
-    require_vectors,
-)
 from laplace_debiased.operators.eigen_block import EigenBlock
+from laplace_debiased.operators.low_rank import require_vectors
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,18 +29,16 @@ class EigenKron:
             the same for all; zero unless given.
 
     Raises:
-        TypeError: blocks that are not `EigenBlock`s, or of different dtypes.
-        ValueError: no blocks, different devices, or deltas of another shape or not finite.
+        ValueError: deltas of another shape.
     """
 
     blocks: tuple[EigenBlock, ...]
     deltas: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
         deltas = _checked_deltas(self.deltas, len(self.blocks))
         deltas = deltas.to(device=self.device, dtype=self.dtype).expand(len(self.blocks))
-        object.__setattr__(self, "deltas", require_finite("deltas", deltas))
+        object.__setattr__(self, "deltas", deltas)
 
     def __repr__(self) -> str:
         return (
@@ -97,9 +90,14 @@ class EigenKron:
         return EigenKron(self.blocks, self.deltas + addend)
 
     def __mul__(self, scalar: float | Tensor) -> "EigenKron":
-        """Multiply the eigenvalues by a finite number or a one-element tensor; the deltas stay."""
-        scale = as_scalar("scalar", scalar, self.deltas)
-        return EigenKron(tuple(block.scaled(scale) for block in self.blocks), self.deltas)
+        """Multiply the eigenvalues by a number or a one-element tensor; the deltas stay."""
+        single = scalar.numel() == 1 and scalar.ndim <= 1 if isinstance(scalar, Tensor) else None
+        if not (isinstance(scalar, Real) if single is None else single):
+            raise ValueError(f"scalar must be one real number; got {scalar!r}.")
+        scale = torch.as_tensor(scalar, dtype=self.dtype, device=self.device).reshape(())
+        return EigenKron(
+            tuple(replace(b, eigenvalues=scale * b.eigenvalues) for b in self.blocks), self.deltas
+        )
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -176,7 +174,8 @@ class EigenKron:
 
     def detach(self) -> "EigenKron":
         """Return the operator cut from the autograd graph; storage is shared."""
-        return EigenKron(tuple(block.detach() for block in self.blocks), self.deltas.detach())
+        blocks = tuple(replace(b, eigenvalues=b.eigenvalues.detach()) for b in self.blocks)
+        return EigenKron(blocks, self.deltas.detach())
 
     def _split(self, vectors: Tensor) -> tuple[Tensor, ...]:
         return vectors.split([block.n_params for block in self.blocks], dim=-1)
@@ -195,17 +194,6 @@ class EigenKron:
         elif not exponent.is_integer():
             _require_sign(tables, f"the exponent {exponent:g}", strict=False)
         return [table.pow(exponent) for table in tables]
-
-
-def _checked_blocks(blocks: Sequence[EigenBlock]) -> tuple[EigenBlock, ...]:
-    checked = tuple(blocks)
-    if not checked:
-        raise ValueError("blocks must hold at least one EigenBlock, got none.")
-    for i, block in enumerate(checked):
-        if not isinstance(block, EigenBlock):
-            raise TypeError(f"blocks[{i}] must be an EigenBlock, got {type(block).__name__}.")
-        require_same_kind(f"blocks[{i}]", block.eigenvalues, "blocks[0]", checked[0].eigenvalues)
-    return checked
 
 
 def _checked_deltas(deltas: Tensor, n_blocks: int) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.network.grad_modes import outside_inference_mode
-from laplace_debiased.operators._validate import require_vectors
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -162,3 +161,23 @@ class LowRank:
                 parts = self.basis.split(sizes)
                 self._grams[sizes] = torch.stack([part.mT @ part for part in parts])
         return torch.einsum("l,lij->ij", 1 / prior.reshape(-1), self._grams[sizes])
+
+
+def require_vectors(name: str, value: object, n_params: int, like: Tensor) -> None:
+    """Check that `value` is [..., n_params] of the dtype and device of `like`.
+
+    Raises:
+        TypeError: if it is no tensor, or of another dtype.
+        ValueError: if it has another shape, or is on another device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if value.ndim == 0 or value.shape[-1] != n_params:
+        raise ValueError(
+            f"{name} must have {n_params} entries (one per parameter) in its last dimension, got "
+            f"the shape {list(value.shape)}."
+        )
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype {like.dtype}, got {value.dtype}.")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device {like.device}, got {value.device}.")

@@ -40,9 +40,3 @@ def test_powers_are_those_of_the_dense_matrix() -> None:
 def test_groups_have_two_factors_in_the_hosts_lists() -> None:
     (pair,) = operators()[0].eigenvectors
     assert [tuple(basis.shape) for basis in pair if basis is not None] == [(3, 2, 2), (3, 4, 4)]
-
-
-def test_bases_of_another_number_of_groups_are_refused() -> None:
-    block = operators()[0].blocks[0]
-    with pytest.raises(ValueError, match=r"input_basis must be \[3, 4, 4\]"):
-        EigenBlock(block.output_basis, block.input_basis[:2], block.eigenvalues)

@@ -97,10 +97,3 @@ def test_gradients_reach_deltas_and_scale() -> None:
     (gradient,) = torch.autograd.grad((EigenKron((block,)) + deltas).logdet(), deltas)
     values = block.multiplicities() / (block.eigenvalues + 0.7)
     assert_exact(gradient, values.sum().reshape(1))
-
-
-def test_a_thin_basis_must_leave_one_entry_for_its_complement() -> None:
-    with pytest.raises(ValueError, match="input_basis must be"):
-        EigenBlock(basis(3, 3, 0), basis(6, 2, 1), table(3, 2))
-    with pytest.raises(ValueError, match="output_basis must be"):
-        EigenBlock(basis(6, 2, 1), basis(3, 3, 0), table(6, 3))

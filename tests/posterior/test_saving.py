@@ -129,6 +129,8 @@ def test_a_missing_eigenbasis_and_other_tensors_are_named_when_a_state_is_read()
     bases = [key for key, value in state.items() if key.endswith("_basis") and value is not None]
     edits = {f"{key} {value}": {key: value} for key in bases for value in (None, "sparse", "meta")}
     edits |= {key: {key: value} for key, value in EDITS.items()}
+    edits |= {f"{key} twice": {key: torch.cat([state[key]] * 2, -1)} for key in bases}
+    edits["nan"] = {"tables[0]": torch.full_like(state["tables[0]"], torch.nan)}
     triangle = next(key for key in state if key.endswith("/triangle"))
     for edit in edits.values():
         [(key, value)] = edit.items()

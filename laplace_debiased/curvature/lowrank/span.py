@@ -56,21 +56,6 @@ class SpanDirections:
     eigenvalues: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class JoinedPart:
-    """One term share · U M Uᵀ of a matrix average.
-
-    Attributes:
-        basis: U [P, k], orthonormal columns.
-        core: M, its diagonal [k] or the whole matrix [k, k]; positive semi-definite.
-        share: weight of the term.
-    """
-
-    basis: Tensor
-    core: Tensor
-    share: float
-
-
 def relative_cutoff(dtype: torch.dtype) -> float:
     """Eigenvalues of a Gram matrix below this share of the largest are rounding noise.
 
@@ -83,7 +68,7 @@ def relative_cutoff(dtype: torch.dtype) -> float:
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    """K = Z Zᵀ [q, q] in float64, from rows Z [q, P] in blocks of columns."""
+    """K = Z Zᵀ [q, q] in float64, of rows Z [q, P]."""
     return products_of_rows(rows, rows)
 
 
@@ -180,8 +165,10 @@ def _root_and_inverse(overlap: Tensor) -> tuple[Tensor, Tensor]:
     return vectors[:, kept] * scale, (vectors[:, kept] / scale).T
 
 
-def matrix_average(parts: Sequence[JoinedPart], rank: int | None = None) -> Eigenpairs:
-    """Eigenpairs of Σ_k share_k U_k M_k U_kᵀ, from the Gram matrix of all bases.
+def matrix_average(
+    parts: Sequence[Eigenpairs], shares: Sequence[float], rank: int | None = None
+) -> Eigenpairs:
+    """Eigenpairs of Σ_k share_k U_k diag(λ_k) U_kᵀ, from the Gram matrix of all bases.
 
     No direction is matched with another: a basis that has no direction where another has one counts
     as zero there only in its own share.
@@ -190,21 +177,15 @@ def matrix_average(parts: Sequence[JoinedPart], rank: int | None = None) -> Eige
         NumericalError: if the sum is not finite, or vanishes.
     """
     bases = torch.cat([part.basis for part in parts], dim=1)
-    roots = [core_root(part.core, part.share) for part in parts]
-    factor = torch.block_diag(*roots)
+    magnitudes = zip(parts, shares, strict=True)
+    scaled = torch.cat([part.eigenvalues.double() * share for part, share in magnitudes])
     found = span_eigenpairs(
-        gram_matrix(bases.T), factor, rank=rank, cutoff=relative_cutoff(bases.dtype)
+        gram_matrix(bases.T),
+        scaled.clamp_min(0.0).sqrt(),
+        rank=rank,
+        cutoff=relative_cutoff(bases.dtype),
     )
     return orthonormal_pairs(bases.T, found)
-
-
-def core_root(core: Tensor, share: float) -> Tensor:
-    """R [k, k] with R Rᵀ = share · M, for M given by its diagonal [k] or whole [k, k]."""
-    core = core.double() * share
-    if core.ndim == 1:
-        return core.clamp_min(0.0).sqrt().diag()
-    values, vectors = eigenpairs((core + core.T) / 2)
-    return vectors * values.clamp_min(0.0).sqrt()
 
 
 def combined_rows(rows: Tensor, coefficients: Tensor) -> Tensor:

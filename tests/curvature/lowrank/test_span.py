@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laplace_debiased.curvature.lowrank.span import (
-    JoinedPart,
+    Eigenpairs,
     gram_matrix,
     matrix_average,
     orthonormal_pairs,
@@ -87,24 +87,20 @@ def test_rank_keeps_the_largest():
     assert torch.equal(part.eigenvalues, whole.eigenvalues[:2])
 
 
-@pytest.mark.parametrize("full_core", [False, True])
-def test_matrix_average_is_the_weighted_sum(full_core):
-    g = generator(3)
+def test_matrix_average_is_the_weighted_sum():
+    g, shares = generator(3), (0.3, 0.7)
     parts, dense = [], torch.zeros(9, 9, dtype=torch.float64)
-    for share, rank in ((0.3, 4), (0.7, 6)):
+    for share, rank in zip(shares, (4, 6), strict=True):
         basis = torch.linalg.qr(torch.randn(9, rank, dtype=torch.float64, generator=g)).Q
-        core = torch.rand(rank, dtype=torch.float64, generator=g)
-        if full_core:
-            core = torch.randn(rank, rank, dtype=torch.float64, generator=g)
-            core = core @ core.T
-        parts.append(JoinedPart(basis, core, share))
-        dense += share * basis @ (core if full_core else core.diag()) @ basis.T
-    pairs = matrix_average(parts)
+        magnitudes = torch.rand(rank, dtype=torch.float64, generator=g)
+        parts.append(Eigenpairs(basis, magnitudes))
+        dense += share * basis @ magnitudes.diag() @ basis.T
+    pairs = matrix_average(parts, shares)
     assert relative_error(along(pairs.basis, pairs.eigenvalues), dense) < 1e-10
-    swapped = matrix_average(parts[::-1])
+    swapped = matrix_average(parts[::-1], shares[::-1])
     assert relative_error(along(swapped.basis, swapped.eigenvalues), dense) < 1e-10
     values, vectors = eigenvectors(dense, 3)
-    leading = matrix_average(parts, 3)
+    leading = matrix_average(parts, shares, 3)
     assert relative_error(along(leading.basis, leading.eigenvalues), along(vectors, values)) < 1e-9
 
 
