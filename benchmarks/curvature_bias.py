@@ -23,7 +23,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ from laplace_debiased.diagnostics import (
     eigenspace_overlap,
     plot_eigenspaces,
     plot_profiles,
-    profile_from_directions,
     top_eigenpairs,
 )
 
@@ -91,19 +89,14 @@ def measure(problem: Problem, options: argparse.Namespace) -> Measurement:
     stops = torch.tensor([own.vectors.shape[1] for own, _ in pairs]).cumsum(0)
     columns = torch.arange(int(stops[-1])).tensor_split(stops[:-1])
     profiles = tuple(
-        profile_from_directions(
+        DirectionalProfile.of(
+            *(_quadratic(problem, [batch], own.vectors) for batch in data),
+            reference.select(part),
             own.vectors,
-            partial(_quadratic, problem, [data[0]]),
-            partial(_quadratic, problem, [data[1]]),
-            partial(_selected, reference, part),
         )
         for (own, _), data, part in zip(pairs, batches, columns, strict=True)
     )
     return Measurement(problem, profiles, tuple(pairs), len(chosen), time.perf_counter() - start)
-
-
-def _selected(quadratic: DirectionalQuadratic, part: Tensor, _: Tensor) -> DirectionalQuadratic:
-    return quadratic.select(part)
 
 
 def _eigenpairs(problem: Problem, batch: object, k: int) -> Eigenpairs:

@@ -10,7 +10,6 @@ from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
     directional_profile,
     plot_profiles,
-    profile_from_directions,
 )
 from laplace_debiased.diagnostics.summary import BiasSummary
 from laplace_debiased.diagnostics.sweep import BatchSizeSweep, batch_size_sweep, disjoint_batches
@@ -32,6 +31,5 @@ __all__ = [
     "kfac_profile",
     "plot_eigenspaces",
     "plot_profiles",
-    "profile_from_directions",
     "top_eigenpairs",
 ]

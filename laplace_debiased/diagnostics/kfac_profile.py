@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,6 @@ from laplace_debiased.diagnostics.network import check_data
 from laplace_debiased.diagnostics.profile import (
     DirectionalProfile,
     plot_profiles,
-    profile_from_directions,
 )
 from laplace_debiased.diagnostics.summary import BiasSummary
 from laplace_debiased.likelihoods import LossModel, loss_model
@@ -84,12 +83,6 @@ class KfacBlockProfile:
         )
         return replace(summary, rows=rows)
 
-    def plot(self, axes: tuple[Axes, Axes] | None = None) -> Figure:
-        """Slopes and curvatures by rank, into ``axes`` or a new figure; nothing is shown."""
-        figure = self.profile.plot(axes)
-        self._finish((figure.axes if axes is None else axes)[1])  # axes may be an array
-        return figure
-
     def _finish(self, curvatures: Axes) -> None:
         """Ranks in place of the bands' numbers, and what K-FAC itself says."""
         numbers = range(1, self.profile.n_directions + 1)
@@ -108,24 +101,6 @@ class KfacBlockProfile:
 
 
 @dataclass(frozen=True, eq=False)
-class KfacSummary:
-    """Bias ratios of every block; prints as tables.
-
-    Attributes:
-        blocks: by parameter name.
-    """
-
-    blocks: Mapping[str, BiasSummary]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return {name: summary.to_dict() for name, summary in self.blocks.items()}
-
-    def __repr__(self) -> str:
-        return "\n\n".join(f"{name}\n{summary!r}" for name, summary in self.blocks.items())
-
-
-@dataclass(frozen=True, eq=False)
 class KfacProfile:
     """Profiles of all K-FAC eigenbases of a network.
 
@@ -136,12 +111,6 @@ class KfacProfile:
 
     blocks: Mapping[str, KfacBlockProfile]
     coverage: Coverage
-
-    def summary(self, n_groups: int = 4) -> KfacSummary:
-        """Bias ratios per block and group of bands, see `KfacBlockProfile.summary`."""
-        return KfacSummary(
-            MappingProxyType({name: b.summary(n_groups) for name, b in self.blocks.items()})
-        )
 
     def plot(self, names: Sequence[str] | None = None) -> Figure:
         """Slopes and curvatures by rank, one column per block; nothing is shown.
@@ -342,12 +311,8 @@ def _block_profile(
     last = bands.sizes.cumsum(0)
     return KfacBlockProfile(
         name=bands.basis.name,
-        profile=profile_from_directions(
-            bands,
-            lambda _: own,
-            lambda _: other,
-            None if reference is None else lambda _: reference,
-            bands.means(along[None])[0],
+        profile=DirectionalProfile.of(
+            own, other, reference, parameters_along=bands.means(along[None])[0]
         ),
         first_rank=tuple((last - bands.sizes + 1).tolist()),
         last_rank=tuple(last.tolist()),

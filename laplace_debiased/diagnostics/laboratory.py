@@ -50,11 +50,6 @@ class LinearRegressionLab:
                 "be equally long (or leave offset empty)."
             )
 
-    @classmethod
-    def power_law(cls, n_dimensions: int, exponent: float = 1.0) -> LinearRegressionLab:
-        """Spectrum j^−exponent for j = 1..d: the shape that networks' curvature has."""
-        return cls(tuple(float(j) ** -exponent for j in range(1, n_dimensions + 1)))
-
     @property
     def weights(self) -> Tensor:
         """The model's weights [d], float64."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp
 from tqdm import tqdm
 
-from laplace_debiased.checks import checked_flag, checked_integer
+from laplace_debiased.checks import checked_flag
 from laplace_debiased.data.loaders import loader_generators
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic, QuadraticSums
 from laplace_debiased.diagnostics.network import LossBatch, LossNetwork
@@ -65,13 +65,12 @@ def directional_quadratic(
     *,
     matrix: str = "ggn",
     derivatives: str = "auto",
-    chunk_size: int | None = None,
     dict_key_y: str = "labels",
     progress_bar: bool = False,
 ) -> DirectionalQuadratic:
     """Slopes and curvatures of the mean loss over some data, along any directions.
 
-    For `profile_from_directions`, and for many sets of directions in one walk through the data:
+    For `DirectionalProfile.of`, and for many sets of directions in one walk through the data:
     stack them, and take each set's part with `DirectionalQuadratic.select`.
 
     Args:
@@ -81,7 +80,6 @@ def directional_quadratic(
         directions: unit columns [P, k] in the space of the trainable parameters.
         matrix: "ggn" or "hessian".
         derivatives: "auto", "forward" or "reverse", see `Derivatives`.
-        chunk_size: directions (forward) or samples (reverse) at a time; None: by memory.
         dict_key_y: key of the targets where a batch is a mapping.
         progress_bar: show one.
 
@@ -103,8 +101,6 @@ def directional_quadratic(
         )
     checked_model(model)
     checked_flag("progress_bar", progress_bar)
-    if chunk_size is not None:
-        chunk_size = checked_integer("chunk_size", chunk_size)
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise ArgumentTypeError(f"batches must give batches; got {type(batches).__name__}.")
     if not isinstance(directions, Tensor):
@@ -127,7 +123,7 @@ def directional_quadratic(
                 along = _hessian
             elif _is_reverse(how, network, directions.shape[1], data.outputs.shape[1]):
                 along = _reverse
-            sums.add(*along(network, data, directions, chunk_size))
+            sums.add(*along(network, data, directions))
     return sums.estimate()
 
 
@@ -142,9 +138,7 @@ def _is_reverse(
     return n_directions > 2 * n_outputs and fits
 
 
-def _reverse(
-    network: LossNetwork, batch: LossBatch, directions: Tensor, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
+def _reverse(network: LossNetwork, batch: LossBatch, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and GGN curvatures [m, k] from rows J_nᵀ[S_n, ∇_f ℓ_n]."""
     inputs, targets, outputs = batch
     gradient = network.loss.output_gradient(outputs, targets).unsqueeze(-1)
@@ -153,26 +147,22 @@ def _reverse(
     directions = directions.to(outputs)
     slopes = directions.new_zeros(m, directions.shape[1])
     curvatures = torch.zeros_like(slopes)
-    for chosen in row_slices(m, chunk_size or m):
-        part = select_rows(inputs, chosen)
-        for tile, rows in network.row_pass.walk(part, columns[chosen]):
-            along = rows.to(directions.dtype) @ directions
-            if tile.columns.stop == n_columns:
-                slopes[chosen][tile.samples] = along[:, -1]
-                along = along[:, :-1]
-            curvatures[chosen][tile.samples] += along.square().sum(1)
+    for tile, rows in network.row_pass.walk(inputs, columns):
+        along = rows.to(directions.dtype) @ directions
+        if tile.columns.stop == n_columns:
+            slopes[tile.samples] = along[:, -1]
+            along = along[:, :-1]
+        curvatures[tile.samples] += along.square().sum(1)
     return slopes, curvatures
 
 
-def _forward(
-    network: LossNetwork, batch: LossBatch, directions: Tensor, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
+def _forward(network: LossNetwork, batch: LossBatch, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and GGN curvatures [m, k] from derivatives of the outputs."""
     functional, (inputs, targets, outputs) = network.functional, batch
     call, parameters = functional.function_of(inputs), functional.parameters()
     gradient = network.loss.output_gradient(outputs, targets)
     root = network.loss.hessian_root(outputs)
-    size = chunk_size or max(1, _FORWARD_CHUNK_SAMPLES // len(outputs))
+    size = max(1, _FORWARD_CHUNK_SAMPLES // len(outputs))
     slopes, curvatures = [], []
     for columns in directions.split(size, dim=1):
         along = directional_outputs(call, parameters, functional.split(columns))
@@ -181,9 +171,7 @@ def _forward(
     return torch.cat(slopes, 1), torch.cat(curvatures, 1)
 
 
-def _hessian(
-    network: LossNetwork, batch: LossBatch, directions: Tensor, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
+def _hessian(network: LossNetwork, batch: LossBatch, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample slopes and Hessian curvatures [m, k], forward over reverse mode.
 
     Two forward modes would be cheaper and would need no vectorisation over samples, but torch's
@@ -193,7 +181,7 @@ def _hessian(
     directions = directions.to(network.functional.dtype)
     # A quarter of the budget: rows exist by parameter and joined, beside the passes' own memory.
     n_rows = max(1, network.row_pass.byte_budget // 4 // network.rows_bytes(1))
-    size = min(chunk_size or _HESSIAN_CHUNK_SAMPLES, n_rows)
+    size = min(_HESSIAN_CHUNK_SAMPLES, n_rows)
     wide = max(1, n_rows // size)
     slopes, curvatures = [], []
     for chosen in row_slices(len(batch.targets), size):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.checks import checked_flag, checked_integer, checked_number
+from laplace_debiased.checks import checked_flag, checked_number
 from laplace_debiased.diagnostics.eigen import top_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
 from laplace_debiased.diagnostics.measure import Derivatives, directional_quadratic
@@ -24,8 +24,6 @@ from laplace_debiased.options import parse_choice
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Directions = TypeVar("Directions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +50,37 @@ class DirectionalProfile:
     parameters_along: Tensor | None = None
     weight_decay: float = 0.0
 
+    @classmethod
+    def of(
+        cls,
+        own: DirectionalQuadratic,
+        other: DirectionalQuadratic,
+        reference: DirectionalQuadratic | None = None,
+        directions: Tensor | None = None,
+        parameters_along: Tensor | None = None,
+    ) -> DirectionalProfile:
+        """A profile of what was measured along any directions; the arguments are the attributes.
+
+        Raises:
+            ValueError: if the three disagree about the number of directions.
+        """
+        for role, quadratic in (("other", other), ("reference", reference)):
+            if quadratic is not None and quadratic.n_directions != own.n_directions:
+                raise ValueError(
+                    f"own measured {own.n_directions} directions but {role} measured "
+                    f"{quadratic.n_directions}; all must measure the same ones in the same order."
+                )
+        signs = torch.where(own.slope.mean < 0, -1.0, 1.0)
+        if parameters_along is not None:
+            parameters_along = parameters_along.detach().to("cpu", torch.float64) * signs
+        return cls(
+            own.oriented(signs),
+            other.oriented(signs),
+            None if reference is None else reference.oriented(signs),
+            None if directions is None else directions * signs.to(directions),
+            parameters_along,
+        )
+
     @property
     def n_directions(self) -> int:
         """Number of directions k."""
@@ -74,7 +103,7 @@ class DirectionalProfile:
         if self.parameters_along is None:
             raise ValueError(
                 "this profile does not hold the parameters along its directions; give "
-                "parameters_along to profile_from_directions."
+                "parameters_along to DirectionalProfile.of."
             )
         along = self.parameters_along
 
@@ -126,47 +155,6 @@ def plot_profiles(profiles: Mapping[str, DirectionalProfile]) -> Figure:
     return figure
 
 
-def profile_from_directions(
-    directions: Directions,
-    own: Callable[[Directions], DirectionalQuadratic],
-    other: Callable[[Directions], DirectionalQuadratic],
-    reference: Callable[[Directions], DirectionalQuadratic] | None = None,
-    parameters_along: Tensor | None = None,
-) -> DirectionalProfile:
-    """A profile of any directions, measured by any means.
-
-    Args:
-        directions: anything that the callables understand: a matrix [P, k], or the factors of a
-            Kronecker eigenbasis.
-        own: slopes and curvatures along them on the batch that chose them.
-        other: the same on another batch.
-        reference: the same on reference data.
-        parameters_along: uᵀθ [k], where weight decay is to be shown.
-
-    Raises:
-        ValueError: if the three disagree about the number of directions.
-    """
-    at_own, at_other = own(directions), other(directions)
-    at_reference = None if reference is None else reference(directions)
-    for role, quadratic in (("other", at_other), ("reference", at_reference)):
-        if quadratic is not None and quadratic.n_directions != at_own.n_directions:
-            raise ValueError(
-                f"own measured {at_own.n_directions} directions but {role} measured "
-                f"{quadratic.n_directions}; all must measure the same ones in the same order."
-            )
-    signs = torch.where(at_own.slope.mean < 0, -1.0, 1.0)
-    dense = directions * signs.to(directions) if isinstance(directions, Tensor) else None
-    return DirectionalProfile(
-        own=at_own.oriented(signs),
-        other=at_other.oriented(signs),
-        reference=None if at_reference is None else at_reference.oriented(signs),
-        directions=dense,
-        parameters_along=None
-        if parameters_along is None
-        else parameters_along.detach().to("cpu", torch.float64) * signs,
-    )
-
-
 @public_call
 def directional_profile(
     model: nn.Module,
@@ -177,10 +165,8 @@ def directional_profile(
     k: int = 100,
     *,
     matrix: str = "ggn",
-    weight_decay: float = 0.0,
     solver: str = "auto",
     derivatives: str = "auto",
-    chunk_size: int | None = None,
     seed: int = 0,
     dict_key_y: str = "labels",
     progress_bar: bool = False,
@@ -202,17 +188,15 @@ def directional_profile(
             shares with ``batch`` pull it towards that batch, by their share.
         k: number of top eigenvectors; fewer where the batch's matrix has fewer that are not zero.
         matrix: "ggn" or "hessian".
-        weight_decay: δ of ½ δ‖θ‖² in the quadratics (`DirectionalProfile.with_weight_decay`
-            changes it later at no cost).
         solver: "auto", "gram", "lanczos" or "dense", see `top_eigenpairs`.
         derivatives: "auto", "forward" or "reverse", see `Derivatives`.
-        chunk_size: directions (forward) or samples (reverse) at a time; None: by memory.
         seed: for Lanczos' starting vector.
         dict_key_y: key of the targets where a batch is a mapping.
         progress_bar: show one per stage.
 
     Returns:
-        Per-sample means in nats along unit directions.
+        Per-sample means in nats along unit directions; `DirectionalProfile.with_weight_decay` adds
+        ½ δ‖θ‖² at no cost.
 
     Raises:
         ValueError: for a bad option, an empty batch, or targets that do not fit.
@@ -223,9 +207,6 @@ def directional_profile(
     """
     # What is wrong is said before anything is computed.
     parse_choice(Derivatives, derivatives, "derivatives")
-    if chunk_size is not None:
-        chunk_size = checked_integer("chunk_size", chunk_size)
-    checked_number("weight_decay", weight_decay)
     checked_model(model)
     checked_flag("progress_bar", progress_bar)
     check_data(batch, other_batch, reference_loader, dict_key_y)
@@ -241,25 +222,21 @@ def directional_profile(
         progress_bar=progress_bar,
     )
 
-    def along(batches: Iterable[object], directions: Tensor) -> DirectionalQuadratic:
-        return directional_quadratic(
-            model,
-            likelihood,
-            batches,
-            directions,
-            matrix=matrix,
-            derivatives=derivatives,
-            chunk_size=chunk_size,
-            dict_key_y=dict_key_y,
-            progress_bar=progress_bar,
-        )
-
+    along = partial(
+        directional_quadratic,
+        model,
+        likelihood,
+        directions=pairs.vectors,
+        matrix=matrix,
+        derivatives=derivatives,
+        dict_key_y=dict_key_y,
+        progress_bar=progress_bar,
+    )
     parameters = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
-    profile = profile_from_directions(
+    return DirectionalProfile.of(
+        along([batch]),
+        along([other_batch]),
+        None if reference_loader is None else along(reference_loader),
         pairs.vectors,
-        partial(along, [batch]),
-        partial(along, [other_batch]),
-        None if reference_loader is None else partial(along, reference_loader),
         pairs.vectors.T @ torch.cat(parameters).to(pairs.vectors),
     )
-    return profile.with_weight_decay(weight_decay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,10 +82,7 @@ class BatchSizeSweep:
 
 
 def disjoint_batches(
-    dataset: Any,
-    batch_size: int,
-    generator: torch.Generator,
-    collate_fn: Callable[[list[Any]], object] = default_collate,
+    dataset: Any, batch_size: int, generator: torch.Generator
 ) -> tuple[object, object]:
     """Two batches without a common sample, drawn uniformly without replacement.
 
@@ -93,7 +90,6 @@ def disjoint_batches(
         dataset: anything with a length and items.
         batch_size: samples in each.
         generator: source of the draw.
-        collate_fn: makes a batch of a list of items.
 
     Raises:
         ValueError: if the data set is smaller than both batches.
@@ -105,7 +101,7 @@ def disjoint_batches(
         )
     order = torch.randperm(len(dataset), generator=generator)[: 2 * batch_size].tolist()
     halves = order[:batch_size], order[batch_size:]
-    own, other = (collate_fn([dataset[i] for i in half]) for half in halves)
+    own, other = (default_collate([dataset[i] for i in half]) for half in halves)
     return own, other
 
 
@@ -119,7 +115,6 @@ def batch_size_sweep(
     k: int = 20,
     pairs: int = 3,
     seed: int = 0,
-    collate_fn: Callable[[list[Any]], object] = default_collate,
     progress_bar: bool = False,
     **options: Any,
 ) -> BatchSizeSweep:
@@ -134,7 +129,6 @@ def batch_size_sweep(
         k: directions per batch.
         pairs: pairs of batches per size.
         seed: of the draws.
-        collate_fn: makes a batch of a list of items.
         progress_bar: show one over all pairs.
         **options: further options of `directional_profile`.
 
@@ -152,7 +146,7 @@ def batch_size_sweep(
     steps = [size for size in batch_sizes for _ in range(pairs)]
     rows = []
     for size in tqdm(steps, desc="pairs of batches", disable=not progress_bar):
-        drawn = disjoint_batches(dataset, size, generator, collate_fn)
+        drawn = disjoint_batches(dataset, size, generator)
         rows.append(_one_pair(model, likelihood, drawn, reference_loader, k, options))
     table = torch.tensor(rows, dtype=torch.float64).reshape(len(batch_sizes), pairs, 4)
     return BatchSizeSweep(batch_sizes, k, *table.unbind(-1))
@@ -175,7 +169,7 @@ def _one_pair(
     there = top_eigenpairs(model, likelihood, drawn[1], k, **shared)
     summary, here = profile.summary(), cast(Tensor, profile.directions)
     both = min(profile.n_directions, there.vectors.shape[1])
-    spectrum = profile.own.curvature.mean[:both] - profile.weight_decay
+    spectrum = profile.own.curvature.mean[:both]
     return (
         cast(float, summary.median_own_to_reference),
         cast(float, summary.median_other_to_reference),

@@ -161,7 +161,6 @@ ROWS = [
         "meta",
     ),
     profile("model=3", "ArgumentTypeError", "model", "int", model=3),
-    profile("chunk_size=-1", "ValueError", "chunk_size", chunk_size=-1),
     profile('k="a"', "ArgumentTypeError", "k must be", k="a"),
     profile("batch=3", "TypeError", "pairs", "int", batch=3),
     tool(

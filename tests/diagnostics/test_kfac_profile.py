@@ -192,17 +192,13 @@ def test_weight_decay_moves_slopes_by_the_parameters_along_the_directions():
         assert_exact(moved, 0.5 * block.profile.parameters_along)
 
 
-def test_summary_names_true_ranks_and_prints_every_block():
+def test_summary_names_true_ranks():
     p = problem("cnn")
-    profile = profile_of(p, 5)
-    summary = profile.summary(2)
-    for name, block in profile.blocks.items():
-        rows = summary.blocks[name].rows
+    for block in profile_of(p, 5).blocks.values():
+        rows = block.summary(2).rows
         assert rows[0].first == 1
         assert rows[-1].last == block.last_rank[-1]
         assert rows[0].last + 1 == rows[1].first
-        assert name in repr(summary)
-    assert set(summary.to_dict()) == set(p.names)
 
 
 def test_plots_show_ranks_and_refuse_unknown_blocks():
@@ -213,9 +209,6 @@ def test_plots_show_ranks_and_refuse_unknown_blocks():
     labels = [tick.get_text() for tick in figure.axes[3].get_xticklabels()]
     assert labels == ["1", "10"]
     assert len(profile.plot(["0.bias"]).axes) == 2
-    assert len(profile.blocks["0.weight"].plot().axes) == 2
-    axes = figure.subplots(2, 1)  # an array, as matplotlib gives it
-    assert profile.blocks["0.weight"].plot(axes) is figure
     for names in (["nothing"], []):
         with pytest.raises(ValueError, match="names must be"):
             profile.plot(names)

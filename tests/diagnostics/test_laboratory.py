@@ -98,7 +98,7 @@ def test_top_curvature_in_an_isotropic_plane_has_its_closed_form(batch_size):
 
 def test_curvature_bias_alone_has_no_slopes_and_is_cured_by_another_batch():
     # 800 draws, 10 ranks at 3 standard errors: error rate 2.7 %, seed 13.
-    lab = LinearRegressionLab.power_law(10)
+    lab = LinearRegressionLab(tuple(1 / j for j in range(1, 11)))
     bias = lab.expected_bias(20, 800, generator(13))
     assert not bias.own_slope.mean.any()
     gap = bias.own_curvature.mean - bias.population_curvature.mean

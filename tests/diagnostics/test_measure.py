@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laplace_debiased.diagnostics import directional_quadratic
+from laplace_debiased.diagnostics import directional_quadratic, measure
 from laplace_debiased.diagnostics.measure import Derivatives
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.options import Curvature
@@ -71,14 +71,16 @@ def test_layer_norm_keeps_all_its_second_derivatives():
 
 
 @pytest.mark.parametrize("matrix", list(Curvature))
-def test_batching_order_and_chunks_change_nothing(matrix):
+def test_batching_order_and_chunks_change_nothing(matrix, monkeypatch):
     p = problem("cnn", n=11)
     directions = oracles.orthonormal(len(oracles.flat(p.model)), 5)
     whole = measured(p, directions, matrix=matrix)
     shuffled = torch.randperm(11, generator=torch.Generator().manual_seed(1))
     pieces = [(p.x[i], p.y[i]) for i in shuffled.split(4)]
-    for options in ({}, {"chunk_size": 1}, {"chunk_size": 3}):
-        again = measured(p, directions, pieces, matrix=matrix, **options)
+    for size in (2048, 1, 3):
+        monkeypatch.setattr(measure, "_HESSIAN_CHUNK_SAMPLES", size)
+        monkeypatch.setattr(measure, "_FORWARD_CHUNK_SAMPLES", 4 * size)
+        again = measured(p, directions, pieces, matrix=matrix)
         assert_same(again.curvature.mean, whole.curvature.mean)
         assert_same(again.slope.mean, whole.slope.mean)
         assert_same(again.curvature.covariance, whole.curvature.covariance)
@@ -136,7 +138,6 @@ BAD_ARGUMENTS = {
     "model": "x",
     "batches": 3,
     "directions": [1.0],
-    "chunk_size": "x",
     "progress_bar": "no",
 }
 
@@ -153,8 +154,6 @@ def test_bad_calls_raise():
         given = {"model": p.model, "likelihood": p.likelihood} | given
         with pytest.raises(TypeError, match=f"^{name} must "):
             directional_quadratic(**given)
-    with pytest.raises(ValueError, match="chunk_size"):
-        directional_quadratic(p.model, p.likelihood, p.loader(), torch.eye(size), chunk_size=0)
     with pytest.raises(ValueError, match="no batches"):
         measured(p, torch.eye(size), iter(()))
     with pytest.raises(TypeError, match="pair"):

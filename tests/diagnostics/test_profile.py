@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_debiased.diagnostics import (
+    DirectionalProfile,
     DirectionalQuadratic,
     directional_profile,
-    profile_from_directions,
 )
 from laplace_debiased.diagnostics.estimates import MomentSums
 from tests.diagnostics import oracles
@@ -81,7 +81,8 @@ def test_rebatching_and_shuffling_the_reference_changes_nothing(matrix):
 
 def test_weight_decay_is_the_regularised_loss_seen_along_the_same_directions():
     p = problem("mlp")
-    decay, bare = profile_of(p, weight_decay=0.3), profile_of(p)
+    bare = profile_of(p)
+    decay = bare.with_weight_decay(0.3)
     u, theta = bare.directions, oracles.flat(p.model)
     size = len(theta)
     regularised = ggn(p, p.names, slice(10, None)) + 0.3 * torch.eye(size, dtype=torch.float64)
@@ -167,11 +168,9 @@ def quadratic(slopes, curvatures):
 
 
 def test_a_profile_takes_any_directions_and_orients_them_by_the_own_slope():
-    factors = ("left", "right")
-    profile = profile_from_directions(
-        factors,
-        lambda d: quadratic([-1.0, 2.0], [3.0, 4.0]) if d is factors else None,
-        lambda d: quadratic([-0.5, -0.5], [1.0, 2.0]),
+    profile = DirectionalProfile.of(
+        quadratic([-1.0, 2.0], [3.0, 4.0]),
+        quadratic([-0.5, -0.5], [1.0, 2.0]),
         parameters_along=torch.tensor([1.0, 1.0]),
     )
     assert profile.own.slope.mean.tolist() == [1.0, 2.0]
@@ -180,9 +179,7 @@ def test_a_profile_takes_any_directions_and_orients_them_by_the_own_slope():
     assert profile.parameters_along.tolist() == [-1.0, 1.0]
     assert profile.directions is None
     with pytest.raises(ValueError, match="other measured 1"):
-        profile_from_directions(
-            factors, lambda d: quadratic([1.0, 1.0], [1.0, 1.0]), lambda d: quadratic([1.0], [1.0])
-        )
+        DirectionalProfile.of(quadratic([1.0, 1.0], [1.0, 1.0]), quadratic([1.0], [1.0]))
 
 
 def test_options_are_checked():
@@ -192,5 +189,3 @@ def test_options_are_checked():
             profile_of(p, **{option: value})
     with pytest.raises(ValueError, match="likelihood"):
         directional_profile(p.model, "poisson", (p.x, p.y), (p.x, p.y))
-    with pytest.raises(ValueError, match="weight_decay"):
-        profile_of(p, weight_decay=-0.1)
