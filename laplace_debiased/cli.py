@@ -30,10 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         # Imported here: help and version need neither data nor plots.
-        from laplace_debiased.demo import DemoOptions, run_demo
+        from laplace_debiased.demo import run_demo
 
         run_demo(
-            DemoOptions(given.output, given.samples, given.seed, given.quick, not given.no_progress)
+            given.output,
+            given.samples,
+            given.seed,
+            quick=given.quick,
+            progress_bar=not given.no_progress,
         )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
