@@ -88,11 +88,7 @@ class FunctionalNetwork:
         return map_tensors(usable, plain_containers(to_device(inputs, self.device)))
 
     def call(self, parameters: Parameters, constants: Parameters, inputs: Any) -> Tensor:
-        """Network outputs at some parameters, in float32 or better whatever the model casts to.
-
-        Raises:
-            TypeError: if the model does not return a tensor.
-        """
+        """Network outputs in float32 or better, whatever the model casts to; TypeError for none."""
         # Only plain dicts go through vmap; a model may read its batch by attribute.
         inputs = AttributeDict(inputs) if isinstance(inputs, dict) else inputs
         args, kwargs = call_arguments(self.model, inputs)
@@ -119,9 +115,7 @@ class FunctionalNetwork:
     def rows(self, inputs: Any, columns: Tensor) -> Tensor:
         """Rows J_nᵀ s [n, r, P] for every sample and every column s, in one vectorised call.
 
-        Args:
-            inputs: prepared inputs of n samples.
-            columns: cotangents [n, ..., r] of the outputs [n, ...].
+        Of prepared inputs of n samples, and cotangents [n, ..., r] of the outputs [n, ...].
 
         Raises:
             RuntimeError: if torch cannot vectorise the network.
@@ -148,11 +142,7 @@ class FunctionalNetwork:
         }
 
     def saved_entries(self, sample: Any) -> tuple[int, int]:
-        """Entries that a forward pass saves for its backward pass: in all, and the largest.
-
-        Args:
-            sample: prepared inputs of one sample.
-        """
+        """Entries that a pass of one sample saves for its backward pass: in all and the largest."""
         parameters = {k: v.requires_grad_(True) for k, v in self.parameters().items()}
         own = {value.data_ptr() for value in [*parameters.values(), *self.model.parameters()]}
         saved: list[int] = [0]

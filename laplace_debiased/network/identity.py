@@ -64,9 +64,7 @@ class ModelFingerprint:
     def differences(self, other: ModelFingerprint, *, values: bool = True) -> tuple[str, ...]:
         """What ``other`` has differently, one phrase per entry; empty if it is the same model.
 
-        Args:
-            other: the fingerprint to compare with.
-            values: whether weights count, or names, shapes and dtypes alone.
+        Without ``values`` names, shapes and dtypes alone count.
         """
         found = [f"{name} is missing" for name in self.entries if name not in other.entries]
         found += [f"{name} is new" for name in other.entries if name not in self.entries]
@@ -113,8 +111,7 @@ class ModelFingerprint:
     ) -> ModelFingerprint:
         """Read :meth:`to_state` and :attr:`modules`; up to version 5 [shape, dtype, digest].
 
-        Raises:
-            ValueError: if it is something else.
+        A ValueError says that it is something else.
         """
         entries = {}
         try:
@@ -132,11 +129,7 @@ class ModelFingerprint:
 
 
 def fingerprint(model: nn.Module) -> ModelFingerprint:
-    """Fingerprint of a model's present weights: reads every weight once.
-
-    Raises:
-        ValueError: if a tensor has no values to read (on the meta device, say).
-    """
+    """Fingerprint of a model's present weights: reads every weight once."""
     named = sorted(named_tensors(model))
     tensors = [tensor for _, tensor in named]
     with ThreadPoolExecutor(2) as pool:
@@ -182,11 +175,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's entries in row-major order, hexadecimal.
-
-    Raises:
-        ValueError: if it has no values to read.
-    """
+    """SHA-256 of a tensor's entries in row-major order, hexadecimal; ValueError without."""
     # Gradient and inference modes are per thread; nothing here must depend on the caller's.
     with outside_inference_mode(), torch.no_grad():
         values = tensor.detach()

@@ -88,14 +88,7 @@ class LastLayerNetwork(FeatureExtractor):
     """laplace-torch's feature extractor around the user's own network, without a trace in it.
 
     It listens to the torch functions of a forward pass; the network is neither copied nor changed.
-
-    Args:
-        model: the user's network.
-        name: qualified name of its last layer; None while it is not known.
-        reduction: how features of more than two dimensions are reduced.
-
-    Raises:
-        ValueError: if the named layer is no linear layer.
+    The last layer's ``name`` is None while it is not known; ValueError if it is no linear layer.
     """
 
     def __init__(
@@ -155,11 +148,7 @@ def _noting(model: nn.Module) -> Iterator[_LastRead]:
 
 
 def found_last_layer(model: nn.Module, inputs: Any) -> str:
-    """Name of the layer whose parameter a forward pass reads last.
-
-    Args:
-        model: the network.
-        inputs: some of its inputs; one sample is used.
+    """Name of the layer whose parameter a forward pass of one of the samples reads last.
 
     Raises:
         ValueError: if it is not linear, naming what was found; or if the model is one layer.
@@ -191,11 +180,7 @@ def found_last_layer(model: nn.Module, inputs: Any) -> str:
 
 
 def check_last_layer_name(model: nn.Module, name: str | None) -> None:
-    """Check that a name is that of a linear layer.
-
-    Raises:
-        ValueError: naming those that there are.
-    """
+    """Check that a name is that of a linear layer; a ValueError names those that there are."""
     if name is None:
         return
     linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]

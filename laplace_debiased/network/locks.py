@@ -2,78 +2,56 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 from torch import nn
 
 from laplace_debiased.network.interrupts import let_through, unbroken
 
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, ModelLock] = weakref.WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, tuple[threading.RLock, ...]] = (
+    weakref.WeakKeyDictionary()
+)
 _REGISTRY_LOCK = threading.Lock()
-_SERIAL = itertools.count()
 _PATIENCE = 0.05
 """Seconds between two looks at whether the user wants to wait no longer."""
 
 
-class ModelLock:
-    """A re-entrant lock over a model's modules, held while their mode or hooks differ.
-
-    Args:
-        parts: the locks that it stands for; taken in order of creation, so that two models which
-            share modules cannot wait for each other.
-    """
-
-    def __init__(self, parts: Iterable[_Part]) -> None:
-        self.parts = tuple(sorted(set(parts)))
-
-    @unbroken
-    def held(self) -> Iterator[None]:
-        """Hold it in the block; waiting for it can be interrupted."""
-        taken = []
-        try:
-            for part in self.parts:
-                while not part.lock.acquire(timeout=_PATIENCE):
-                    let_through()
-                taken.append(part)
-            yield
-        finally:
-            for part in reversed(taken):
-                part.lock.release()
-
-
-@dataclass(frozen=True, order=True)
-class _Part:
-    serial: int
-    lock: threading.RLock = field(compare=False, default_factory=threading.RLock)
-
-
 @unbroken
 def model_lock(model: nn.Module) -> Iterator[None]:
-    """Hold the model's lock in the block.
+    """Hold the model's locks in the block; waiting for them can be interrupted.
 
     Whoever predicts with the same model waits for their turn; other models go on meanwhile.
     """
-    with lock_of(model).held():
+    taken = []
+    try:
+        for lock in locks_of(model):
+            while not lock.acquire(timeout=_PATIENCE):
+                let_through()
+            taken.append(lock)
         yield
+    finally:
+        for lock in reversed(taken):
+            lock.release()
 
 
-def lock_of(model: nn.Module) -> ModelLock:
-    """One lock per model; models that share a module (a wrapper, a backbone) exclude each other."""
+def locks_of(model: nn.Module) -> tuple[threading.RLock, ...]:
+    """A model's re-entrant locks; models that share a module (a wrapper, a backbone) share one.
+
+    In one order for all, so that two models which share modules cannot wait for each other.
+    """
     with _REGISTRY_LOCK:
         known = _LOCKS.get(model)
         if known is not None:
             return known
         modules = list(model.modules())
-        parts = {part for module in modules if module in _LOCKS for part in _LOCKS[module].parts}
-        lock = ModelLock(parts or {_Part(next(_SERIAL))})
+        parts = {part for module in modules for part in _LOCKS.get(module, ())}
+        locks = tuple(sorted(parts or {threading.RLock()}, key=id))
         for module in modules:
-            _LOCKS.setdefault(module, lock)
-        return lock
+            _LOCKS.setdefault(module, locks)
+        return locks
 
 
 def _forget_locks() -> None:

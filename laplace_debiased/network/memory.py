@@ -50,10 +50,6 @@ def working_memory(byte_budget: int, device: torch.device) -> int:
 
     A GPU that waits for its next kernel is idle, and small chunks are little work per kernel: there
     the default is an eighth of the memory that is free, up to 4 GiB.
-
-    Args:
-        byte_budget: the option; its default stands for "as fits the device".
-        device: where the pass runs.
     """
     if byte_budget != DEFAULT_BYTE_BUDGET or device.type != "cuda":
         return byte_budget
@@ -67,10 +63,6 @@ def memory_of_one(byte_budget: int, device: torch.device) -> int:
     Chunks of the default size suit a processor's caches. A sample of a wide network that is larger
     gains nothing from being cut further: what does not fit is pulled back again and again. So by
     default it may take an eighth of the machine's memory on the CPU, up to 2 GiB.
-
-    Args:
-        byte_budget: of the pass.
-        device: where it runs.
     """
     if byte_budget != DEFAULT_BYTE_BUDGET or device.type != "cpu":
         return byte_budget

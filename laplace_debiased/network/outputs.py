@@ -16,15 +16,10 @@ _REPEATABLE = 1e-3
 
 
 def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> None:
-    """Check that outputs are finite, one row per sample.
-
-    Args:
-        outputs: network outputs.
-        length: samples that went in.
-        positions: whether a sample may have outputs at several positions.
+    """Check that outputs of ``length`` samples are finite, and one row for each.
 
     Raises:
-        ValueError: if they are not [m, C], nor [m, T, C] where that is allowed.
+        ValueError: if they are not [m, C], nor [m, T, C] where ``positions`` allows it.
         NumericalError: if one is NaN or infinite.
     """
     if outputs.ndim not in ((2, 3) if positions else (2,)) or outputs.shape[0] != length:
@@ -50,11 +45,7 @@ def check_outputs(outputs: Tensor, length: int, *, positions: bool = False) -> N
 
 
 def check_repeatable(outputs: Tensor, again: Tensor) -> None:
-    """Check that outputs of two passes over the same samples agree, but for the order of sums.
-
-    Raises:
-        ValueError: if they do not.
-    """
+    """Check that outputs of two passes over the same samples agree, but for the order of sums."""
     difference = largest_difference(outputs, again)
     if difference is not None:
         raise ValueError(
@@ -73,11 +64,7 @@ def largest_difference(outputs: Tensor, again: Tensor) -> float | None:
 
 
 def checked_tensor(outputs: object) -> Tensor:
-    """What a model returned, if it is a tensor.
-
-    Raises:
-        TypeError: if it is anything else.
-    """
+    """What a model returned, if it is a tensor; else a TypeError says how to return one."""
     if isinstance(outputs, Tensor):
         return outputs
     keys = f" of {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
@@ -88,11 +75,7 @@ def checked_tensor(outputs: object) -> Tensor:
 
 
 def checked_model(model: object) -> nn.Module:
-    """``model`` if it is one.
-
-    Raises:
-        ArgumentTypeError: if it is anything else.
-    """
+    """``model`` if it is one, else an ArgumentTypeError."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     return model

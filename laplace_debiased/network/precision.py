@@ -31,8 +31,5 @@ def in_precision_of(model: nn.Module, tensor: Tensor) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """The tensor in float32 if it is of half precision, else as it is.
-
-    Sums of squares overflow in float16 and lose their digits in bfloat16.
-    """
+    """In float32 if of half precision, where sums of squares overflow or lose their digits."""
     return tensor.float() if tensor.dtype in HALF_DTYPES else tensor

@@ -48,16 +48,8 @@ class Probe:
     def of(cls, model: nn.Module, inputs: Any, *, may_mix: bool) -> Probe | None:
         """Run the first and the last sample of a batch alone, and in the batch.
 
-        Args:
-            model: the network.
-            inputs: a batch's.
-            may_mix: whether it is known, and taken care of, that its samples depend on each other.
-
-        Returns:
-            The sample alone; None of a network that takes no batch of one.
-
-        Raises:
-            ValueError: if its outputs depend on what else is in the batch.
+        ``may_mix`` says that samples are known to depend on each other; else that is a
+        ValueError. Returns the sample alone; None of a network that takes no batch of one.
         """
         try:
             sample = select_rows(inputs, slice(0, 1))
@@ -74,8 +66,7 @@ class Probe:
     def drawn(cls, model: nn.Module, inputs: Any) -> Probe | None:
         """Run a sample that is like those of a batch and none of them: a file may hold it.
 
-        Returns:
-            The sample; None where none can be drawn, or the network refuses it.
+        None where none can be drawn, or the network refuses it.
         """
         try:
             sample = _made_up(inputs, _device(model))
@@ -116,9 +107,6 @@ def _check_apart(model: nn.Module, inputs: Any, first: Tensor) -> None:
     """Check that the samples at both ends of a batch have the outputs that they have alone.
 
     Both, since a model may mix one end in with the others.
-
-    Raises:
-        ValueError: if they do not.
     """
     size = min(_BATCH, batch_length(inputs))
     batch = _outputs(model, select_rows(inputs, slice(0, size)))
@@ -144,10 +132,8 @@ def _made_up(inputs: Any, device: torch.device) -> Any | None:
 
     Real entries are normal with the mean and deviation of all entries of the batch's first
     samples. Integers are all their smallest one, flags all their largest: valid, and of nobody.
-
-    Returns:
-        The sample; None if the inputs hold more than tensors, or if an index out of range could
-        come of it where that ends the process's use of the device.
+    None if the inputs hold more than tensors, or if an index out of range could come of it where
+    that ends the process's use of the device.
     """
     rows = select_rows(inputs, slice(0, min(_BATCH, batch_length(inputs))))
     if not _is_plain(rows):

@@ -89,12 +89,8 @@ def preserved_rng(
     """Restore all random number generators on exit, also when an exception passes through.
 
     Guards torch's CPU generator, its CUDA generators (where CUDA is initialised), numpy's global
-    generator, ``random``, and the ``generators`` given. Not safe across threads, as the
-    generators are global.
-
-    Args:
-        seed: Seed for all of them inside the block; None leaves them where they are.
-        generators: Further generators to guard, such as a loader's ``generator=``.
+    generator, ``random``, and the ``generators`` given (a loader's). Not safe across threads, as
+    the generators are global. ``seed`` is for all of them in the block; None leaves them as is.
 
     Raises:
         TypeError: ``seed`` is not an integer.
@@ -116,19 +112,11 @@ def guarded_iter(
     *,
     generators: Iterable[torch.Generator] = (),
 ) -> Iterator[T]:
-    """Iterate over ``make()`` on a random stream of its own.
+    """Iterate over ``make()`` on a random stream of its own, which begins at ``seed``.
 
     Between two items the caller's generators are in place; the stream of the iteration goes on
     where it stopped. So the items do not depend on what the caller draws, nor the caller's draws
     on the items, and an early stop or an exception leaves nothing behind.
-
-    Args:
-        make: Makes the iterable; called inside the guard at the first step.
-        seed: Seed of the stream: equal seeds give equal items.
-        generators: Further generators to guard and seed.
-
-    Yields:
-        The items of ``make()``.
     """
     generators = tuple(generators)
     iterator: Iterator[T] | None = None
@@ -149,12 +137,7 @@ def guarded_iter(
 
 @unbroken
 def undrawn_on_failure(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Where an exception passes through, what was drawn inside has not been drawn.
-
-    Args:
-        generator: source of the draws; None for torch's global one of the device.
-        device: where it draws.
-    """
+    """Where an exception passes through, what was drawn inside has not been drawn."""
     source = generator
     if source is None:
         on_gpu = device.type == "cuda"

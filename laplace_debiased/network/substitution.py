@@ -65,12 +65,6 @@ def call_with(
     Unlike ``torch.func.functional_call`` it does not put the values into the model for the time of
     the call, where an interrupt, another thread or a second name of the same module may find them.
 
-    Args:
-        model: the module; never written to.
-        values: tensors by the name of the entry that they replace.
-        args: positional arguments of the call.
-        kwargs: its keyword arguments.
-
     Raises:
         TypeError: if one of them belongs to a scripted module, whose code torch functions do not
             reach.

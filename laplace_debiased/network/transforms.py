@@ -45,10 +45,7 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[...,
 def over_samples(function: Callable[..., Any], inputs: Any, *others: Tensor) -> Any:
     """``function`` of every sample of a model's input, as a batch of one, in one vectorised call.
 
-    Args:
-        function: of the inputs of one sample, and its entries of ``others``.
-        inputs: model inputs of n samples.
-        others: tensors [n, ...].
+    It takes the inputs of one sample, and its entries of ``others`` [n, ...].
 
     Raises:
         RuntimeError: if torch cannot vectorise the function.
@@ -72,9 +69,6 @@ def directional_outputs(
 ) -> Tensor:
     """J_n u [k, n, C] of a batch for every direction u, by forward mode.
 
-    Args:
-        call: from parameters to the outputs [n, C] of the batch.
-        parameters: by name.
-        tangents: the directions, [k, *shape] each.
+    ``call`` goes from parameters by name to the outputs [n, C]; ``tangents`` are [k, *shape] each.
     """
     return vmap(lambda tangent: jvp(call, (parameters,), (tangent,))[1])(tangents)

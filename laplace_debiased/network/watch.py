@@ -95,11 +95,7 @@ class Writes:
         self._versions = tuple(version_of(tensor) for _, tensor in self._named)
 
     def check(self) -> None:
-        """Check that nothing has been written to.
-
-        Raises:
-            ValueError: naming the first tensor that has.
-        """
+        """Check that nothing has been written to; a ValueError names the first tensor that has."""
         now = dict(named_tensors(self._model))
         for (name, tensor), version in zip(self._named, self._versions, strict=True):
             if version_of(tensor) != version or now.get(name) is not tensor:
@@ -137,9 +133,6 @@ class ModelWatch:
 
     def check(self, model: nn.Module) -> bool:
         """Check that the model's weights are those of the fit.
-
-        Args:
-            model: the model with the weights that the reference describes.
 
         Returns:
             Whether its modules or tensors may be other objects than at the last check.

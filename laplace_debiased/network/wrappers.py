@@ -36,11 +36,7 @@ def own_name(model: nn.Module, name: str | None) -> str | None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Check that this process has all of a network's weights.
-
-    Raises:
-        ValueError: if some are cut up over processes, saying what to do.
-    """
+    """Check that this process has all of a network's weights; a ValueError says what to do."""
     cut = [name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"]
     cut += [n for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
     if cut:

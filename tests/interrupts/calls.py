@@ -21,7 +21,7 @@ from laplace_debiased import (
 )
 from laplace_debiased.diagnostics import kfac_profile
 from laplace_debiased.network import interrupts
-from laplace_debiased.network.locks import lock_of
+from laplace_debiased.network.locks import locks_of
 from laplace_debiased.optim import MiniBatches, NewtonCG, debiased_cg, model_quadratic
 from tests.untouched import equal, world_of
 
@@ -167,14 +167,14 @@ def nothing_left_behind(w: World) -> Iterator[None]:
     assert torch.is_grad_enabled()
     for model in (w.model, w.moving):
         taken: list[bool] = []
-        thread = threading.Thread(target=_try_locks, args=(lock_of(model), taken))
+        thread = threading.Thread(target=_try_locks, args=(locks_of(model), taken))
         thread.start()
         thread.join()
         assert all(taken), "a lock is held"
 
 
-def _try_locks(lock: Any, taken: list[bool]) -> None:
-    for part in lock.parts:
-        taken.append(part.lock.acquire(blocking=False))
+def _try_locks(locks: Any, taken: list[bool]) -> None:
+    for lock in locks:
+        taken.append(lock.acquire(blocking=False))
         if taken[-1]:
-            part.lock.release()
+            lock.release()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased import DebiasedLaplace
-from laplace_debiased.network.locks import lock_of, model_lock
+from laplace_debiased.network.locks import locks_of, model_lock
 from laplace_debiased.network.modes import evaluation_mode, math_attention
 from tests.posterior.cases import INPUTS, STRUCTURES, fitted, loader, network
 from tests.untouched import untouched
@@ -127,19 +127,19 @@ def test_calls_of_one_model_take_turns_and_of_two_do_not() -> None:
     at_once(lambda number: la(INPUTS[:2]), 16)
     assert model.overlaps == 0
     assert model.training
-    first, second = lock_of(nn.Linear(1, 1)), lock_of(nn.Linear(1, 1))
-    assert not set(first.parts) & set(second.parts)
+    first, second = locks_of(nn.Linear(1, 1)), locks_of(nn.Linear(1, 1))
+    assert not set(first) & set(second)
 
 
 def test_locks_cover_wrappers_parts_and_joint_models() -> None:
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    one, two = lock_of(a), lock_of(b)
+    one, two = locks_of(a), locks_of(b)
     joined = nn.Sequential(a, b)
-    joint = lock_of(joined)
-    assert set(joint.parts) == set(one.parts) | set(two.parts)
-    assert [part.serial for part in joint.parts] == sorted(part.serial for part in joint.parts)
+    joint = locks_of(joined)
+    assert set(joint) == set(one) | set(two)
+    assert [id(lock) for lock in joint] == sorted(map(id, joint))
     whole = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
-    assert set(lock_of(whole).parts) == set(lock_of(whole[0]).parts)
+    assert set(locks_of(whole)) == set(locks_of(whole[0]))
     entered = threading.Event()
 
     def enter() -> None:
