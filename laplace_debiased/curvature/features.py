@@ -155,11 +155,6 @@ class FeaturePass:
         """[C]."""
         return torch.Size([self.n_outputs])
 
-    def columns_that_fit(self, inputs: Any, bases: Bases | None = None) -> int:
-        """How many columns of one sample fit the byte budget; at least one."""
-        each = 4 * (4 * self.head.module.out_features + self.head.module.in_features)
-        return max(1, self.byte_budget // each)
-
     def chunks(
         self,
         inputs: Any,

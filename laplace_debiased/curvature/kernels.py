@@ -58,31 +58,3 @@ def rotated_gradients(a: Tensor, g: Tensor, output_basis: Tensor, input_basis: T
     if not right_first:
         rotated = rotated @ input_basis
     return rotated
-
-
-def weight_curvature(
-    a: Tensor, g: Tensor, output_basis: Tensor, input_basis: Tensor, coefficients: Tensor
-) -> Tensor:
-    r"""Σ_n c_n Σ_r (u_iᵀ G_{n,r} u_j)² for every direction (i, j), per row of ``coefficients``.
-
-    With c_n = 1/m̃ this is the directional curvature u_ijᵀ G_B̃ u_ij of the generalized
-    Gauss-Newton matrix (George et al. 2018, eq. 9). A single position makes G of rank one, and the
-    square splits into a product of squares: no gradient is formed.
-
-    Args:
-        a: inputs [m, T, D_in].
-        g: back-propagated columns [m, R, T, D_out].
-        output_basis: U_B [D_out, D_out].
-        input_basis: U_A [D_in, D_in].
-        coefficients: c [m].
-
-    Returns:
-        [D_out, D_in].
-    """
-    coefficients = coefficients.to(a.dtype)
-    if a.shape[1] == 1:
-        outputs = (g[:, :, 0] @ output_basis).square().sum(1)
-        inputs = (a[:, 0] @ input_basis).square()
-        return (outputs * coefficients.unsqueeze(-1)).T @ inputs
-    squares = rotated_gradients(a, g, output_basis, input_basis).square().sum(1)
-    return torch.tensordot(coefficients, squares, dims=1)

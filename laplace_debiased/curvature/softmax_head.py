@@ -14,9 +14,8 @@ each other. So everything is written in what the largest class k leaves, r_c = p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,43 +91,18 @@ def _softmax_energies(q: Tensor, basis: Tensor) -> Tensor:
     return torch.cat([along, outside.unsqueeze(-1)], dim=-1)
 
 
-def _written_out(q: Tensor) -> Tensor:
-    """The root √w (diag √p − p √pᵀ) that q stands for, as columns [m, C, 1, C]."""
-    squares = q.square()
-    p = squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
-    root = torch.diag_embed(q) - p.unsqueeze(-1) * q.unsqueeze(-2)
-    return root.mT.unsqueeze(2)
-
-
-class _SoftmaxRows:
-    """What rows do alike that stand for all columns of a root by q [m, 1, 1, C]."""
-
-    columns: Tensor
-
-    def joined(self, others: Sequence[Any]) -> NoReturn:
-        raise TypeError("a last layer is called once; softmax rows of several calls do not add up.")
-
-    def column_factor(self, *, summed_bias: bool) -> Tensor:
-        return softmax_covariance(self.columns[:, 0, 0])
-
-    def rotated(self, basis: Basis) -> Any:
-        return self._expanded().rotated(basis)
-
-    def gradients(self) -> Tensor:
-        return self._expanded().gradients()
-
-    def _expanded(self) -> MatrixRows | BiasRows:
-        raise NotImplementedError
-
-
 @dataclass(frozen=True, eq=False)
-class SoftmaxMatrixRows(_SoftmaxRows, MatrixRows):
-    """Rows of the layer's weight.
+class SoftmaxMatrixRows(MatrixRows):
+    """Rows of the layer's weight, all columns of whose root q stands for.
 
     Attributes:
         inputs: φ [m, 1, D], or what gives them.
         columns: q [m, 1, 1, C].
     """
+
+    def column_factor(self, *, summed_bias: bool) -> Tensor:
+        """In closed form."""
+        return softmax_covariance(self.columns[:, 0, 0])
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         """In closed form."""
@@ -137,26 +111,24 @@ class SoftmaxMatrixRows(_SoftmaxRows, MatrixRows):
         curvature = _softmax_energies(self.columns[:, 0, 0], outputs)
         return (curvature * coefficients.double().unsqueeze(-1)).to(rotated).T @ rotated
 
-    def _expanded(self) -> MatrixRows:
-        return MatrixRows(self.inputs, _written_out(self.columns[:, 0, 0]))
-
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxBiasRows(_SoftmaxRows, BiasRows):
-    """Rows of the layer's bias.
+class SoftmaxBiasRows(BiasRows):
+    """Rows of the layer's bias, likewise.
 
     Attributes:
         columns: q [m, 1, 1, C].
     """
+
+    def column_factor(self, *, summed_bias: bool) -> Tensor:
+        """In closed form."""
+        return softmax_covariance(self.columns[:, 0, 0])
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         """In closed form."""
         assert basis.output_basis is not None
         curvature = _softmax_energies(self.columns[:, 0, 0], basis.output_basis)
         return (coefficients.double() @ curvature).to(self.columns)
-
-    def _expanded(self) -> BiasRows:
-        return BiasRows(_written_out(self.columns[:, 0, 0]))
 
 
 class SoftmaxHeadRule(LinearRule):

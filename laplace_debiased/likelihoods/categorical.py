@@ -93,34 +93,27 @@ class SoftmaxCrossEntropy(LossModel):
         return -_per_sample(torch.where(counted, chosen, torch.zeros_like(chosen)))
 
     def hessian_root(self, outputs: Tensor) -> Tensor:
-        r"""Cholesky factor of diag(p) − p pᵀ in closed form, [..., C, C−1], per position.
-
-        With tail sums q_j = Σ_{k>j} p_k (and q_{−1} = 1), column j is
-        √(p_j q_j / q_{j−1}) at row j and −p_i √(p_j / (q_{j−1} q_j)) at rows i > j. The matrix has
-        rank C − 1, so this root saves a backward pass per sample over the usual
-        diag(√p) − p √pᵀ. Tail sums are summed from the end, so that no digit is lost to a
-        dominating class.
-        """
-        p, diagonal, below = self._root_parts(outputs)
-        root = torch.tril(p.unsqueeze(-1) * below.unsqueeze(-2), diagonal=-1)
-        return root.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+        """Of C − 1 columns: the rank. It saves a backward pass over diag(√p) − p √pᵀ."""
+        return super().hessian_root(outputs)[..., :-1]
 
     def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
-        """S z [..., C, n] of z [..., C, n], whose last entries are not read; by running sums."""
-        p, diagonal, below = self._root_parts(outputs)
-        z = z[..., :-1, :]
-        sums = (below.unsqueeze(-1) * z).cumsum(-2)
-        own = torch.nn.functional.pad(diagonal.unsqueeze(-1) * z, (0, 0, 0, 1))
-        return own + p.unsqueeze(-1) * torch.nn.functional.pad(sums, (0, 0, 1, 0))
+        r"""S z [..., C, n] of z [..., C, n], whose last entries are not read; by running sums.
 
-    def _root_parts(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities p [..., C], and of C − 1 columns the diagonal and what p is scaled by."""
+        S [..., C, C−1] is the Cholesky factor of diag(p) − p pᵀ in closed form: with tail sums
+        q_j = Σ_{k>j} p_k (and q_{−1} = 1), column j is √(p_j q_j / q_{j−1}) at row j and
+        −p_i √(p_j / (q_{j−1} q_j)) at rows i > j. Tail sums are summed from the end, so that no
+        digit is lost to a dominating class.
+        """
         p = torch.softmax(outputs, dim=-1)
         tails = p.flip(-1).cumsum(-1).flip(-1)  # tails[j] = Σ_{k≥j} p_k
         before, after = tails[..., :-1], tails[..., 1:]
         tiny = torch.finfo(p.dtype).tiny
         head = (p[..., :-1] / before.clamp_min(tiny)).sqrt()
-        return p, head * after.sqrt(), -head / after.clamp_min(tiny).sqrt()
+        diagonal, below = head * after.sqrt(), -head / after.clamp_min(tiny).sqrt()
+        z = z[..., :-1, :]
+        sums = (below.unsqueeze(-1) * z).cumsum(-2)
+        own = torch.nn.functional.pad(diagonal.unsqueeze(-1) * z, (0, 0, 0, 1))
+        return own + p.unsqueeze(-1) * torch.nn.functional.pad(sums, (0, 0, 1, 0))
 
     def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """1 − Σ_c p_c² [m], summed over the positions that count (all, without ``targets``)."""

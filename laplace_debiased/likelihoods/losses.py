@@ -55,9 +55,10 @@ class LossModel(ABC):
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of every sample [m], in nats, without normalising constants."""
 
-    @abstractmethod
     def hessian_root(self, outputs: Tensor) -> Tensor:
         """S [m, C, R] with S Sᵀ = ∇²_f ℓ of every sample; at each position of its own."""
+        eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
+        return self.root_product(outputs, eye.expand(*outputs.shape, -1))
 
     @abstractmethod
     def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
@@ -108,11 +109,6 @@ class UnitGaussian(LossModel):
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - targets.to(outputs.dtype)).square().sum(-1)
-
-    def hessian_root(self, outputs: Tensor) -> Tensor:
-        m, n_outputs = outputs.shape
-        eye = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
-        return eye.expand(m, -1, -1)
 
     def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
         return z
@@ -216,10 +212,6 @@ class Bernoulli(LossModel):
         return torch.nn.functional.binary_cross_entropy_with_logits(
             outputs, labels, reduction="none"
         ).sum(-1)
-
-    def hessian_root(self, outputs: Tensor) -> Tensor:
-        """Diag √(p (1 − p)) [m, C, C]; formed from both tails, so that no digit is lost."""
-        return torch.diag_embed(_label_variances(outputs).sqrt())
 
     def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
         return _label_variances(outputs).sqrt().unsqueeze(-1) * z

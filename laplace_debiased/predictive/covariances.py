@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature import Chunk, CurvaturePass
+from laplace_debiased.curvature import BackwardPass, Chunk
 from laplace_debiased.curvature.passes import Blocks, UnitColumns
 from laplace_debiased.curvature.rows.rotated import PositionRows, RankOneRows, RotatedRows, Weights
 from laplace_debiased.curvature.rows.size import Basis
@@ -52,7 +52,7 @@ class Products:
     n_weights: int
     ask: Ask
 
-    def moments(self, engine: CurvaturePass) -> OutputMoments:
+    def moments(self, engine: BackwardPass) -> OutputMoments:
         """Of a batch, the covariances [W, ...].
 
         Every position has columns of its own; a sequence whose columns do not fit the pass's budget
@@ -81,7 +81,7 @@ class Products:
 
     def _of_group(
         self,
-        engine: CurvaturePass,
+        engine: BackwardPass,
         group: slice | Tensor | None,
         width: int,
         forecast: Forecast | None,
@@ -212,7 +212,7 @@ def _put_together(parts: list[tuple[Any, ...]], dims: tuple[int, ...]) -> tuple[
 
 
 def _forecast(
-    engine: CurvaturePass, n_samples: int, n_columns: int, n_outputs: int
+    engine: BackwardPass, n_samples: int, n_columns: int, n_outputs: int
 ) -> Forecast | None:
     """Foretells the pull-backs of a batch; None where they are few."""
     if n_samples * n_columns < _FEW:

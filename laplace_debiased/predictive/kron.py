@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature import Chunk, CurvaturePass, identity_columns
+from laplace_debiased.curvature import BackwardPass, Chunk, CurvaturePass, identity_columns
 from laplace_debiased.curvature.rows.rotated import RotatedRows, Weights
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import batch_length
@@ -49,6 +49,7 @@ class KronPredictor(Predictor):
         """See :class:`Predictor`."""
         if ask.joint:
             return self._joint(ask, precision)
+        assert isinstance(self.engine, BackwardPass)
         bases = dict(zip(self.names, precision.blocks, strict=True))
         n_weights = 1 if priors is None else len(priors) + 1
         return Products(bases, self.weights(precision, priors), n_weights, ask).moments(self.engine)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, vmap
 
 from laplace_debiased.curvature import kernels
+from laplace_debiased.curvature.rows.rotated import weight_curvature
 from tests.tolerances import assert_exact
 
 # (T, D_in, R, D_out): both rotations before the sum over positions, one of them, neither; T = 1.
@@ -38,7 +39,7 @@ def test_weight_curvature_sums_over_positions_before_it_squares(
     a, g, u_b, u_a, c = arrays(shape)
     rows = torch.einsum("nrtd,nte->nrde", g, a)
     expected = torch.einsum("n,nrij->ij", c, (u_b.T @ rows @ u_a).square())
-    assert_exact(kernels.weight_curvature(a, g, u_b, u_a, c), expected)
+    assert_exact(weight_curvature(a, g, u_b, u_a, c), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,9 +49,9 @@ def test_weight_curvature_is_vectorised_over_groups_without_a_fallback(
     *groups, c = (torch.stack([one, one + 1]) for one in arrays(shape))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        actual = vmap(kernels.weight_curvature, (0, 0, 0, 0, None))(*groups, c[0])
+        actual = vmap(weight_curvature, (0, 0, 0, 0, None))(*groups, c[0])
     for index, table in enumerate(actual):
-        assert_exact(table, kernels.weight_curvature(*(one[index] for one in groups), c[0]))
+        assert_exact(table, weight_curvature(*(one[index] for one in groups), c[0]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -192,7 +192,7 @@ def test_confident_samples_lose_no_digits(dtype: torch.dtype, margin: float) -> 
     assert float(softmax_curvature(q, torch.ones(C, 1, dtype=dtype)).abs().max()) == 0.0
 
 
-def test_rows_written_out_are_those_of_a_root() -> None:
+def test_rows_are_those_of_a_root() -> None:
     outputs, weights, basis = problem()
     q = columns_of(outputs, weights)[:, None, None]
     features = torch.randn(12, 1, 3, generator=torch.Generator().manual_seed(1)).double()
@@ -219,8 +219,3 @@ def test_rows_written_out_are_those_of_a_root() -> None:
                 ),
             ):
                 torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
-            for values in ([r.gradients() for r in (mine, wanted)],):
-                one, other = (torch.einsum("nrp,nrq->npq", g, g) for g in values)
-                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
-        with pytest.raises(TypeError, match="called once"):
-            closed.joined([closed])

@@ -18,7 +18,7 @@ from laplace_debiased.curvature.rows.rotated import (
     PositionRows,
     RankOneRows,
     RotatedRows,
-    thin_weight_curvature,
+    weight_curvature,
 )
 from laplace_debiased.curvature.rows.sides import coordinates, energies, is_thin, split
 from laplace_debiased.curvature.rows.size import Basis, RowsSize
@@ -76,9 +76,7 @@ class MatrixRows:
 
     def curvature(self, basis: Basis, coefficients: Tensor) -> Tensor:
         outputs, inputs = self._bases(basis)
-        thin = is_thin(outputs) or is_thin(inputs)
-        kernel = thin_weight_curvature if thin else kernels.weight_curvature
-        kernel = vmap(kernel, (0, 0, 0, 0, None)) if self.grouped else kernel
+        kernel = vmap(weight_curvature, (0, 0, 0, 0, None)) if self.grouped else weight_curvature
         table = kernel(self.read, self.columns, outputs, inputs, coefficients)
         return table.mT if self.transposed else table
 

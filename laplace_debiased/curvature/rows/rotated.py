@@ -320,18 +320,32 @@ def _table_order(rows: Tensor, spreads: tuple[int, int], transposed: bool) -> Ro
     return RotatedRows.of(rows.mT, spreads[::-1]) if transposed else RotatedRows.of(rows, spreads)
 
 
-def thin_weight_curvature(
+def weight_curvature(
     a: Tensor, g: Tensor, output_basis: Tensor, input_basis: Tensor, coefficients: Tensor
 ) -> Tensor:
-    """:func:`kernels.weight_curvature` where a side is thin, its last entries sums.
+    r"""Σ_n c_n Σ_r (u_iᵀ G_{n,r} u_j)² for every direction (i, j); along a thin side, last a sum.
+
+    With c_n = 1/m̃ this is the directional curvature u_ijᵀ G_B̃ u_ij of the generalized
+    Gauss-Newton matrix (George et al. 2018, eq. 9). A single position makes G of rank one, and the
+    square splits into a product of squares: no gradient is formed.
+
+    Args:
+        a: inputs [m, T, D_in].
+        g: back-propagated columns [m, R, T, D_out].
+        output_basis: U_B [D_out, r_out].
+        input_basis: U_A [D_in, r_in].
+        coefficients: c [m].
 
     Returns:
-        [r_out (+ 1), r_in (+ 1)]: Σ_n c_n Σ_r of squares, over the complement added up.
+        [r_out (+ 1), r_in (+ 1)].
     """
     coefficients = coefficients.to(a.dtype)
     if a.shape[1] == 1:
         outputs = energies(g[:, :, 0], output_basis).sum(1)
         return (outputs * coefficients.unsqueeze(-1)).mT @ energies(a[:, 0], input_basis)
+    if not (is_thin(output_basis) or is_thin(input_basis)):
+        squares = kernels.rotated_gradients(a, g, output_basis, input_basis).square().sum(1)
+        return torch.tensordot(coefficients, squares, dims=1)
     a, a_rest = split(a, input_basis)
     g, g_rest = split(g, output_basis)
     squares = kernels.weight_gradients(a, g).square().sum(1)

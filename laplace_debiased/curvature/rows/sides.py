@@ -61,12 +61,9 @@ def repeat_last(values: Tensor, times: int, dim: int = -1) -> Tensor:
 
 def spread(values: Tensor, basis: Tensor | None, dim: int = -1) -> Tensor:
     """Values of a side, as values per column of E: the complement's D times."""
-    if basis is None or not is_thin(basis):
+    if not is_thin(basis):
         return values
-    head, last = values.split([basis.shape[-1], 1], dim=dim)
-    shape = list(last.shape)
-    shape[dim] = basis.shape[-2]
-    return torch.cat([head, last.expand(shape)], dim=dim)
+    return repeat_last(values, basis.shape[-2], dim)
 
 
 def energies(x: Tensor, basis: Tensor | None) -> Tensor:
