@@ -208,7 +208,7 @@ def arguments_from(
     """Check and complete a posterior's arguments; ``given`` are its further options by name.
 
     Raises:
-        TypeError: for an unknown option.
+        TypeError: for an unknown option, or a backend that is none.
         ValueError: for values out of range or options that contradict each other.
     """
     if checked_flag("damping", damping):
@@ -235,6 +235,8 @@ def arguments_from(
     if not low_rank and "rank" in kept:
         raise ValueError("rank is for hessian_structure='lowrank' only.")
     if backend is not None:
+        if not (isinstance(backend.kind, type) and issubclass(backend.kind, CurvatureInterface)):
+            raise TypeError("backend must be a laplace-torch CurvatureInterface class, or None.")
         asked = parse_choice(Fisher, curvature.setdefault("fisher", backend.fisher), "fisher")
         if asked is not backend.fisher:
             raise ValueError(
@@ -263,7 +265,7 @@ def backend_from(
     """A backend with its arguments, or None.
 
     Raises:
-        TypeError: if it is no backend, or for arguments that are no mapping.
+        ArgumentTypeError: for arguments that are no mapping.
         ValueError: for arguments without a backend.
     """
     for name, value in (("backend_kwargs", kwargs), ("asdl_fisher_kwargs", kron_kwargs)):
@@ -273,8 +275,6 @@ def backend_from(
             raise ValueError(f"{name} need a backend.")
     if kind is None:
         return None
-    if not (isinstance(kind, type) and issubclass(kind, CurvatureInterface)):
-        raise TypeError("backend must be a laplace-torch CurvatureInterface class, or None.")
     return Backend(kind, dict(kwargs or {}), dict(kron_kwargs or {}))
 
 
