@@ -55,6 +55,22 @@ def checked_integer(name: str, value: Any, minimum: int = 1) -> int:
     return number
 
 
+AUTO = "auto"
+"""What leaves an amount to the library."""
+
+
+def checked_amount(name: str, value: Any) -> int | str | None:
+    """``value`` if it is a positive integer, None or "auto".
+
+    Raises:
+        ArgumentTypeError: if it is neither.
+        ValueError: if it is below 1, or another string.
+    """
+    if isinstance(value, str) and value != AUTO:
+        raise ValueError(f"{name} must be a positive integer, None or {AUTO!r}; got {value!r}.")
+    return value if value is None or isinstance(value, str) else checked_integer(name, value)
+
+
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 

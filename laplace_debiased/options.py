@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import TypeVar
 
-from laplace_debiased.checks import checked_integer
-from laplace_debiased.errors import ArgumentTypeError
+from laplace_debiased.checks import checked_amount, checked_integer, checked_number
 
 DEFAULT_BYTE_BUDGET = 256 * 2**20
 """Working memory of one chunk of a pass, in bytes (beside the model and the results)."""
@@ -97,6 +96,12 @@ ALL_COLUMNS_UP_TO = 64
 SKETCHED_COLUMNS = 2
 """With more, so many random signs of it: see ``likelihoods.models.sketched_columns``."""
 
+_CHOICES: dict[str, type[Enum]] = {
+    "scheme": Scheme,
+    "magnitudes": Magnitudes,
+    "sampling": Sampling,
+    "fisher": Fisher,
+}
 _LEAST = {"mc_samples": 1, "max_rank": 1, "byte_budget": 1, "pool_size": 1, "folds": 2}
 
 Choice = TypeVar("Choice", bound=Enum)
@@ -154,27 +159,20 @@ class CurvatureOptions:
     max_rank: int = 1024
 
     def __post_init__(self) -> None:
-        if isinstance(self.columns, str) and self.columns != "auto":
-            raise ValueError(
-                f"columns must be a positive integer, None or 'auto'; got {self.columns!r}."
-            )
-        if self.columns is not None and self.columns != "auto":
-            object.__setattr__(self, "columns", checked_integer("columns", self.columns))
+        for name, kind in _CHOICES.items():
+            object.__setattr__(self, name, parse_choice(kind, getattr(self, name), name))
+        object.__setattr__(self, "columns", checked_amount("columns", self.columns))
         for name, minimum in _LEAST.items():
             value = getattr(self, name)
             if value is not None or name != "pool_size":
                 # A plain int: numpy's would not go through a state that holds tensors only.
                 object.__setattr__(self, name, checked_integer(name, value, minimum))
-        fraction = self.direction_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise ArgumentTypeError(
-                f"direction_fraction must be a number; got {type(fraction).__name__}."
-            )
+        fraction = checked_number("direction_fraction", self.direction_fraction)
         if not 0.0 < fraction < 1.0:
             raise ValueError(
-                "direction_fraction must lie strictly between 0 and 1; "
-                f"got {self.direction_fraction!r}."
+                f"direction_fraction must lie strictly between 0 and 1; got {fraction!r}."
             )
+        object.__setattr__(self, "direction_fraction", fraction)
         if self.magnitudes is Magnitudes.KFAC and self.sampling is Sampling.CURVATURE:
             raise ValueError(
                 "sampling='curvature' needs magnitudes='ggn': a product of two weighted factors is "

@@ -41,6 +41,9 @@ class Supply:
         pool: Dataset indices that the budget is drawn from, ascending; None without a budget.
             [M] int64
         n_excluded: How many samples were taken out of the pool.
+
+    Raises:
+        ValueError: The budget exceeds the pool.
     """
 
     loader: Any
@@ -88,30 +91,22 @@ class Supply:
             )
         if budget < n_folds:
             raise ValueError(f"n_samples={budget} is too few for {n_folds} folds of at least one.")
-        pool = sampler_indices(loader)
-        return cls(loader, n, budget=budget, pool=pool, **reading)._checked()
+        return cls(loader, n, budget=budget, pool=sampler_indices(loader), **reading)
 
     def without(self, indices: frozenset[int]) -> Supply:
-        """The same supply, with a budget, with samples taken out of its pool.
-
-        Raises:
-            ValueError: The rest is smaller than the budget.
-        """
+        """The same supply, with a budget, with samples taken out of its pool."""
         assert self.pool is not None
         taken = torch.tensor(sorted(indices), dtype=torch.int64)
         kept = self.pool[~torch.isin(self.pool, taken)]
-        return replace(self, pool=kept, n_excluded=len(indices))._checked()
+        return replace(self, pool=kept, n_excluded=len(indices))
 
-    def _checked(self) -> Supply:
-        assert self.pool is not None
-        assert self.budget is not None
-        if self.budget > len(self.pool):
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.pool is not None and self.budget > len(self.pool):
             excluded = f" after {self.n_excluded} excluded ones" if self.n_excluded else ""
             raise ValueError(
                 f"n_samples={self.budget} exceeds the {len(self.pool)} samples that the loader's "
                 f"sampler can give{excluded}: lower n_samples."
             )
-        return self
 
     @property
     def population(self) -> int:

@@ -26,14 +26,10 @@ def draw_coefficients(plan: CurvaturePlan, batch: Draws, folds: Collection[int])
 
     Returns:
         Coefficients; over a walk they sum to 1 for uniform draws. [m] float64
-
-    Raises:
-        ValueError: ``folds`` is empty or not among the plan's.
     """
-    chosen = _checked_folds(plan, folds, "folds")
-    total = sum(plan.fold_sizes[k] for k in chosen)
+    total = sum(plan.fold_sizes[k] for k in folds)
     value = batch.counts.double() * batch.weights / total
-    return torch.where(_in(batch, chosen), value, 0.0)
+    return torch.where(_in(batch, folds), value, 0.0)
 
 
 def magnitude_coefficients(
@@ -67,6 +63,9 @@ def magnitude_coefficients(
     than its standard error. D is then spared its projections, half of all. The sizes alone decide,
     never what was drawn: that would be a bias of its own.
 
+    Weighted draws of B̃ are a sample of the rest of the pool given D where B̃ is one fold: any, if
+    the folds were drawn symmetrically, else the last (``data.pool.draw_weighted_folds``).
+
     Args:
         plan: The plan that the batch belongs to.
         batch: A batch of it, or all draws of a source.
@@ -74,15 +73,9 @@ def magnitude_coefficients(
 
     Returns:
         Coefficients, one per sample. [m] float64
-
-    Raises:
-        ValueError: ``basis_folds`` is empty, holds all folds or others than the plan's, or leaves
-            folds that are no weighted sample of the rest of the pool given it.
     """
-    basis = _checked_folds(plan, basis_folds, "basis_folds")
-    held_out = frozenset(range(plan.n_folds)) - basis
-    _check_held_out(plan, held_out)
-    n_magnitude = sum(plan.fold_sizes[k] for k in held_out)
+    basis = frozenset(basis_folds)
+    n_magnitude = sum(plan.fold_sizes[k] for k in range(plan.n_folds) if k not in basis)
     other = batch.counts.double() * batch.weights / n_magnitude
     own, unseen = _own_and_unseen(plan, basis, n_magnitude)
     return torch.where(_in(batch, basis), own, other * unseen)
@@ -108,27 +101,3 @@ def _own_and_unseen(
 
 def _in(batch: Draws, folds: Collection[int]) -> Tensor:
     return torch.isin(batch.folds, torch.tensor(sorted(folds), dtype=torch.int64))
-
-
-def _checked_folds(plan: CurvaturePlan, folds: Collection[int], name: str) -> frozenset[int]:
-    chosen = frozenset(folds)
-    if not chosen or not chosen <= frozenset(range(plan.n_folds)):
-        raise ValueError(f"{name} must be some of 0..{plan.n_folds - 1}, got {sorted(chosen)}.")
-    return chosen
-
-
-def _check_held_out(plan: CurvaturePlan, held_out: frozenset[int]) -> None:
-    if not held_out:
-        raise ValueError(
-            "basis_folds holds every fold, so nothing is left to measure magnitudes on; "
-            "draw_coefficients gives the mean over a fold's own draws."
-        )
-    if not plan.is_weighted:
-        return
-    allowed = plan.held_out_folds
-    if len(held_out) > 1 or not (allowed is None or held_out <= allowed):
-        raise ValueError(
-            f"Weighted draws of folds {sorted(held_out)} are no sample of the pool given the "
-            "others: hold out one fold at a time, and build the plan with symmetric=True to hold "
-            "out any."
-        )

@@ -48,10 +48,7 @@ class CurvaturePlan:
         sources: Where the samples come from, one after the other.
         distinct_sizes: Samples of each fold as they are walked: one that was drawn twice counts
             once.
-        is_weighted: Whether the draws are weighted: from q ∝ curvature, with replacement in a fold.
         pool: Scores of the pool for draws by curvature, else None.
-        held_out_folds: Folds that are a sample of the rest of the pool given all other folds; the
-            others may give directions only. None for all of them.
     """
 
     n_data: int
@@ -62,9 +59,7 @@ class CurvaturePlan:
     indices: tuple[Tensor, ...] | None = field(repr=False)
     sources: tuple[Source, ...] = field(repr=False)
     distinct_sizes: tuple[int, ...]
-    is_weighted: bool
     pool: PoolScores | None = field(default=None, repr=False)
-    held_out_folds: frozenset[int] | None = None
 
     def batches(self) -> Iterator[Batch]:
         """Walk all folds once.
@@ -153,7 +148,6 @@ def plan_of(
     population: int | None,
     pool_size: int | None = None,
     pool: PoolScores | None = None,
-    held_out_folds: frozenset[int] | None = None,
 ) -> CurvaturePlan:
     """Plan over ``sources`` with the sizes, masses and indices that follow from their draws.
 
@@ -179,7 +173,5 @@ def plan_of(
         indices=indices,
         sources=_placed(sources),
         distinct_sizes=tuple(torch.bincount(folds, minlength=n_folds).tolist()),
-        is_weighted=bool((weights != 1).any()),
         pool=pool,
-        held_out_folds=held_out_folds,
     )

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.checks import checked_integer
 from laplace_debiased.data.build import Supply, fold_sizes, uniform_source
 from laplace_debiased.data.plan import CurvaturePlan, PoolScores, plan_of
 from laplace_debiased.data.sources import Draws
@@ -27,6 +27,12 @@ Score = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 Kept = Callable[[Tensor, Callable[[], PoolScores]], PoolScores]
 """(indices [M], makes their scores) -> their scores."""
+
+
+def anew(indices: Tensor, make: Callable[[], PoolScores]) -> PoolScores:
+    """Scores of which none are kept."""
+    return make()
+
 
 EPSILON = 0.02
 """Share of uniform draws. On a ResNet-20 the variance of a draw is .186 at .1, .146 at .05, .125 at
@@ -49,7 +55,7 @@ def score_pool(supply: Supply, pool_indices: Tensor, score: Score) -> PoolScores
     """Score each sample of a pool of dataset indices [M], in batches; each rank a share.
 
     Raises:
-        ValueError: ``score`` returns a wrong shape, or scores that are negative or not finite.
+        ValueError: Scores are not finite.
     """
     n, ranks = len(pool_indices), supply.ranks
     folds = torch.zeros(n, dtype=torch.int64)
@@ -59,15 +65,10 @@ def score_pool(supply: Supply, pool_indices: Tensor, score: Score) -> PoolScores
     scored: list[tuple[Tensor, Tensor]] = [(none, none)]
     for batch in part.walk():
         found, losses = (v.detach().cpu().double() for v in score(batch.inputs, batch.targets))
-        if found.shape != (len(batch),) or losses.shape != (len(batch),):
+        if not bool(torch.isfinite(found).all()):
             raise ValueError(
-                f"score must return scores and losses of shape ({len(batch)},), one per sample; "
-                f"got {tuple(found.shape)} and {tuple(losses.shape)}."
-            )
-        if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
-            raise ValueError(
-                "score returned a trace of a loss Hessian that is negative or not finite; check "
-                "the model's outputs on the training data for NaN."
+                "the trace of a loss Hessian is not finite; check the model's outputs on the "
+                "training data for NaN."
             )
         scored.append((found, losses))
     own = torch.stack([torch.cat(values) for values in zip(*scored, strict=True)], dim=1)
@@ -82,7 +83,7 @@ def plan_by_curvature(
     *,
     symmetric: bool,
     pool_size: int | None = None,
-    kept: Kept | None = None,
+    kept: Kept = anew,
 ) -> CurvaturePlan:
     """Draw disjoint folds with q_n = (1−ε) s_n/Σs + ε/M from a scored pool.
 
@@ -95,25 +96,22 @@ def plan_by_curvature(
         score: Gives score s_n and loss ℓ_n of each sample of a batch; called on the whole pool.
         fractions: Shares of the folds.
         symmetric: Whether each fold will be held out in its turn (cross-fitting). Otherwise
-            fold 0 is i.i.d. from q and only the last fold may be held out.
+            fold 0 is i.i.d. from q, and only the last fold may be held out.
         pool_size: Samples M of the pool, a uniform subset of what the sampler draws from; None for
             as many as the draws can use. Everything is then unbiased for that pool's mean, and what
             of the pool the directions have not seen stands for all that they have not seen.
         kept: Gives the scores of indices, from a fit that was interrupted or by what it is handed.
 
     Raises:
-        TypeError: A number is no int, or the loader yields neither pairs nor mappings.
+        TypeError: The loader yields neither pairs nor mappings.
         ValueError: The budget exceeds the pool, or the pool or its scores are bad.
     """
     assert supply.budget is not None
 
     def scored(indices: Tensor) -> PoolScores:
-        def anew() -> PoolScores:
-            return score_pool(supply, indices, score)
+        return kept(indices, partial(score_pool, supply, indices, score))
 
-        return anew() if kept is None else kept(indices, anew)
-
-    scores, held_out = scored(_pool(supply, pool_size, scored)), None
+    scores = scored(_pool(supply, pool_size, scored))
     sizes = fold_sizes(supply.budget, fractions)
     q = sampling_probabilities(scores.scores, EPSILON)
     if bool((q.max() - q.min()) <= 1e-9 * q.max()):
@@ -121,7 +119,6 @@ def plan_by_curvature(
     else:
         draws = draw_weighted_folds(q, sizes, supply.generator("draw"), symmetric=symmetric)
         source = supply.source(replace(draws, indices=scores.indices[draws.indices]), "walk")
-        held_out = None if symmetric else frozenset({len(sizes) - 1})
     return plan_of(
         (source,),
         n_data=supply.n_data,
@@ -129,7 +126,6 @@ def plan_by_curvature(
         population=supply.population,
         pool_size=len(scores),
         pool=scores,
-        held_out_folds=held_out,
     )
 
 
@@ -143,7 +139,7 @@ def _pool(supply: Supply, pool_size: int | None, scored: Callable[[Tensor], Pool
     assert supply.budget is not None
     budget, pilot = supply.budget, 0
     if pool_size is not None:
-        size = checked_integer("pool_size", pool_size)
+        size = pool_size
         if size < budget:
             raise ValueError(f"pool_size={size} is smaller than n_samples={budget}: raise it.")
     elif len(supply.pool) <= _WHOLE * budget:

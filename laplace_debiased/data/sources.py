@@ -108,8 +108,7 @@ class IndexedSource:
 
     def walk(self) -> Iterator[Batch]:
         """Load the draws, in their order."""
-        if self.draws.indices is None:
-            raise ValueError("IndexedSource needs draws with indices, got draws without.")
+        assert self.draws.indices is not None
         if not self.batch_sizes:
             return
         batches = [part.tolist() for part in self.draws.indices.split(list(self.batch_sizes))]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from enum import Enum
-from types import MappingProxyType
-from typing import Any, SupportsIndex, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from laplace.curvature.curvature import CurvatureInterface, EFInterface
 from torch import Tensor
 
 from laplace_debiased.checks import (
+    AUTO,
     as_integer,
     check_key,
+    checked_amount,
     checked_flag,
     checked_integer,
     checked_number,
@@ -33,18 +32,8 @@ from laplace_debiased.options import (
     parse_choice,
 )
 
-AUTO = "auto"
-"""The budget that the structure recommends."""
-
 RESIDUAL = "residual"
 """What ``sigma_noise`` is called where every fit estimates it."""
-
-_ENUMS: dict[str, type[Enum]] = {
-    "scheme": Scheme,
-    "magnitudes": Magnitudes,
-    "sampling": Sampling,
-    "fisher": Fisher,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +68,7 @@ class FitRequest:
             "checkpoint_interval", self.checkpoint_interval, unit=" of seconds"
         )
         object.__setattr__(self, "checkpoint_interval", interval)
-        if isinstance(self.n_samples, str) and self.n_samples != AUTO:
-            raise ValueError(
-                f"n_samples must be a positive integer, None or 'auto'; got {self.n_samples!r}."
-            )
+        object.__setattr__(self, "n_samples", checked_amount("n_samples", self.n_samples))
 
     @property
     def is_automatic(self) -> bool:
@@ -95,8 +81,8 @@ class Backend:
     """A laplace-torch curvature backend with its arguments, and those of its ``kron``."""
 
     kind: type[CurvatureInterface]
-    kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    kron_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    kwargs: Mapping[str, Any]
+    kron_kwargs: Mapping[str, Any]
 
     @property
     def fisher(self) -> Fisher:
@@ -122,6 +108,10 @@ class Arguments:
     They are those of ``DebiasedKronLaplace``. The likelihood is a :class:`LikelihoodName`'s value,
     a plain string (an enum would make saved states unsafe to load); a scheme of None is left to the
     fit; ``residual_noise`` says whether every fit sets σ to its residuals' root mean square.
+
+    Raises:
+        ValueError: for values out of range or that contradict each other.
+        ArgumentTypeError: for values of the wrong kind.
     """
 
     likelihood: str
@@ -135,7 +125,33 @@ class Arguments:
     allow_probabilities: bool = False
     dict_key_x: str = "input_ids"
     dict_key_y: str = "labels"
-    n_outputs: int | str | None = "auto"
+    n_outputs: int | str | None = AUTO
+
+    def __post_init__(self) -> None:
+        checked_flag("strict", self.strict)
+        checked_flag("allow_probabilities", self.allow_probabilities)
+        check_key("dict_key_x", self.dict_key_x)
+        check_key("dict_key_y", self.dict_key_y)
+        object.__setattr__(self, "n_outputs", checked_amount("n_outputs", self.n_outputs))
+        if self.rank is not None:
+            object.__setattr__(self, "rank", checked_integer("rank", self.rank))
+        about_classes = f"it is for likelihood='classification', not {self.likelihood!r}."
+        others = self.likelihood != LikelihoodName.CLASSIFICATION
+        if others and isinstance(self.n_outputs, int):
+            raise ValueError(
+                "n_outputs chooses the most probable of classes that exclude each other; "
+                f"{about_classes}"
+            )
+        if self.ignore_index is not None:
+            object.__setattr__(self, "ignore_index", as_integer("ignore_index", self.ignore_index))
+            if others:
+                raise ValueError(
+                    f"ignore_index marks class labels that do not count; {about_classes}"
+                )
+            if self.backend is not None:
+                raise ValueError("ignore_index needs our own pass: drop backend.")
+        if self.likelihood == LikelihoodName.BERNOULLI and self.backend is not None:
+            raise ValueError("likelihood='bernoulli' needs our own pass: drop backend.")
 
     @property
     def host_likelihood(self) -> str:
@@ -160,7 +176,7 @@ class Arguments:
             ValueError: if the loaders contradict them.
         """
         if request.magnitude_loader is None:
-            return replace(self.options, scheme=self.scheme or self.options.scheme)
+            return self.options
         if request.n_samples is not None and not request.is_automatic:
             raise ValueError(
                 "n_samples draws from one loader; with magnitude_loader both loaders are walked "
@@ -174,20 +190,25 @@ class Arguments:
         return replace(self.options, scheme=self.scheme or Scheme.TWO_BATCH, folds=2)
 
 
+_CURVATURE = frozenset(field.name for field in fields(CurvatureOptions))
+_OWN = frozenset({"allow_probabilities", "ignore_index", "n_outputs", "rank", "strict"})
+"""Options by name: of the curvature, and of a posterior itself."""
+
+
 def arguments_from(
     likelihood: object,
     given: Mapping[str, Any],
     *,
     sigma_noise: float | Tensor | str,
-    dict_keys: tuple[str, str] = ("input_ids", "labels"),
-    backend: Backend | None = None,
-    damping: bool = False,
-    low_rank: bool = False,
+    dict_keys: tuple[str, str],
+    backend: Backend | None,
+    damping: bool,
+    low_rank: bool,
 ) -> Arguments:
     """Check and complete a posterior's arguments; ``given`` are its further options by name.
 
     Raises:
-        TypeError: for an unknown option.
+        TypeError: for an unknown option, or a backend that is none.
         ValueError: for values out of range or options that contradict each other.
     """
     if checked_flag("damping", damping):
@@ -195,52 +216,45 @@ def arguments_from(
             "damping=True is not supported: the eigenvalue tables are no products of factors that "
             "could be damped one by one (and laplace-torch drops its damping on scaling)."
         )
+    unknown = sorted(set(given) - _CURVATURE - _OWN)
+    if unknown:
+        raise TypeError(
+            f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(_CURVATURE))}, "
+            "allow_probabilities, ignore_index, n_outputs, rank and strict."
+        )
     name = parse_choice(LikelihoodName, likelihood, "likelihood").value
-    for key, value in zip(("dict_key_x", "dict_key_y"), dict_keys, strict=True):
-        check_key(key, value)
-    _check_backend(backend, name, low_rank=low_rank)
-    rest = dict(given)
-    ignore_index = _checked_ignore_index(rest.pop("ignore_index", None), name, backend)
-    allowed = checked_flag("allow_probabilities", rest.pop("allow_probabilities", False))
-    strict = checked_flag("strict", rest.pop("strict", False))
-    rank = _checked_rank(rest.pop("rank", None), low_rank=low_rank)
-    n_outputs = _checked_n_outputs(rest.pop("n_outputs", AUTO), name)
-    parsed = _parse_options(rest)
-    parsed["fisher"] = _fisher(parsed.get("fisher"), backend)
-    scheme = parsed.pop("scheme", None)
-    if parsed.get("magnitudes") is Magnitudes.KFAC and low_rank:
-        raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
-    if "sampling" not in parsed:
-        parsed["sampling"] = default_sampling(name, scheme, parsed.get("magnitudes"))
-    options = CurvatureOptions(**({} if scheme is None else {"scheme": scheme}), **parsed)
-    return Arguments(
-        name,
-        scheme,
-        options,
-        strict,
-        backend,
-        rank,
-        ignore_index,
-        _is_residual(sigma_noise, name),
-        allowed,
-        *dict_keys,
-        n_outputs=n_outputs,
-    )
-
-
-def _check_backend(backend: Backend | None, likelihood: str, *, low_rank: bool) -> None:
-    if backend is None:
-        return
-    if low_rank:
+    kept = {k: v for k, v in given.items() if v is not None or k in ("pool_size", "columns")}
+    curvature = {k: kept[k] for k in kept.keys() & _CURVATURE}
+    if low_rank and backend is not None:
         raise ValueError(
             "hessian_structure='lowrank' computes its own curvature; leave backend=None (and "
             "choose the Fisher type with fisher=)."
         )
-    if likelihood == LikelihoodName.BERNOULLI:
-        raise ValueError("likelihood='bernoulli' needs our own pass: drop backend.")
-    kind = backend.kind
-    if not (isinstance(kind, type) and issubclass(kind, CurvatureInterface)):
-        raise TypeError("backend must be a laplace-torch CurvatureInterface class, or None.")
+    if low_rank and curvature.get("magnitudes") == Magnitudes.KFAC:
+        raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
+    if not low_rank and "rank" in kept:
+        raise ValueError("rank is for hessian_structure='lowrank' only.")
+    if backend is not None:
+        if not (isinstance(backend.kind, type) and issubclass(backend.kind, CurvatureInterface)):
+            raise TypeError("backend must be a laplace-torch CurvatureInterface class, or None.")
+        asked = parse_choice(Fisher, curvature.setdefault("fisher", backend.fisher), "fisher")
+        if asked is not backend.fisher:
+            raise ValueError(
+                f"backend {backend.kind.__name__} computes fisher={backend.fisher.value!r}, but "
+                f"fisher={asked.value!r} was asked for. Drop one of the two."
+            )
+    sampling = default_sampling(name, curvature.get("scheme"), curvature.get("magnitudes"))
+    options = CurvatureOptions(**{"sampling": sampling, **curvature})
+    return Arguments(
+        name,
+        options.scheme if "scheme" in curvature else None,
+        options,
+        backend=backend,
+        residual_noise=_is_residual(sigma_noise, name),
+        dict_key_x=dict_keys[0],
+        dict_key_y=dict_keys[1],
+        **{k: given[k] for k in given.keys() & _OWN},
+    )
 
 
 def backend_from(
@@ -281,47 +295,8 @@ def _is_residual(sigma_noise: float | Tensor | str, likelihood: str) -> bool:
     return True
 
 
-def _checked_rank(rank: object, *, low_rank: bool) -> int | None:
-    if rank is None:
-        return None
-    if not low_rank:
-        raise ValueError("rank is for hessian_structure='lowrank' only.")
-    return checked_integer("rank", rank)
-
-
-def _checked_n_outputs(value: object, likelihood: str) -> int | str | None:
-    if value is None or value == AUTO:
-        return value if value is None else AUTO
-    if isinstance(value, str):
-        raise ValueError(f"n_outputs must be a positive integer, None or {AUTO!r}; got {value!r}.")
-    checked = checked_integer("n_outputs", value)
-    if likelihood != LikelihoodName.CLASSIFICATION:
-        raise ValueError(
-            "n_outputs chooses the most probable of classes that exclude each other; it is for "
-            f"likelihood='classification', not {likelihood!r}."
-        )
-    return checked
-
-
-def _checked_ignore_index(value: object, likelihood: str, backend: object) -> int | None:
-    if value is None:
-        return None
-    try:
-        index = operator.index(cast(SupportsIndex, None if isinstance(value, bool) else value))
-    except TypeError:
-        raise TypeError(f"ignore_index must be an integer or None; got {value!r}.") from None
-    if likelihood != LikelihoodName.CLASSIFICATION:
-        raise ValueError(
-            f"ignore_index marks class labels that do not count; it is for "
-            f"likelihood='classification', not {likelihood!r}."
-        )
-    if backend is not None:
-        raise ValueError("ignore_index needs our own pass: drop backend.")
-    return index
-
-
 def default_sampling(
-    likelihood: str, scheme: Scheme | None, magnitudes: Magnitudes | None
+    likelihood: str, scheme: Scheme | str | None, magnitudes: Magnitudes | str | None
 ) -> Sampling:
     """Curvature sampling wherever it is unbiased and says something.
 
@@ -331,38 +306,9 @@ def default_sampling(
     single-batch baseline, which stays what laplace-torch computes.
     """
     if (
-        magnitudes is Magnitudes.KFAC
+        magnitudes == Magnitudes.KFAC
         or likelihood == LikelihoodName.REGRESSION
-        or scheme is Scheme.SINGLE
+        or scheme == Scheme.SINGLE
     ):
         return Sampling.UNIFORM
     return Sampling.CURVATURE
-
-
-def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in fields(CurvatureOptions)}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise TypeError(
-            f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}, "
-            "allow_probabilities, ignore_index, n_outputs, rank and strict."
-        )
-    return {
-        name: parse_choice(_ENUMS[name], value, name)
-        if name in _ENUMS and value is not None
-        else value
-        for name, value in given.items()
-        if value is not None or name in ("pool_size", "columns")
-    }
-
-
-def _fisher(asked: Fisher | None, backend: Backend | None) -> Fisher:
-    if backend is None:
-        return asked or Fisher.TYPE2
-    fixed = backend.fisher
-    if asked is not None and asked is not fixed:
-        raise ValueError(
-            f"backend {backend.kind.__name__} computes fisher={fixed.value!r}, but "
-            f"fisher={asked.value!r} was asked for. Drop one of the two."
-        )
-    return fixed

@@ -16,6 +16,7 @@ from laplace_debiased.curvature.inspection import MISMATCH
 from laplace_debiased.data.build import Supply
 from laplace_debiased.data.loaders import is_indexable
 from laplace_debiased.data.plan import CurvaturePlan
+from laplace_debiased.data.pool import anew
 from laplace_debiased.errors import ModelChangedError
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.checkpoint import FitCheckpoint
@@ -81,7 +82,7 @@ def run_fit(
         kept = _begun(structure, order)
         score = Scorer(engine.outputs, target.model, loss, options.fisher)
         with clock.scoring(score) as counted:
-            plan = make_plan(order, supply, counted, None if kept is None else kept.scores)
+            plan = make_plan(order, supply, counted, anew if kept is None else kept.scores)
             plan = _same_plan(plan, supply, request, ranks)
         coverage, sample, probe = _looked_at(structure, engine, order, plan, coverage, writes)
         _check_coverage(coverage, order)

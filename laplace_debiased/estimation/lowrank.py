@@ -14,7 +14,7 @@ from laplace_debiased.curvature.lowrank.over_ranks import pairs_of_first
 from laplace_debiased.curvature.lowrank.rows import FeatureRowPass, RowPass
 from laplace_debiased.curvature.lowrank.span import Eigenpairs, matrix_average
 from laplace_debiased.data.loaders import can_draw, loader_length, sampler_indices
-from laplace_debiased.debiasing.bias import Comparison, compared
+from laplace_debiased.debiasing.bias import Comparison
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator, max_gram_rows
 from laplace_debiased.estimation.plan import first_inputs_of_loader
@@ -93,15 +93,14 @@ class LowRankStructure:
         earlier = task.earlier
         estimator = LowRankEstimator(engine, task, self.arguments.rank)
         survey = estimator.survey()
-        pairs, measured = estimator.estimate(survey)
-        comparisons: tuple[Comparison, ...] = ()
-        if task.options.scheme is not Scheme.SINGLE:
-            comparisons = tuple(compared((part.own,), (part.held_out,)) for part in measured)
+        pairs, comparisons = estimator.estimate(survey)
+        if task.options.scheme is Scheme.SINGLE:
+            comparisons = []
         if earlier is not None:
             weights, rank = task.weights(earlier), self.arguments.rank
             shares, parts = [w / sum(weights) for w in weights], (earlier.curvature, pairs)
             pairs = pairs_of_first(task.ranks, lambda: matrix_average(parts, shares, rank))
-            comparisons = (*earlier.comparisons, *comparisons)
+            comparisons = [*earlier.comparisons, *comparisons]
         return task.result(pairs, comparisons, survey.tally)
 
     def predictor(self, engine: RowPass, fit: Fit) -> Predictor:

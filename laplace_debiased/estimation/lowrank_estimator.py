@@ -25,6 +25,7 @@ from laplace_debiased.curvature.lowrank.span import (
 )
 from laplace_debiased.data.coefficients import draw_coefficients
 from laplace_debiased.data.sources import Batch, Draws
+from laplace_debiased.debiasing.bias import Comparison, compared
 from laplace_debiased.debiasing.schemes import Measurement, scheme_plan
 from laplace_debiased.estimation.structure import Task
 from laplace_debiased.estimation.tally import Tally
@@ -75,21 +76,6 @@ class Survey:
 
 
 @dataclass(frozen=True, eq=False)
-class MeasuredDirections:
-    """One set of k directions with what its own and the held-out samples say, [k] each.
-
-    Attributes:
-        own: mean over the draws that gave the directions.
-        held_out: mean over the held-out draws.
-        magnitudes: the unbiased combination that the posterior takes.
-    """
-
-    own: Tensor
-    held_out: Tensor
-    magnitudes: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class LowRankEstimator:
     """Estimates low-rank curvature, of at most ``rank`` directions; None for all that count."""
 
@@ -97,8 +83,8 @@ class LowRankEstimator:
     task: Task
     rank: int | None
 
-    def estimate(self, survey: Survey) -> tuple[Eigenpairs, list[MeasuredDirections]]:
-        """Eigenpairs of the joined folds, and what was measured on the way.
+    def estimate(self, survey: Survey) -> tuple[Eigenpairs, list[Comparison]]:
+        """Eigenpairs of the joined folds, and how own and held-out samples see each set on the way.
 
         Raises:
             ValueError: if the rows do not fit in memory and no ``rank`` is given.
@@ -148,26 +134,23 @@ class LowRankEstimator:
 
     # -- all rows in memory ----------------------------------------------------------------
 
-    def _by_gram_matrix(self, survey: Survey) -> tuple[Eigenpairs, list[MeasuredDirections]]:
+    def _by_gram_matrix(self, survey: Survey) -> tuple[Eigenpairs, list[Comparison]]:
         """Everything from one Gram matrix of all rows; only the final basis is formed."""
         ranks, rows = self.task.ranks, self._rows(survey)
         gram = gram_over_ranks(ranks, rows)
-
-        def solve() -> list[Tensor]:
-            measured, joined = self._from_gram(gram, survey, relative_cutoff(rows.dtype))
-            parts = [value for one in measured for value in (one.own, one.held_out, one.magnitudes)]
-            return [joined.coefficients, joined.eigenvalues, *parts]
-
-        coefficients, eigenvalues, *parts = ranks.from_first("directions", solve)
+        found = ranks.from_first(
+            "directions", lambda: self._from_gram(gram, survey, relative_cutoff(rows.dtype))
+        )
+        coefficients, eigenvalues, comparisons = found
         pairs = pairs_over_ranks(ranks, rows, SpanDirections(coefficients, eigenvalues))
-        return pairs, [MeasuredDirections(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
+        return pairs, comparisons
 
     def _from_gram(
         self, gram: Tensor, survey: Survey, cutoff: float
-    ) -> tuple[list[MeasuredDirections], SpanDirections]:
-        """What was measured along every set of directions, and the directions of all together."""
+    ) -> tuple[Tensor, Tensor, list[Comparison]]:
+        """Coefficients and eigenvalues of the directions of all together, and the comparisons."""
         plan = self.task.plan
-        measured, factors = [], []
+        comparisons, factors = [], []
         for step in scheme_plan(self.task.options.scheme, plan.fold_sizes).measurements:
             own = draw_coefficients(plan, survey.draws, step.direction_folds)
             root = _per_row(own.sqrt(), survey, gram)
@@ -175,13 +158,12 @@ class LowRankEstimator:
             squares = (gram @ found.coefficients).square()
             held_out = draw_coefficients(plan, survey.draws, step.magnitude_folds)
             both = (held_out, coefficients_of(plan, step, survey.draws))
-            values = (_per_row(one, survey, gram) @ squares for one in both)
-            part = MeasuredDirections(found.eigenvalues, *values)
-            measured.append(part)
-            scales = (part.magnitudes.double() * step.share).clamp_min(0.0).sqrt()
+            held, magnitudes = (_per_row(one, survey, gram) @ squares for one in both)
+            comparisons.append(compared([found.eigenvalues], [held]))
+            scales = (magnitudes.double() * step.share).clamp_min(0.0).sqrt()
             factors.append(found.coefficients * scales)
-        factor = torch.cat(factors, 1)
-        return measured, span_eigenpairs(gram, factor, rank=self.rank, cutoff=cutoff)
+        joined = span_eigenpairs(gram, torch.cat(factors, 1), rank=self.rank, cutoff=cutoff)
+        return joined.coefficients, joined.eigenvalues, comparisons
 
     def _rows(self, survey: Survey) -> Tensor:
         """This rank's rows [M·R, P], R of them per sample."""
@@ -196,21 +178,23 @@ class LowRankEstimator:
 
     # -- no rows in memory -----------------------------------------------------------------
 
-    def _by_products(
-        self, survey: Survey, rank: int
-    ) -> tuple[Eigenpairs, list[MeasuredDirections]]:
+    def _by_products(self, survey: Survey, rank: int) -> tuple[Eigenpairs, list[Comparison]]:
         """Lanczos on GGN-vector products per set of directions, then one walk to measure them."""
         steps = scheme_plan(self.task.options.scheme, self.task.plan.fold_sizes).measurements
         with self.task.clock.stage("products"):
             found = [self._leading(survey, step, rank) for step in steps]
         measured = self._measure_products(survey, steps, found)
         parts = [
-            Eigenpairs(pairs.basis, part.magnitudes)
-            for pairs, part in zip(found, measured, strict=True)
+            Eigenpairs(pairs.basis, magnitudes)
+            for pairs, (_, magnitudes) in zip(found, measured, strict=True)
+        ]
+        comparisons = [
+            compared([pairs.eigenvalues], [held])
+            for pairs, (held, _) in zip(found, measured, strict=True)
         ]
         shares = [step.share for step in steps]
-        pairs = pairs_of_first(self.task.ranks, lambda: matrix_average(parts, shares, rank))
-        return pairs, measured
+        average = pairs_of_first(self.task.ranks, lambda: matrix_average(parts, shares, rank))
+        return average, comparisons
 
     def _leading(self, survey: Survey, step: Measurement, rank: int) -> Eigenpairs:
         weights = survey.outputs.new_zeros(len(survey.outputs))
@@ -238,8 +222,12 @@ class LowRankEstimator:
 
     def _measure_products(
         self, survey: Survey, steps: Sequence[Measurement], found: Sequence[Eigenpairs]
-    ) -> list[MeasuredDirections]:
-        """Directional curvatures in one walk over the rows."""
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Directional curvatures [k] in one walk over the rows.
+
+        For each set their mean over the held-out draws, and the unbiased combination that the
+        posterior takes.
+        """
         plan = self.task.plan
         sums = [[torch.zeros_like(pairs.eigenvalues) for _ in range(2)] for pairs in found]
         for start, batch in self._positioned("magnitudes"):
@@ -261,10 +249,7 @@ class LowRankEstimator:
                         per_row = per_row.repeat_interleave(r, output_size=n * r)
                         total[index] = total[index] + per_row @ squares
         flat = summed(self.task.ranks, "directional curvature", [t for both in sums for t in both])
-        return [
-            MeasuredDirections(pairs.eigenvalues, held, core)
-            for pairs, held, core in zip(found, flat[::2], flat[1::2], strict=True)
-        ]
+        return list(zip(flat[::2], flat[1::2], strict=True))
 
     def _positioned(self, what: str | None) -> Iterator[tuple[int, Batch]]:
         """Batches of what this rank walks, with the position of their first sample in the walk."""

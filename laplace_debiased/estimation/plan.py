@@ -55,9 +55,7 @@ def supply_for(
     )
 
 
-def make_plan(
-    order: Order, supply: Supply | None, score: Score, kept: Kept | None
-) -> CurvaturePlan:
+def make_plan(order: Order, supply: Supply | None, score: Score, kept: Kept) -> CurvaturePlan:
     """Which samples a fit looks at.
 
     A uniform budget that adds to a fit draws none of its samples again: what is left of the data

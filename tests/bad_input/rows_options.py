@@ -270,8 +270,8 @@ ROWS = [
         "ValueError",
         ("'bernoulli'", "backend"),
     ),
-    option("ignore_index=True", "TypeError", "ignore_index", ignore_index=True),
-    option('ignore_index="pad"', "TypeError", "ignore_index", "'pad'", ignore_index="pad"),
+    option("ignore_index=True", "ArgumentTypeError", "ignore_index", ignore_index=True),
+    option('ignore_index="pad"', "ArgumentTypeError", "ignore_index", "'pad'", ignore_index="pad"),
     option(
         "ignore_index in regression",
         "ValueError",

@@ -241,24 +241,6 @@ def test_draw_coefficients_count_repeats_and_weigh():
     assert weighted.tolist() == pytest.approx([2 / 9 / float(q[0]), 1 / 9 / float(q[1]), 0])
 
 
-@pytest.mark.parametrize("basis", [set(), {0, 1}, {2}, {-1}])
-def test_folds_that_leave_nothing_or_do_not_exist_are_refused(basis):
-    plan = plan_from_loader(_loader(6), folds=2)
-    with pytest.raises(ValueError, match="basis_folds"):
-        magnitude_coefficients(plan, _batch(plan), basis)
-
-
-def test_weighted_folds_that_are_no_sample_of_the_rest_are_refused():
-    q = sampling_probabilities(torch.tensor([3.0, 1.0, 1.0, 1.0]), 0.2)
-    three = planned([(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)], q)
-    with pytest.raises(ValueError, match="hold out one fold at a time"):
-        magnitude_coefficients(three, three.sources[0].draws, {0})
-    ordered = planned([(1, 0, 0, 0), (0, 1, 0, 0)], q, held_out_folds=frozenset({1}))
-    magnitude_coefficients(ordered, ordered.sources[0].draws, {0})
-    with pytest.raises(ValueError, match="symmetric=True"):
-        magnitude_coefficients(ordered, ordered.sources[0].draws, {1})
-
-
 def _loader(n, batch_size=50):
     return torch.utils.data.DataLoader(Numbers(n), batch_size=batch_size)
 

@@ -56,7 +56,6 @@ def test_plan_carries_the_draws_of_its_pool(symmetric):
         assert torch.allclose(batch.weights, 1 / (40 * q[batch.targets]), rtol=1e-12)
     unseen = [1 - float(q[list(set(f))].sum()) for f in found]
     assert plan.unseen_mass == pytest.approx(unseen, rel=1e-12)
-    assert plan.held_out_folds == (None if symmetric else {1})
     assert same_walk(walk(plan), walk(plan))
 
 
@@ -73,8 +72,7 @@ def test_equal_curvature_is_drawn_uniformly_without_replacement():
         LOADER, lambda x, y: (torch.full((len(y),), 3.0), y), folds=2, n_samples=40, symmetric=False
     )
     assert plan.n_samples == 40
-    assert not plan.is_weighted
-    assert plan.held_out_folds is None
+    assert all(bool((batch.weights == 1).all()) for batch in plan.batches())
 
 
 def test_pool_is_capped_to_a_subset_of_the_samplers_indices():
@@ -110,10 +108,8 @@ def test_random_state_is_untouched():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda x, y: (y[:1].double(), y), "one per sample"),
-        (lambda x, y: (y.double(), y.double().mean()), "one per sample"),
         (lambda x, y: (y.double() * float("nan"), y), "not finite"),
-        (lambda x, y: (-1.0 - y, y), "negative"),
+        (lambda x, y: (y.double() + float("inf"), y), "not finite"),
     ],
 )
 def test_bad_scores_are_refused(bad, message):
@@ -127,7 +123,6 @@ def test_bad_scores_are_refused(bad, message):
         ({"n_samples": 41}, ValueError, "n_samples=41 exceeds"),
         ({"n_samples": None}, TypeError, "n_samples must be a positive integer"),
         ({"pool_size": 3}, ValueError, "pool_size=3 is smaller than n_samples=5"),
-        ({"pool_size": 3.5}, TypeError, "pool_size must be a positive integer"),
         ({"folds": 9}, ValueError, "too few for 9 folds"),
     ],
 )
