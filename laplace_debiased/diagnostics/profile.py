@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.checks import checked_flag, checked_number
+from laplace_debiased.checks import checked_number
 from laplace_debiased.diagnostics.eigen import top_eigenpairs
 from laplace_debiased.diagnostics.estimates import DirectionalQuadratic
 from laplace_debiased.diagnostics.measure import Derivatives, directional_quadratic
@@ -18,7 +18,6 @@ from laplace_debiased.diagnostics.network import check_data
 from laplace_debiased.diagnostics.plots import new_figure, plot_quadratics
 from laplace_debiased.diagnostics.summary import BiasSummary, summarise
 from laplace_debiased.network.modes import public_call
-from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.options import parse_choice
 
 if TYPE_CHECKING:
@@ -207,8 +206,6 @@ def directional_profile(
     """
     # What is wrong is said before anything is computed.
     parse_choice(Derivatives, derivatives, "derivatives")
-    checked_model(model)
-    checked_flag("progress_bar", progress_bar)
     check_data(batch, other_batch, reference_loader, dict_key_y)
     pairs = top_eigenpairs(
         model,

@@ -21,21 +21,6 @@ _PARALLEL_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class TensorPrint:
-    """One parameter or buffer.
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype, as torch prints it.
-        digest: SHA-256 of its entries in row-major order, hexadecimal.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    digest: str
-
-
-@dataclass(frozen=True)
 class ModelFingerprint:
     """Identity of a model's weights, wherever they are stored.
 
@@ -43,14 +28,14 @@ class ModelFingerprint:
     the function); the device, memory layout, mode, ``requires_grad`` and the sign of a zero do not.
 
     Attributes:
-        entries: by qualified name, in alphabetical order; a tied tensor counts under its first
-            name.
+        entries: by qualified name, in alphabetical order, "digest dtype shape" of a parameter or
+            buffer; a tied tensor counts under its first name. Plain values, as a state holds them.
         kinds: by qualified name, what every module is, as far as that decides its outputs in
             evaluation mode: its class, and behind a "|" what it prints of itself and whether its
             ``forward`` was replaced. None, or classes alone, as a file says.
     """
 
-    entries: Mapping[str, TensorPrint]
+    entries: Mapping[str, str]
     kinds: Mapping[str, str] | None = field(default=None, compare=False)
 
     @property
@@ -58,7 +43,8 @@ class ModelFingerprint:
         """SHA-256 of everything, hexadecimal."""
         whole = hashlib.sha256()
         for name, entry in self.entries.items():
-            whole.update(repr((name, entry.shape, entry.dtype, entry.digest)).encode())
+            digest, dtype, shape = _parts(entry)
+            whole.update(repr((name, shape, dtype, digest)).encode())
         return whole.hexdigest()
 
     def differences(self, other: ModelFingerprint, *, values: bool = True) -> tuple[str, ...]:
@@ -69,14 +55,14 @@ class ModelFingerprint:
         found = [f"{name} is missing" for name in self.entries if name not in other.entries]
         found += [f"{name} is new" for name in other.entries if name not in self.entries]
         for name, one in self.entries.items():
-            two = other.entries.get(name)
-            if two is None:
+            if name not in other.entries:
                 continue
-            if one.shape != two.shape:
-                found.append(f"{name} has shape {list(two.shape)}, not {list(one.shape)}")
-            elif values and one.dtype != two.dtype:
-                found.append(f"{name} is {two.dtype}, not {one.dtype}")
-            elif values and one.digest != two.digest:
+            (digest, dtype, shape), two = _parts(one), _parts(other.entries[name])
+            if shape != two[2]:
+                found.append(f"{name} has shape {list(two[2])}, not {list(shape)}")
+            elif values and dtype != two[1]:
+                found.append(f"{name} is {two[1]}, not {dtype}")
+            elif values and digest != two[0]:
                 found.append(f"{name} has other values")
         return (*found, *(self._other_kinds(other) if values else ()))
 
@@ -91,13 +77,6 @@ class ModelFingerprint:
                 shown = (kind.replace("|", " ").strip() for kind in (two, one))
                 yield f"module {name!r} is {' and not '.join(shown)}"
 
-    def to_state(self) -> dict[str, str]:
-        """Plain values: name → "digest dtype shape"."""
-        return {
-            name: f"{entry.digest} {entry.dtype} {list(entry.shape)}"
-            for name, entry in self.entries.items()
-        }
-
     @property
     def modules(self) -> list[str] | None:
         """Plain values: name and class of every module; torch prints them otherwise elsewhere."""
@@ -109,7 +88,7 @@ class ModelFingerprint:
     def from_state(
         cls, state: Mapping[str, Any], modules: Sequence[str] | None = None
     ) -> ModelFingerprint:
-        """Read :meth:`to_state` and :attr:`modules`; up to version 5 [shape, dtype, digest].
+        """Read :attr:`entries` and :attr:`modules`; up to version 5 [shape, dtype, digest].
 
         A ValueError says that it is something else.
         """
@@ -117,15 +96,21 @@ class ModelFingerprint:
         try:
             for name, entry in state.items():
                 if isinstance(entry, str):
-                    digest, dtype, shape = entry.split(" ", 2)
-                    entry = json.loads(shape), dtype, digest
-                shape, dtype, digest = entry
-                entries[name] = TensorPrint(tuple(map(int, shape)), str(dtype), str(digest))
+                    digest, dtype, shape = _parts(entry)
+                else:
+                    shape, dtype, digest = entry
+                entries[name] = f"{digest} {dtype} {[int(size) for size in shape]}"
             return cls(entries, None if modules is None else dict(m.split("\t") for m in modules))
         except (AttributeError, TypeError, ValueError):
             raise ValueError(
                 "the state's model fingerprint is damaged; save the posterior again."
             ) from None
+
+
+def _parts(entry: str) -> tuple[str, str, tuple[int, ...]]:
+    """Digest, dtype and shape of an entry."""
+    digest, dtype, shape = entry.split(" ", 2)
+    return digest, dtype, tuple(map(int, json.loads(shape)))
 
 
 def fingerprint(model: nn.Module) -> ModelFingerprint:
@@ -137,7 +122,7 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
         digests = list((pool.map if is_large else map)(tensor_digest, tensors))
     return ModelFingerprint(
         {
-            name: TensorPrint(tuple(tensor.shape), str(tensor.dtype), digest)
+            name: f"{digest} {tensor.dtype} {list(tensor.shape)}"
             for (name, tensor), digest in zip(named, digests, strict=True)
         },
         module_kinds(model),

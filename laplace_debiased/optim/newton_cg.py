@@ -13,7 +13,13 @@ from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.interrupts import uninterrupted
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.network.outputs import checked_model
-from laplace_debiased.optim.cg import CGResult, NonPositiveCurvature, debiased_cg
+from laplace_debiased.optim.cg import (
+    CGResult,
+    NonPositiveCurvature,
+    StopReason,
+    Termination,
+    debiased_cg,
+)
 from laplace_debiased.optim.model_quadratic import (
     Batch,
     ModelLoss,
@@ -21,7 +27,6 @@ from laplace_debiased.optim.model_quadratic import (
     check_batch,
     unflatten,
 )
-from laplace_debiased.optim.termination import StopReason, Termination
 from laplace_debiased.options import Curvature, parse_choice
 
 DEFAULT_CG: Final = Termination(max_iterations=40, relative_progress=5e-4)

@@ -55,7 +55,7 @@ def to_state(self: Shell) -> dict[str, Any]:
         "covered": list(fit.coverage.covered),
         "excluded": dict(fit.coverage.excluded),
         "general": sorted(fit.coverage.general),
-        "model": fit.model.to_state(),
+        "model": dict(fit.model.entries),
         "modules": fit.model.modules,
         "probe": probe and map_tensors(Tensor.clone, [probe.inputs, probe.outputs]),
         "mean_loss": fit.mean_loss,

@@ -47,7 +47,7 @@ def test_fingerprint_depends_on_names_shapes_dtypes_and_values_alone() -> None:
         other = copy.deepcopy(model)
         change(other)
         assert fingerprint(other).digest != print_.digest
-    assert ModelFingerprint.from_state(print_.to_state()) == print_
+    assert ModelFingerprint.from_state(print_.entries) == print_
     with pytest.raises(ValueError, match="damaged"):
         ModelFingerprint.from_state({"a": 1})
 
