@@ -21,7 +21,12 @@ from laplace_debiased.curvature.recorder import record
 from laplace_debiased.curvature.rows.parameters import MAX_DENSE_VECTOR
 from laplace_debiased.curvature.tape import Tape
 from laplace_debiased.errors import ModelCallError, NumericalError
-from laplace_debiased.network.inputs import batch_length, select_rows, to_device
+from laplace_debiased.network.inputs import (
+    batch_length,
+    map_tensors,
+    select_rows,
+    to_device,
+)
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.outputs import check_outputs, check_repeatable
 from laplace_debiased.network.precision import full_precision
@@ -32,6 +37,9 @@ MISMATCH = (
 )
 _TOLERANCE = 2e-2
 """Relative, norm-wise. Round-off of float32 stays below 1e-4; a wrong layout is off by order 1."""
+
+_SAMPLES_IN_REVERSE = 4
+"""Of which equal keys, that no sorting moves, are rarely all; a forward pass of more costs more."""
 
 _NOISE = 1e-6
 """Of the largest gradient: a bias of keys, say, has no gradient but what round-off leaves."""
@@ -71,6 +79,7 @@ def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
             problems[name] = f"it goes through {why}"
             del tape.refused[name]
     problems |= _gradient_problems(model, tape, probe)
+    problems |= _sorted_samples(model, names, to_device(inputs, device), tape)
     general = frozenset(tape.refused) - problems.keys()
     return replace(coverage.without(problems), general=general)
 
@@ -115,6 +124,43 @@ def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, st
             why = tape.refused.get(name)
             problems[name] = MISMATCH if why is None else f"it goes through {why}"
     return problems
+
+
+def _sorted_samples(
+    model: nn.Module, names: Sequence[str], inputs: Any, looked_at: Tape
+) -> dict[str, str]:
+    """Parameters of operations that have the samples in another order than the network.
+
+    A network that sorts its batch by length changes an order that is not sorted already: a few
+    samples are looked at from the last to the first. Cotangents that are scaled sample by sample
+    must come back scaled in the same way.
+    """
+    length = min(_SAMPLES_IN_REVERSE, batch_length(inputs))
+    if length < 2 or looked_at.length < 2:
+        return {}
+    part = select_rows(inputs, slice(0, length))
+    turned = map_tensors(lambda t: t.flip(0) if t.ndim and len(t) == length else t, part)
+    tape = record(model, names, turned)
+    if not _close(tape.outputs.flip(0)[:2].detach(), looked_at.outputs.detach(), 0.0):
+        return {}  # samples of a larger batch mix, of which the fit says more when it sees it
+    scales = 2.0 ** torch.arange(length).to(tape.outputs)  # powers of two round nothing
+    column = torch.ones_like(tape.outputs) + torch.arange(tape.outputs.shape[-1]).to(scales)
+    plain = tape.pull_back(column)
+    scaled = tape.pull_back(_scaled(column, scales))
+    known = [found for found in scaled if found is not None]
+    noise = _NOISE * max((float(g.norm()) for found in known for g in found), default=0.0)
+    return {
+        use.name: MISMATCH
+        for call, one, other in zip(tape.calls, plain, scaled, strict=True)
+        if one is not None and other is not None
+        for use in call.uses.values()
+        if not all(_close(_scaled(a, scales), b, noise) for a, b in zip(one, other, strict=True))
+    }
+
+
+def _scaled(tensor: Tensor, scales: Tensor) -> Tensor:
+    """Sample by sample."""
+    return tensor * scales.to(tensor).reshape(-1, *[1] * (tensor.ndim - 1))
 
 
 def _matches(

@@ -69,6 +69,7 @@ class LossNetwork:
         targets = functional.prepare(targets)
         inputs = functional.prepare(inputs)
         outputs = functional.outputs(inputs)
+        self.row_pass.check_gradients(inputs)
         self.loss.check_targets(outputs, targets)
         return LossBatch(inputs, targets, outputs)
 

@@ -117,3 +117,28 @@ def test_a_network_that_is_stochastic_in_evaluation_is_refused(structure: str) -
     la = DebiasedLaplace(model, hessian_structure=structure)
     with untouched(model), pytest.raises(ValueError, match=r"stochastic.*self\.training"):
         la.fit(DataLoader(TensorDataset(X, Y), batch_size=8))
+
+
+class SortedByLength(nn.Module):
+    """Computes with its samples in the order of a key, and gives the outputs back in theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort(descending=True)
+        hidden = torch.tanh(self.first(x[order]))
+        return self.head(hidden[order.argsort()])
+
+
+@pytest.mark.parametrize("descending", [True, False])
+def test_layers_that_read_a_sorted_batch_are_left_out_whatever_the_order(descending: bool) -> None:
+    order = X[:, 0].argsort(descending=descending)
+    la = DebiasedLaplace(SortedByLength())
+    la.fit([(X[order], Y[order])], n_samples=None, n_data=24)
+    assert la.coverage.covered == ("head.weight", "head.bias")
+    assert "first dimension is not the batch" in la.coverage.excluded["first.weight"]
+    together = la(X)
+    alone = torch.cat([la(x[None]) for x in X])
+    assert torch.allclose(together, alone, atol=1e-5)

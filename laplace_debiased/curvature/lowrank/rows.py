@@ -23,6 +23,7 @@ from laplace_debiased.network.inputs import batch_length, select_rows, tensor_sh
 from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import check_repeatable
+from laplace_debiased.network.reached import check_gradients_reach
 from laplace_debiased.options import DEFAULT_BYTE_BUDGET
 
 _LIVE_GRADIENTS = 4
@@ -33,6 +34,9 @@ _LIVE_ROWS = 3
 
 _MIXING_TOLERANCE = 1e-3
 """Relative. Kernels for one sample and for two differ by round-off, up to 1e-5 in float32."""
+
+_VECTORISED_TOLERANCE = 2e-2
+"""Relative, norm-wise. Round-off of float32 stays below 1e-4; a wrong rule is off by order 1."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +97,45 @@ class RowPass:
             Rows [n, r, P].
         """
         inputs = self.network.prepare(inputs)
+        self.check_gradients(inputs)
         with differentiable_kernels(self.network.model), torch.set_grad_enabled(differentiable):
             if not self._one_by_one.get("always", False):
                 try:
-                    return self.network.rows(inputs, columns)
+                    rows = self.network.rows(inputs, columns)
+                    if "always" in self._one_by_one or self._is_vectorised_well(inputs, columns):
+                        return rows
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
                     # Not every operation can be vectorised. If it was something else, it will
                     # show again, with its own message.
-                    rows = self._looped(inputs, columns, differentiable)
-                    self._one_by_one["always"] = True
-                    return rows
+                rows = self._looped(inputs, columns, differentiable)
+                self._one_by_one["always"] = True
+                return rows
             return self._looped(inputs, columns, differentiable)
+
+    def check_gradients(self, inputs: Any) -> None:
+        """Check once, on the first of prepared inputs, that derivatives reach the parameters.
+
+        Raises:
+            ModelCallError: if one does not, naming the parameter.
+        """
+        if "reached" not in self._one_by_one:
+            check_gradients_reach(self.network, select_rows(inputs, slice(0, 1)))
+            self._one_by_one["reached"] = True
+
+    def _is_vectorised_well(self, inputs: Any, columns: Tensor) -> bool:
+        """Whether vectorised rows are those of a plain backward pass; looked at once.
+
+        A rule of torch for vectorising an operation may be wrong in silence, as that of ``cdist``.
+        """
+        samples = select_rows(inputs, slice(0, min(2, batch_length(inputs))))
+        few = columns[:2, ..., :2].detach()
+        vectorised = self.network.rows(samples, few).detach()
+        plain = self._looped(samples, few, False)
+        well = bool((vectorised - plain).norm() <= _VECTORISED_TOLERANCE * plain.norm())
+        self._one_by_one["always"] = not well
+        return well
 
     def tile_rows(
         self, inputs: Any, columns: Tensor, tile: Tile, *, differentiable: bool = False
@@ -160,7 +190,7 @@ class RowPass:
                         create_graph=differentiable,
                         materialize_grads=True,
                     )
-                    rows.append(torch.cat([entry.flatten() for entry in found]).to(network.dtype))
+                    rows.append(torch.cat([_flat(entry) for entry in found]).to(network.dtype))
         return torch.stack(rows).reshape(n, width, -1)
 
     def _bytes(self, inputs: Any) -> tuple[int, int]:
@@ -172,6 +202,10 @@ class RowPass:
         saved, largest = self._saved[key]
         size = torch.finfo(self.network.dtype).bits // 8
         return saved * size, size * (_LIVE_ROWS * self.network.n_params + _LIVE_GRADIENTS * largest)
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    return (gradient.to_dense() if gradient.is_sparse else gradient).flatten()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,0 +1,110 @@
+"""Derivatives that torch would lose or get wrong in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from laplace_debiased.curvature.lowrank.rows import RowPass
+from laplace_debiased.diagnostics import directional_profile
+from laplace_debiased.errors import ModelCallError
+from laplace_debiased.factory import DebiasedLaplace
+from laplace_debiased.network.functional import FunctionalNetwork
+from tests.tolerances import relative_error
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(12, 4, generator=G, dtype=torch.float64), torch.arange(12) % 3
+
+
+class Times(torch.autograd.Function):
+    """x Wᵀ in a function of its own, which torch functions do not see inside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        return gradient @ weight, gradient.T @ x
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Times.apply(x, self.weight).tanh())
+
+
+class Distances(nn.Module):
+    """torch's own rule for a vectorised backward pass of cdist gives other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(x, self.centres)
+
+
+def network(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(1)
+    return kind().double()
+
+
+def plain_rows(model: nn.Module) -> Tensor:
+    """J [n, C, P] by one ordinary backward pass per sample and output."""
+    parameters = list(model.parameters())
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(f, parameters, retain_graph=True)])
+        for x in X
+        for f in model(x[None])[0]
+    ]
+    return torch.stack(rows).reshape(len(X), 3, -1)
+
+
+def test_a_parameter_that_a_function_of_its_own_reads_is_named() -> None:
+    model = network(Custom)
+    la = DebiasedLaplace(model, hessian_structure="lowrank")
+    with pytest.raises(ModelCallError, match=r"'weight'.*autograd\.Function"):
+        la.fit([(X, Y)], n_data=12)
+    with pytest.raises(ModelCallError, match=r"'weight'.*autograd\.Function"):
+        directional_profile(model, "classification", (X[:6], Y[:6]), (X[6:], Y[6:]), k=2)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_it_is_no_obstacle() -> None:
+    model = network(Custom)
+    model.weight.requires_grad_(False)
+    la = DebiasedLaplace(model, hessian_structure="lowrank")
+    la.fit([(X, Y)], n_data=12)
+    assert bool(torch.isfinite(la(X)).all())
+
+
+def test_rows_that_torch_vectorises_wrongly_are_walked_one_by_one() -> None:
+    model = network(Distances)
+    row_pass = RowPass(FunctionalNetwork(model, ("centres",)))
+    columns = torch.eye(3, dtype=X.dtype).expand(len(X), 3, 3)
+    assert relative_error(row_pass.rows(X, columns), plain_rows(model)) < 1e-12
+    assert relative_error(row_pass.rows(X, columns), plain_rows(model)) < 1e-12
+
+
+def test_sparse_gradients_are_rows_as_others_are() -> None:
+    torch.manual_seed(2)
+    tokens = torch.randint(0, 9, (12, 3))
+    sparse = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
+    dense = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
+    dense.load_state_dict(sparse.state_dict())
+    found = []
+    for model in (sparse, dense):
+        la = DebiasedLaplace(model, hessian_structure="lowrank")
+        la.fit([(tokens, Y)], n_data=12)
+        found.append(la(tokens))
+    assert relative_error(*found) < 1e-5
