@@ -13,11 +13,8 @@ from laplace_debiased.calibration.batches import (
     Targets,
     collect_targets,
     concatenate,
-    inputs_only,
     over_batches,
     positions_as_samples,
-    split_batch,
-    to_device,
     to_numpy,
     without_ignored,
 )
@@ -93,9 +90,8 @@ def predict(
     ask, has_labels = _ask(source, options), _likelihood(source) in _WITH_LABELS
     key, device = getattr(source, "dict_key_y", "labels"), getattr(source, "_device", None)
 
-    def of_batch(batch: Any) -> Any:
-        x, y = split_batch(batch, key)
-        answer, y = ask(to_device(x, device)), torch.as_tensor(y)
+    def of_batch(x: Any, y: Any) -> Any:
+        answer, y = ask(x), torch.as_tensor(y)
         if not has_labels:
             # Batch by batch: only the diagonals of n K×K covariances are worth keeping.
             noise = to_numpy(torch.as_tensor(source.sigma_noise)).astype(np.float64)
@@ -105,7 +101,7 @@ def predict(
         return answer, last_labels(x, y) if options.positions is Positions.LAST else y
 
     bar = options.progress_bar
-    found = over_batches(of_batch, loader, "loader", _model(source), ranks, bar)
+    found = over_batches(of_batch, loader, "loader", key, device, _model(source), ranks, bar)
     return classified(source, *zip(*found, strict=True)) if has_labels else joined(found)
 
 
@@ -122,12 +118,10 @@ def predict_unlabelled(
 ) -> Unlabelled:
     """Predictions of a posterior for a loader whose targets do not matter."""
     ask, device = _ask(source, options), getattr(source, "_device", None)
-
-    def of_batch(batch: Any) -> Any:
-        return ask(to_device(inputs_only(batch), device))
-
-    bar = options.progress_bar
-    return unlabelled(over_batches(of_batch, loader, "ood_loader", _model(source), ranks, bar))
+    model, bar = _model(source), options.progress_bar
+    return unlabelled(
+        over_batches(lambda x, _: ask(x), loader, "ood_loader", None, device, model, ranks, bar)
+    )
 
 
 def unlabelled(answers: Sequence[Any]) -> Unlabelled:

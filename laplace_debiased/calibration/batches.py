@@ -17,7 +17,7 @@ from torch.utils.data import (
 from laplace_debiased.checks import checked_flag
 from laplace_debiased.data.block import Block
 from laplace_debiased.data.loaders import check_loader, loader_generators, paired
-from laplace_debiased.network import inputs
+from laplace_debiased.network.inputs import to_device
 from laplace_debiased.network.modes import undisturbed
 from laplace_debiased.parallel.ranks import ALONE, Ranks
 
@@ -27,29 +27,6 @@ Targets = Iterable[Any] | torch.Tensor | np.ndarray
 T = TypeVar("T")
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-
-
-def split_batch(batch: Any, dict_key_y: str) -> tuple[Any, Any]:
-    """Inputs (the mapping itself, if the batch is one) and targets of one batch.
-
-    Raises:
-        MissingKeyError: If a mapping has no such key.
-        TypeError: If the batch is neither a pair nor a mapping.
-    """
-    inputs, targets = paired(batch, dict_key_y)
-    if not isinstance(targets, torch.Tensor | np.ndarray | list | tuple):
-        raise TypeError(f"the targets of a batch must be a tensor, got {type(targets).__name__}.")
-    return inputs, targets
-
-
-def inputs_only(batch: Any) -> Any:
-    """Inputs of a batch whose targets, if it has any, do not matter."""
-    return batch[0] if isinstance(batch, list | tuple) and len(batch) > 0 else batch
-
-
-def to_device(x: Any, device: torch.device | str | None) -> Any:
-    """Inputs moved to a device: every tensor of a mapping, tuple or list; the rest stays."""
-    return x if device is None else inputs.to_device(x, torch.device(device))
 
 
 def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -66,23 +43,34 @@ def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def over_batches(
-    of_batch: Callable[[Any], T],
+    of_batch: Callable[[Any, Any], T],
     loader: Iterable[Any],
     name: str,
+    key: str | None,
+    device: torch.device | str | None = None,
     model: nn.Module | None = None,
     ranks: Ranks = ALONE,
     progress_bar: bool = False,
 ) -> list[T]:
-    """What ``of_batch`` makes of every batch of a loader, of all ranks, in order.
+    """What ``of_batch`` makes of every batch's inputs and targets, of all ranks, in order.
 
-    Model and random number generators are left as they were.
+    Model and random number generators are left as they were. Inputs (the mapping itself, where a
+    batch is one) come on the ``device``, if one is given. Without the ``key`` of the targets in
+    mappings these do not matter, and are None.
 
     Raises:
-        TypeError: If `loader` cannot be iterated over, or is a batch itself.
+        MissingKeyError: If a mapping has no such key.
+        TypeError: If `loader` cannot be iterated over, or is a batch itself, or if a batch is
+            neither a pair nor a mapping.
         ValueError: If it yields nothing, on any rank.
     """
     checked_flag("progress_bar", progress_bar)
     check_loader(loader, name, walks=1)
+
+    def found_in(batch: Any) -> T:
+        x, y = _split(batch, key)
+        return of_batch(x if device is None else to_device(x, torch.device(device)), y)
+
     with undisturbed(model, generators=loader_generators(loader)):
         block = Block(loader, ranks, name)
         batches: Iterable[Any] = block
@@ -90,10 +78,19 @@ def over_batches(
             from tqdm.auto import tqdm
 
             batches = tqdm(block, desc=f"Predicting {name}")
-        [found] = block.joined("answers", [of_batch(batch) for batch in batches])
+        [found] = block.joined("answers", [found_in(batch) for batch in batches])
     if not found:
         raise ValueError(f"{name} yields no batch; pass one with at least one sample.")
     return found
+
+
+def _split(batch: Any, key: str | None) -> tuple[Any, Any]:
+    if key is None:
+        return (batch[0] if isinstance(batch, list | tuple) and batch else batch), None
+    x, y = paired(batch, key)
+    if not isinstance(y, torch.Tensor | np.ndarray | list | tuple):
+        raise TypeError(f"the targets of a batch must be a tensor, got {type(y).__name__}.")
+    return x, y
 
 
 def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
@@ -111,10 +108,10 @@ def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
                 "precomputed predictions; build it with shuffle=False, or pass the labels."
             )
 
-    def targets_of(batch: Any) -> np.ndarray:
-        return to_numpy(torch.as_tensor(split_batch(batch, dict_key_y)[1]))
+    def targets_of(_: Any, y: Any) -> np.ndarray:
+        return to_numpy(torch.as_tensor(y))
 
-    return concatenate(over_batches(targets_of, source, "loader"))
+    return concatenate(over_batches(targets_of, source, "loader", dict_key_y))
 
 
 def concatenate(parts: list[np.ndarray]) -> np.ndarray:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +19,7 @@ from laplace_debiased.calibration.asking import (
     unlabelled,
 )
 from laplace_debiased.calibration.batches import (
-    inputs_only,
     over_batches,
-    split_batch,
-    to_device,
     to_numpy,
 )
 from laplace_debiased.calibration.comparison import ComparedRow, Comparison
@@ -110,11 +106,11 @@ def compare(
         progress_bar = progress_bar if ranks.is_first else False
         ranks.agree("compare", {**described(la, Options()), "n_bins": n_bins, "seed": seed})
         ways = ways_to_predict(la, val_loader, train_loader, seed, progress_bar, ranks)
-        split = partial(split_batch, dict_key_y=la.dict_key_y)
-        inside, labels = ways.over(test_loader, "test_loader", split, ranks, progress_bar)
+        key = la.dict_key_y
+        inside, labels = ways.over(test_loader, "test_loader", key, ranks, progress_bar)
         outside: dict[str, list[Any]] = {}
         if ood_loader is not None:
-            outside, _ = ways.over(ood_loader, "ood_loader", _inputs, ranks, progress_bar)
+            outside, _ = ways.over(ood_loader, "ood_loader", None, ranks, progress_bar)
         return _scored(ways, inside, labels, outside, n_bins, seed)
 
 
@@ -264,23 +260,19 @@ class Ways:
         self,
         loader: Any,
         name: str,
-        split: Callable[[Any], tuple[Any, Any]],
+        key: str | None,
         ranks: Ranks,
         progress_bar: bool,
     ) -> tuple[dict[str, list[Any]], tuple[Any, ...]]:
         """By row the answers to every batch of a loader, and the batches' targets."""
 
-        def of_batch(batch: Any) -> tuple[Answers, Any]:
-            inputs, y = split(batch)
-            return self.answers(to_device(inputs, self.la._device)), y
+        def of_batch(x: Any, y: Any) -> tuple[Answers, Any]:
+            return self.answers(x), y
 
-        walked = over_batches(of_batch, loader, name, self.la._target.model, ranks, progress_bar)
+        device, model = self.la._device, self.la._target.model
+        walked = over_batches(of_batch, loader, name, key, device, model, ranks, progress_bar)
         answers, targets = zip(*walked, strict=True)
         return {key: [found[key] for found in answers] for key in answers[0]}, targets
-
-
-def _inputs(batch: Any) -> tuple[Any, None]:
-    return inputs_only(batch), None
 
 
 def _scored(

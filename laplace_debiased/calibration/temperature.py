@@ -19,8 +19,6 @@ from laplace_debiased.calibration.batches import (
     concatenate,
     over_batches,
     positions_as_samples,
-    split_batch,
-    to_device,
     to_numpy,
     without_ignored,
 )
@@ -139,10 +137,9 @@ def collect_logits(
     check_key("dict_key_x", dict_key_x)
     entered = OneEntry(model, dict_key_x)
 
-    def of_batch(batch: Any) -> tuple[torch.Tensor, np.ndarray]:
-        x, y = split_batch(batch, dict_key_y)
+    def of_batch(x: Any, y: Any) -> tuple[torch.Tensor, np.ndarray]:
         with torch.no_grad():
-            output = invoke(model, to_device(entered(x), device))
+            output = invoke(model, entered(x))
         if not isinstance(output, torch.Tensor):
             raise TypeError(
                 "logits_or_model must return a tensor of logits, or a record that holds one as "
@@ -150,7 +147,7 @@ def collect_logits(
             )
         return positions_as_samples(output.cpu(), to_numpy(torch.as_tensor(y)))
 
-    found = over_batches(of_batch, loader, "loader", model, ranks, progress_bar)
+    found = over_batches(of_batch, loader, "loader", dict_key_y, device, model, ranks, progress_bar)
     logits, labels = zip(*found, strict=True)
     return torch.cat(logits), torch.from_numpy(concatenate(labels))
 
