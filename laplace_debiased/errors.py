@@ -19,6 +19,10 @@ class NotFittedError(ValueError, AttributeError):
     """The posterior has no curvature yet: call ``fit`` first."""
 
 
+class ReadOnlyError(ValueError, AttributeError):
+    """An attribute of a posterior that follows from others, and is not set."""
+
+
 class NumericalError(FloatingPointError, ValueError):
     """NaN or infinity where a finite number is needed, or a decomposition that fails."""
 

@@ -31,7 +31,7 @@ from laplace_debiased.options import Positions
 from laplace_debiased.parallel.ranks import ALONE, Ranks
 from laplace_debiased.posterior.host import DebiasedPosterior
 from laplace_debiased.posterior.predicting import informed_probabilities
-from laplace_debiased.predictive.selection import last_labels
+from laplace_debiased.predictive.selection import NO_LAST_LABEL, last_labels
 
 Call = Callable[[Any], Any]
 
@@ -98,11 +98,17 @@ def predict(
             mean, variance = map(_detached, answer)
             added = np.square(np.atleast_1d(noise))
             return gaussian_predictions(mean, variance, to_numpy(y), added)
-        return answer, last_labels(x, y) if options.positions is Positions.LAST else y
+        return answer, last_labels(source._keys.entered(x), y) if at_last else y
 
-    bar = options.progress_bar
+    bar, at_last = options.progress_bar, options.positions is Positions.LAST
     found = over_batches(of_batch, loader, "loader", key, device, _model(source), ranks, bar)
-    return classified(source, *zip(*found, strict=True)) if has_labels else joined(found)
+    if not has_labels:
+        return joined(found)
+    answers, labels = zip(*found, strict=True)
+    ignored = source.ignore_index if at_last else None
+    if ignored is not None and all(bool((y == ignored).all()) for y in labels):
+        raise ValueError(f"every label is ignore_index={ignored}.{NO_LAST_LABEL}")
+    return classified(source, answers, labels)
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def class_labels(values: Values, n_samples: int, n_classes: int) -> IntArray:
     if row is not None:
         raise ValueError(
             f"labels must lie in 0..{n_classes - 1}, got {labels[row]} in row {row}; "
-            "leave out samples that have no label."
+            "leave out samples that have no label, or name what marks these (ignore_index)."
         )
     return labels.astype(np.int64)
 

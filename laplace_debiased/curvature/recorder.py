@@ -41,6 +41,7 @@ from laplace_debiased.curvature.operations.call import (
 from laplace_debiased.curvature.operations.views import matrix_place, vector_place
 from laplace_debiased.curvature.tape import SharedCall, Tape
 from laplace_debiased.curvature.untouched import (
+    FLATTENS,
     JOINS,
     LIKE,
     Untouched,
@@ -49,6 +50,7 @@ from laplace_debiased.curvature.untouched import (
     met_copies,
     met_spread,
     note_copies,
+    note_flattened,
     of_its_own,
     rows_of,
     stored_view,
@@ -105,9 +107,7 @@ class Recorder(BlockMode):
         """Sort a call, note it, and run it."""
         found, is_batched = self._seen(args, kwargs)
         if not found and is_batched:  # nearly all calls
-            if func in JOINS:
-                note_copies(self._tape, self._rows, *args, **kwargs)
-            return func(*args, **kwargs)
+            return self._run_on_samples(func, args, kwargs)
         if found:
             args, kwargs = self._with_leaves(args), self._with_leaves(kwargs)
         name = str(getattr(func, "__name__", func)).strip("_")
@@ -127,6 +127,14 @@ class Recorder(BlockMode):
         else:
             made = args[0] if outputs is None and writes(func) else outputs
             self._hold_outputs(name, made, found)
+        return outputs
+
+    def _run_on_samples(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if func in JOINS:
+            note_copies(self._tape, self._rows, *args, **kwargs)
+        outputs = func(*args, **kwargs)
+        if func in FLATTENS and args:
+            note_flattened(self._tape, self._rows, args[0], outputs)
         return outputs
 
     def _seen(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[Untouched], bool]:

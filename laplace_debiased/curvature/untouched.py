@@ -156,6 +156,7 @@ def _note(tape: Tape, copies: Tensor, base: Tensor, value: Untouched) -> None:
 
 
 JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
+FLATTENS = frozenset({torch.reshape, torch.flatten, Tensor.reshape, Tensor.flatten})
 
 Rows = frozenset[tuple[int, int]]
 """Where tensors of a network's input begin in memory, and how far their samples are apart."""
@@ -181,6 +182,20 @@ def note_copies(
         return
     if all(_has(part, m) and _row(part) in rows for part in parts):
         tape.copies = len(parts)
+
+
+def note_flattened(tape: Tape, rows: Rows, tensor: Tensor, outputs: Tensor) -> None:
+    """Note the same of transposed inputs [k, m, ...] that become [k·m, ...].
+
+    What has the samples in front, and is flattened, has each sample's parts together again.
+    """
+    m, shape = tape.length, tensor.shape
+    if m == 1 or len(shape) < 2 or outputs.shape[:1] in ((), (m,), shape[:1]):
+        return
+    if shape[1] == m and _row(tensor.select(0, 0)) in rows:
+        tape.copies = shape[0]
+    elif shape[0] == m:
+        tape.copies = 1
 
 
 def _has(tensor: Tensor, m: int) -> bool:

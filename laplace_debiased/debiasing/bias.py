@@ -35,12 +35,35 @@ class Comparison:
         return dict(vars(self))
 
     @classmethod
-    def from_state(cls, state: Any) -> Comparison:
-        """Of :meth:`to_state`, or of tables as files of versions 1 and 2 hold them."""
-        if isinstance(state, Mapping):
-            return cls(**state)
-        own, other = ((s,) if isinstance(s, Tensor) else tuple(s) for s in state)
-        return compared(own, other)
+    def from_state(cls, state: Any, name: str, n_blocks: int) -> Comparison:
+        """Of :meth:`to_state`, or of tables as files of versions 1 and 2 hold them.
+
+        Args:
+            state: of the comparison.
+            name: its key, for messages.
+            n_blocks: blocks of the curvature.
+
+        Raises:
+            ValueError: naming the entry that is no vector of finite numbers of its length.
+        """
+        if not isinstance(state, Mapping):
+            own, other = ((s,) if isinstance(s, Tensor) else tuple(s) for s in state)
+            return compared(own, other)
+        lengths = dict.fromkeys(("own", "other"), N_PARTS)
+        lengths |= dict.fromkeys(("own_tops", "other_tops"), n_blocks)
+        for entry, length in lengths.items():
+            value = state.get(entry)
+            if not isinstance(value, Tensor) or value.shape != (length,) or value.is_complex():
+                raise ValueError(f"'{name}/{entry}' must be a tensor of {length} numbers.")
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"'{name}/{entry}' holds NaN or infinity.")
+        return cls(**state)
+
+
+def comparisons_of(state: Mapping[str, Any], n_blocks: int) -> tuple[Comparison, ...]:
+    """The comparisons of a state, of a curvature in so many blocks; raises as one of them does."""
+    parts = enumerate(state["comparisons"])
+    return tuple(Comparison.from_state(part, f"comparisons[{i}]", n_blocks) for i, part in parts)
 
 
 def compared(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from laplace_debiased.checks import checked_integer, generator_seed
+from laplace_debiased.checks import checked_flag, checked_integer, generator_seed
 from laplace_debiased.diagnostics.eigen import eigenspace_overlap, top_eigenpairs
 from laplace_debiased.diagnostics.plots import OTHER, OWN, new_figure, tidy
 from laplace_debiased.diagnostics.profile import directional_profile
@@ -93,7 +93,13 @@ def disjoint_batches(
 
     Raises:
         ValueError: if the data set is smaller than both batches.
+        ArgumentTypeError: if it has no length or items.
     """
+    if not all(hasattr(dataset, name) for name in ("__len__", "__getitem__")):
+        raise ArgumentTypeError(
+            "dataset must have a length and items, as a loader's .dataset has; got "
+            f"{type(dataset).__name__}."
+        )
     if batch_size < 1 or 2 * batch_size > len(dataset):
         raise ValueError(
             f"two disjoint batches of {batch_size} need at least {2 * max(batch_size, 1)} samples "
@@ -136,6 +142,9 @@ def batch_size_sweep(
         ValueError: as `directional_profile` and `disjoint_batches`, or for no size or pair.
     """
     pairs, seed = checked_integer("pairs", pairs), generator_seed(seed)
+    if not isinstance(batch_sizes, Iterable):
+        kind = type(batch_sizes).__name__
+        raise ArgumentTypeError(f"batch_sizes must be several, such as (16, 64); got {kind}.")
     batch_sizes = tuple(checked_integer("batch_sizes", size) for size in batch_sizes)
     if not batch_sizes:
         raise ValueError("a sweep needs batch sizes; batch_sizes is empty.")
@@ -145,7 +154,9 @@ def batch_size_sweep(
     options["seed"] = seed
     steps = [size for size in batch_sizes for _ in range(pairs)]
     rows = []
-    for size in tqdm(steps, desc="pairs of batches", disable=not progress_bar):
+    for size in tqdm(
+        steps, desc="pairs of batches", disable=not checked_flag("progress_bar", progress_bar)
+    ):
         drawn = disjoint_batches(dataset, size, generator)
         rows.append(_one_pair(model, likelihood, drawn, reference_loader, k, options))
     table = torch.tensor(rows, dtype=torch.float64).reshape(len(batch_sizes), pairs, 4)

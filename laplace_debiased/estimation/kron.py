@@ -24,7 +24,7 @@ from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.rows.gram import dense
 from laplace_debiased.data.loaders import can_draw, sampler_indices
 from laplace_debiased.debiasing.bases import eigenbases, kfac_magnitudes, own_magnitudes
-from laplace_debiased.debiasing.bias import Comparison, compared
+from laplace_debiased.debiasing.bias import Comparison, compared, comparisons_of
 from laplace_debiased.debiasing.schemes import join_by_rank, scheme_plan
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.backends import BackendFactors, check_backend
@@ -177,7 +177,7 @@ class KronStructure:
         Raises:
             ValueError: if a table does not fit its eigenbasis.
         """
-        comparisons = tuple(Comparison.from_state(part) for part in state["comparisons"])
+        comparisons = comparisons_of(state, len(state["covered"]))
         return curvature_from_state(tuple(state["covered"]), state, device), comparisons
 
 

@@ -14,7 +14,7 @@ from laplace_debiased.curvature.lowrank.over_ranks import pairs_of_first
 from laplace_debiased.curvature.lowrank.rows import FeatureRowPass, RowPass
 from laplace_debiased.curvature.lowrank.span import Eigenpairs, matrix_average
 from laplace_debiased.data.loaders import can_draw, loader_length, sampler_indices
-from laplace_debiased.debiasing.bias import Comparison
+from laplace_debiased.debiasing.bias import Comparison, comparisons_of
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator, max_gram_rows
 from laplace_debiased.estimation.plan import first_inputs_of_loader
@@ -130,5 +130,5 @@ class LowRankStructure:
                 f"the state's basis {list(basis.shape)} does not fit its {len(eigenvalues)} "
                 f"eigenvalues and {len(state['mean'])} parameter entries."
             )
-        comparisons = tuple(Comparison.from_state(part) for part in state["comparisons"])
+        comparisons = comparisons_of(state, 1)
         return Eigenpairs(basis, eigenvalues), comparisons

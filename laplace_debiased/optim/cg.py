@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_debiased.checks import checked_integer, checked_number
+from laplace_debiased.checks import checked_flag, checked_integer, checked_number
 from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.modes import public_call
 from laplace_debiased.optim.quadratic import Matvec, Quadratic, as_matvec
@@ -195,7 +195,8 @@ def debiased_cg(
         if preconditioner is None
         else as_matvec(preconditioner, own.dimension, "preconditioner")
     )
-    return _Iteration(own, target, precondition, policy, keep_vectors).run(termination)
+    kept = checked_flag("keep_vectors", keep_vectors)
+    return _Iteration(own, target, precondition, policy, kept).run(termination)
 
 
 def _check_pair(own: Quadratic, target: Quadratic) -> None:

@@ -224,9 +224,10 @@ class NewtonCG(torch.optim.Optimizer):
             ValueError: If a mini-batch is empty.
             RuntimeError: If the loss, its gradient or a product is not finite.
         """
-        if closure is None:
-            raise TypeError(
-                "step needs a closure that returns MiniBatches(directions, magnitudes)."
+        if not callable(closure):
+            raise ArgumentTypeError(
+                "step needs a closure, a function that returns MiniBatches(directions, "
+                f"magnitudes); got {type(closure).__name__}."
             )
         loss, group = self._loss(), self.param_groups[0]
         batches = _checked_minibatches(closure())

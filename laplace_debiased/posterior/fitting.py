@@ -9,6 +9,7 @@ from laplace_debiased.checks import checked_flag, shortened
 from laplace_debiased.curvature import Coverage
 from laplace_debiased.debiasing.bias import BiasReport
 from laplace_debiased.debiasing.bias import bias_report as report_of
+from laplace_debiased.errors import ReadOnlyError
 from laplace_debiased.estimation.arguments import FitRequest
 from laplace_debiased.estimation.checkpoint import DEFAULT_INTERVAL
 from laplace_debiased.estimation.fit import run_fit
@@ -139,6 +140,24 @@ def bias_report(self: Shell) -> BiasReport:
     blocks = max((len(part.own_tops) for part in fit.comparisons), default=0)
     names = fit.coverage.covered
     return report_of(fit.comparisons, names if blocks == len(names) else ("lowrank",))
+
+
+def set_attribute(self: Shell, name: str, value: object) -> None:
+    """Set what has a setter, which checks it; of laplace-torch's other attributes none is set.
+
+    Raises:
+        ReadOnlyError: for those: each follows from others.
+    """
+    known = getattr(type(self), name, None)
+    settable = known.fset is not None if isinstance(known, property) else name not in vars(self)
+    if self._is_made and not settable and not name.startswith("_"):
+        raise ReadOnlyError(
+            f"la.{name} cannot be set: it follows from how the posterior was made and fitted. Make "
+            "another with the argument that you mean, or fit anew; what can be set is "
+            "enable_backprop, prior_mean, prior_precision, sigma_noise, temperature and "
+            "tuned_link_approx."
+        )
+    object.__setattr__(self, name, value)
 
 
 def described(self: Shell) -> str:

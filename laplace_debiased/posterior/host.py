@@ -52,13 +52,13 @@ class DebiasedPosterior(_Host):
     model: Any
     likelihood: str
     _tuned_link_approx: LinkApprox | None = None
-    tuning_result: TuningResult | None = None
     _coverage: Coverage | None = None
     _fit: Fit | None = None
     _fitted_on: FitRequest | None = None
     _predictor: Predictor | None = None
     _watch: ModelWatch | None = None
     _warned_about_link: bool = False
+    _is_made: bool = False
     _takes_diagonal_prior: ClassVar[bool] = False
     _prior_precision: Tensor
     _sigma_noise: Tensor
@@ -139,6 +139,10 @@ class DebiasedPosterior(_Host):
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
         self.mean = torch.as_tensor(self.prior_mean)
+        self.tuning_result: TuningResult | None = None
+        self._is_made = True
+
+    __setattr__ = fitting.set_attribute
 
     def _init_H(self) -> None:  # noqa: N802
         # laplace-torch allocates dense zeros here; before a fit there is nothing to hold.
@@ -147,17 +151,20 @@ class DebiasedPosterior(_Host):
     def _set_target(self, target: Target, coverage: Coverage | None) -> None:
         """Restrict the posterior to the covered parameters of a target, if they are known."""
         if self.model is target.model or self._target is not target:
-            self.model = target.network
+            self.__dict__.update(model=target.network)
         elif target.last_layer is not None and target.last_layer.name is not None:
             self.model.set_last_layer(target.last_layer.name)  # may be another object now
         self._target = target
         if coverage is None:
             return
         self._coverage = coverage
-        self.params = target.parameters(coverage)
-        self.n_params = sum(parameter.numel() for parameter in self.params)
-        self.n_layers = len(self.params)
-        self.is_subset_params = bool(coverage.excluded)
+        params = target.parameters(coverage)
+        self.__dict__.update(
+            params=params,
+            n_params=sum(parameter.numel() for parameter in params),
+            n_layers=len(params),
+            is_subset_params=bool(coverage.excluded),
+        )
 
     @property
     def coverage(self) -> Coverage:
@@ -271,12 +278,10 @@ class DebiasedPosterior(_Host):
         self._set_target(target, fit.coverage)
         self._fit, self._predictor = fit, predictor
         self._watch = ModelWatch(fit.model, fit.probe)
-        for name, value in curvature.items():
-            setattr(self, name, value)
-        self.mean = mean
+        loss = fit.mean_loss * fit.n_data
+        sizes = {"n_data": fit.n_data, "n_outputs": fit.n_outputs}
+        self.__dict__.update(**curvature, **sizes, mean=mean, loss=loss)
         self.prior_precision, self.prior_mean = self._prior_precision, self._prior_mean
-        self.loss = fit.mean_loss * fit.n_data
-        self.n_data, self.n_outputs = fit.n_data, fit.n_outputs
         self._posterior_scale = None
 
     @property

@@ -106,7 +106,7 @@ def predict(
         n_samples = checked_integer("n_samples", n_samples)
     link = _link(self, link_approx, pred)
     check_generator(generator, self._device)
-    at, x = checked_positions(positions, pred), self._keys.entered(x)
+    at, x = checked_positions(positions, pred), _taken(self, x)
     rewards = self.likelihood == LikelihoodName.REWARD_MODELING
     moments = self.likelihood in MOMENTS and not (fitting and rewards)
     # Also what follows the draws may fail, and must then not have drawn.
@@ -130,6 +130,18 @@ def predict(
             mean, covariance = answer
             return _checked(self, mean), _checked(self, covariance)
         return _checked(self, answer)
+
+
+def _taken(self: Shell, x: Inputs) -> Inputs:
+    """What the model takes of the inputs.
+
+    Raises:
+        TypeError: if they are no inputs.
+        ValueError: if they hold no sample.
+    """
+    if batch_length(x) == 0:
+        raise ValueError("the model inputs hold no sample; give at least one.")
+    return self._keys.entered(x)
 
 
 def _of_networks(
@@ -172,7 +184,7 @@ def informed_probabilities(
     """
     link = _link(self, link_approx, PredType.GLM)
     at = checked_positions(positions, PredType.GLM)
-    return linearised(self, at).informed_probabilities(self._keys.entered(x), link)
+    return linearised(self, at).informed_probabilities(_taken(self, x), link)
 
 
 def linearised(self: Shell, positions: Positions = Positions.ALL) -> Predictive:
@@ -228,7 +240,7 @@ def report_outputs(
         )
     link = _link(self, link_approx, PredType.GLM)
     at = checked_positions(positions, PredType.GLM)
-    return outputs_report(linearised(self, at), self._keys.entered(x), link)
+    return outputs_report(linearised(self, at), _taken(self, x), link)
 
 
 @public_call
@@ -236,7 +248,7 @@ def host_moments(
     self: Shell, X: Inputs, joint: bool = False, diagonal_output: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the linearised outputs, as laplace-torch's method of the name."""
-    x = self._keys.entered(X)
+    x = _taken(self, X)
     return linearised(self).host_moments(x, joint=joint, diagonal_output=diagonal_output)
 
 
@@ -318,7 +330,7 @@ def functional_samples(
     checked_flag("diagonal_output", diagonal_output)
     pred = checked_pred_type(pred_type)
     last = checked_positions(positions, pred) is Positions.LAST
-    n_samples, x = checked_integer("n_samples", n_samples), self._keys.entered(x)
+    n_samples, x = checked_integer("n_samples", n_samples), _taken(self, x)
     if pred is PredType.NN:
         return sampled_outputs(self, x, n_samples, generator)
     if diagonal_output:

@@ -264,7 +264,8 @@ def optimize_prior_precision(
         ranks.meet("the end of the tuning")
         with uninterrupted():
             self.prior_precision = best
-            self.tuning_result, self.tuned_link_approx = result, link
+            vars(self)["tuning_result"] = result
+            self.tuned_link_approx = link
             self._warned_about_link = False
     if verbose and ranks.is_first:
         print(f"Optimized prior precision is {self.prior_precision}.")

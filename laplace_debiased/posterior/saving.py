@@ -81,6 +81,8 @@ def load_state_dict(self: Shell, state_dict: dict[str, Any], *, check_weights: b
         try:
             self._adopt(fit)
             self._fitted_on = None
+            for name in ("mean", "loss", "tuning_result"):  # no setters check these
+                vars(self)[name] = hyper_parameters.pop(name)
             for name, value in hyper_parameters.items():
                 setattr(self, name, value)
         except BaseException:  # a prior of another shape, say

@@ -47,6 +47,7 @@ class Shell(Protocol):
     _prior_mean: Any
     _sigma_noise: Tensor
     _warned_about_link: bool
+    _is_made: bool
     _takes_diagonal_prior: ClassVar[bool]
 
     # What DebiasedPosterior documents: read, checked, written.

@@ -88,8 +88,6 @@ class NetworkProducts:
 
     def _chunks(self, inputs: Any) -> list[Any]:
         m = batch_length(inputs)
-        if m == 0:
-            raise ValueError("the model inputs hold no sample.")
         with explained_failure(inputs):
             _, largest = self.network.saved_entries(select_rows(inputs, slice(0, 1)))
         size = torch.finfo(self.network.dtype).bits // 8

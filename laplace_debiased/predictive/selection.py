@@ -80,6 +80,13 @@ def last_positions(inputs: Any, n_positions: int) -> Tensor:
     return ((mask != 0) * order).amax(-1).sub(1).clamp_min(0)
 
 
+NO_LAST_LABEL = (
+    " Under positions='last' the label of a sequence's last position counts, and where labels are "
+    "the next tokens the last token has none: give inputs without it (input_ids[:, :-1], with "
+    "labels input_ids[:, 1:])."
+)
+
+
 def last_labels(inputs: Any, targets: Tensor) -> Tensor:
     """Labels [m, T] of sequences at their last positions [m]; one label per sample as it is."""
     if targets.ndim != 2:

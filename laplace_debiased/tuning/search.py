@@ -30,7 +30,7 @@ from laplace_debiased.network.rng import preserved_rng
 from laplace_debiased.predictive.call import NETWORKS, checked_link
 from laplace_debiased.predictive.predictor import Ask, OutputCovariance
 from laplace_debiased.predictive.probabilities import rounded_away, rounding
-from laplace_debiased.predictive.selection import last_labels
+from laplace_debiased.predictive.selection import NO_LAST_LABEL, last_labels
 from laplace_debiased.tuning.grid import PriorGrid
 from laplace_debiased.tuning.moments import (
     Loss,
@@ -307,10 +307,12 @@ class GridSearch:
     def _result(self, found: _Pass) -> TuningResult:
         best = self._optimum(found, found.losses, prior_only=False)
         if best is None:
+            at_last = self.validation.subject.selection.last_position
             raise NumericalError(
                 f"none of the {len(next(iter(found.losses.values())))} grid points has a finite "
-                "validation loss. Check the validation data and the loss for NaN; the prior "
-                "precision is unchanged."
+                "validation loss. Check the validation data and the loss for NaN, and whether any "
+                "label counts (is not ignore_index); the prior precision is unchanged."
+                f"{NO_LAST_LABEL if at_last else ''}"
             )
         loss, link, grid_point, prior = best
         alone = self._optimum(found, found.prior_only, prior_only=True)

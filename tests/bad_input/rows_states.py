@@ -23,7 +23,9 @@ def edited(key: str, value: Any) -> Row:
     def act(w: World) -> None:
         w.la.load_state_dict({**w.la.state_dict(), key: value})
 
-    shown = "nan" if isinstance(value, torch.Tensor) else repr(value)
+    shown = repr(value)
+    if isinstance(value, torch.Tensor):
+        shown = f"tensor of shape {tuple(value.shape)}" if value.isfinite().all() else "nan"
     return Row(AREA, f"a state with `{key}={shown}`", act, "ValueError", (key,))
 
 
@@ -72,6 +74,15 @@ EDITS = {
 }
 ROWS = [
     *(edited(key, value) for key, value in EDITS.items()),
+    *(
+        edited(f"comparisons[1]/{entry}", value)
+        for entry, value in {
+            "own": "a",
+            "other": torch.full((10,), torch.nan),
+            "own_tops": torch.ones(3),
+            "other_tops": torch.ones(4, 1),
+        }.items()
+    ),
     Row(
         AREA,
         "a number for a state",

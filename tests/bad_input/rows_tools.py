@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from laplace_debiased import compare, directional_profile, evaluate, fit_temperature
-from laplace_debiased.diagnostics import kfac_profile, top_eigenpairs
+from laplace_debiased.diagnostics import batch_size_sweep, kfac_profile, top_eigenpairs
 from laplace_debiased.optim import MiniBatches, NewtonCG, Quadratic, debiased_cg, model_quadratic
 from tests.bad_input.rows import Row
 from tests.bad_input.world import World, Wrapped
@@ -38,6 +38,12 @@ def profile(shown: str, error: str, *names: str, **kwargs: Any) -> Row:
         error,
         *names,
     )
+
+
+def sweep(w: World, **kwargs: Any) -> None:
+    """A sweep over batch sizes with one argument replaced."""
+    good = {"dataset": w.loader().dataset, "reference_loader": w.loader(), "batch_sizes": (4,)}
+    batch_size_sweep(w.model, "classification", **{**good, "k": 2, **kwargs})
 
 
 def newton(shown: str, error: str, *names: str, **kwargs: Any) -> Row:
@@ -195,6 +201,38 @@ ROWS = [
         lambda w: top_eigenpairs(3, "classification", (w.x, w.y)),  # type: ignore[arg-type]
         "ArgumentTypeError",
         "model",
+    ),
+    *(
+        tool(
+            f"`batch_size_sweep({name}={shown})`",
+            lambda w, name=name, value=value: sweep(w, **{name: value}),  # type: ignore[misc]
+            "ArgumentTypeError",
+            name,
+            names,
+        )
+        for name, shown, value, names in (
+            ("dataset", "iter(data)", iter([]), "list_iterator"),
+            ("dataset", "3", 3, "int"),
+            ("batch_sizes", "4", 4, "int"),
+            ("progress_bar", '"no"', "no", "True or False"),
+        )
+    ),
+    tool(
+        '`debiased_cg(keep_vectors="yes")`',
+        lambda w: debiased_cg(
+            Quadratic(torch.eye(2), torch.ones(2)),
+            keep_vectors="yes",  # type: ignore[arg-type]
+        ),
+        "ArgumentTypeError",
+        "keep_vectors",
+    ),
+    tool(
+        '`NewtonCG.step("x")`',
+        lambda w: NewtonCG(w.model.parameters(), w.model, nn.CrossEntropyLoss()).step("x"),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "closure",
+        "MiniBatches",
+        "str",
     ),
     newton('lr="a"', "ArgumentTypeError", "lr", "str", lr="a"),
     newton("damping=1e300", "ValueError", "damping", "finite", damping=1e300),

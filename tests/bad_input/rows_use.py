@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,35 @@ def _broken_metric(probs: Any, y: Any) -> float:
     raise OSError("the metric's server is gone")
 
 
+def no_samples() -> Iterator[Row]:
+    """Rows of inputs without a sample: the same of every kind of posterior, and of every call."""
+    kinds = [(s, h) for s in ("all", "last_layer") for h in ("kron", "lowrank")]
+    for subset, structure in kinds:
+
+        def act(w: World, subset: str = subset, structure: str = structure, **kwargs: Any) -> None:
+            la = w.posterior(subset_of_weights=subset, hessian_structure=structure)
+            la.fit(w.loader())
+            la(w.x[:0], **kwargs)
+
+        shown = f"no samples, `{subset}`, `{structure}`"
+        error = "ValueError", ("hold no sample", "at least one")
+        yield Row(AREA, shown, act, *error)
+        yield Row(AREA, f'{shown}, `pred_type="nn"`', partial(act, pred_type="nn"), *error)
+
+
+def fixed(name: str) -> Row:
+    """A row of an attribute that nobody sets."""
+    return Row(
+        AREA,
+        f"`la.{name} = 3`",
+        lambda w: setattr(w.la, name, 3),
+        "ReadOnlyError",
+        (f"la.{name}", "what can be set is", "prior_precision"),
+    )
+
+
 ROWS = [
+    *map(fixed, ("model", "likelihood", "n_data", "mean", "dict_key_x", "backend", "coverage")),
     unfitted("la(x)", lambda la, w: la(w.x)),
     unfitted("la.log_marginal_likelihood()", lambda la, w: la.log_marginal_likelihood()),
     unfitted("la.posterior_precision", lambda la, w: la.posterior_precision),
@@ -117,7 +146,7 @@ ROWS = [
     ),
     call("integer inputs", lambda w: w.x.long(), "ModelCallError", "torch.int64"),
     call("inputs with NaN", lambda w: w.x * torch.nan, "NumericalError", "NaN"),
-    call("no samples", lambda w: w.x[:0], "ValueError", "no sample"),
+    *no_samples(),
     call("a numpy array", lambda w: w.x.numpy(), "TypeError", "model inputs", "ndarray"),
     call("a list of numbers", lambda w: [1.0, 2.0], "TypeError", "model inputs", "list"),
     call("`None`", lambda w: None, "TypeError", "model inputs", "NoneType"),

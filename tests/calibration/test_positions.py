@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased import DebiasedLaplace, evaluate
+from laplace_debiased.errors import NumericalError
 
 LAST = torch.tensor([3, 1, 3, 0, 3, 2])
 """Where each sequence ends."""
@@ -93,3 +94,18 @@ def test_what_has_no_last_position_says_so() -> None:
         la.optimize_prior_precision(method="marglik", positions="last")
     with pytest.raises(ValueError, match="positions='last' is for pred_type='glm'"):
         la.optimize_prior_precision(val_loader=[batch], pred_type="nn", positions="last")
+
+
+def test_labels_of_next_tokens_leave_the_last_one_without() -> None:
+    """Nothing counts at the last position then: the message says what would."""
+    la, batch = posterior()
+    ends = torch.arange(4) == LAST[:, None]
+    shifted = {**batch, "labels": batch["labels"].masked_fill(ends, -100)}
+    with pytest.raises(ValueError, match=r"ignore_index=-100.*give inputs without it"):
+        evaluate(la, [shifted], positions="last")
+    with pytest.raises(NumericalError, match=r"finite validation loss.*give inputs without it"):
+        la.optimize_prior_precision(val_loader=[shifted], positions="last")
+    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    with pytest.raises(NumericalError, match="whether any label counts") as raised:
+        la.optimize_prior_precision(val_loader=[nothing])
+    assert "give inputs without it" not in str(raised.value)

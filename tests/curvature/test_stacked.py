@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,9 +14,9 @@ from laplace_debiased.curvature.recorder import record
 class Texts(nn.Module):
     """Rewards [m, 2] of pairs of texts [m, 2, T], as one batch of 2m in either order."""
 
-    def __init__(self, *, stacked: bool) -> None:
+    def __init__(self, order: str) -> None:
         super().__init__()
-        self.stacked = stacked
+        self.order = order
         self.words, self.norm = nn.Embedding(7, 4), nn.LayerNorm(4)
         self.places = nn.Parameter(torch.randn(3, 4))
         self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 1)
@@ -27,27 +28,60 @@ class Texts(nn.Module):
         return self.head(h.mean(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.stacked:
-            first, second = self.rewards(torch.cat([tokens[:, 0], tokens[:, 1]])).chunk(2)
+        if self.order != "by sample":
+            parts = torch.cat([tokens[:, 0], tokens[:, 1]])
+            if self.order == "transposed":
+                parts = tokens.transpose(0, 1).reshape(-1, tokens.shape[2])
+            first, second = self.rewards(parts).chunk(2)
             return torch.cat([first, second], 1)
         return self.rewards(tokens.flatten(0, 1)).reshape(-1, 2)
 
 
-def posterior(*, stacked: bool) -> DebiasedLaplace:
+def posterior(order: str) -> DebiasedLaplace:
     torch.manual_seed(0)
-    model = Texts(stacked=stacked).double()
+    model = Texts(order).double()
     tokens, y = torch.randint(7, (9, 2, 3)), torch.randint(2, (9,))
     la = DebiasedLaplace(model, "reward_modeling")
     la.fit(DataLoader(TensorDataset(tokens, y), batch_size=4))
     return la
 
 
-def test_either_order_has_the_same_posterior() -> None:
-    one, other = posterior(stacked=False), posterior(stacked=True)
+@pytest.mark.parametrize("order", ["joined", "transposed"])
+def test_either_order_has_the_same_posterior(order: str) -> None:
+    one, other = posterior("by sample"), posterior(order)
     assert other.coverage.covered == one.coverage.covered
     assert not other.coverage.excluded
     for expected, found in zip(one.H.blocks, other.H.blocks, strict=True):
         torch.testing.assert_close(found.eigenvalues, expected.eigenvalues, rtol=1e-10, atol=1e-12)
+
+
+class Steps(nn.Module):
+    """Logits of sequences [m, T, 4]: steps in front, then samples, in layers of flat rows."""
+
+    def __init__(self, *, flat: bool) -> None:
+        super().__init__()
+        self.flat = flat
+        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.flat:
+            return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).mean(1))
+        m, t, _ = x.shape
+        h = torch.tanh(self.first(x.transpose(0, 1).flatten(0, 1)))
+        h = h.reshape(t, m, 5).transpose(0, 1).reshape(m * t, 5)
+        return self.head(torch.tanh(self.second(h)).reshape(m, t, 5).mean(1))
+
+
+def test_steps_in_front_and_then_samples() -> None:
+    found = []
+    for flat in (False, True):
+        torch.manual_seed(0)
+        la = DebiasedLaplace(Steps(flat=flat).double(), strict=True)
+        x, y = torch.randn(9, 3, 4).double(), torch.arange(9) % 3
+        la.fit(DataLoader(TensorDataset(x, y), batch_size=4))
+        found.append(la)
+    for expected, other in zip(*(la.H.blocks for la in found), strict=True):
+        torch.testing.assert_close(other.eigenvalues, expected.eigenvalues, rtol=1e-10, atol=1e-12)
 
 
 def test_only_parts_of_the_inputs_count() -> None:

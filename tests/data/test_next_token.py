@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from laplace_debiased import DebiasedLaplace, NextTokenLabels, evaluate, fit_temperature
+from laplace_debiased import DebiasedLaplace, NextTokenLabels, compare, evaluate, fit_temperature
 from laplace_debiased.errors import MissingKeyError
 
 transformers = pytest.importorskip("transformers")
@@ -73,6 +73,21 @@ def test_every_call_sees_the_next_tokens() -> None:
     # The model's loss is in float32.
     assert found["map"] == pytest.approx(own, rel=1e-6)
     assert found["temperature"].nll_before == pytest.approx(own, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_comparison_scores_the_next_tokens() -> None:
+    """The row of the model alone is the model's own loss."""
+    model, batch = gpt2(), default_collate(samples())
+    loader = DataLoader(samples(), batch_size=len(samples()), collate_fn=NextTokenLabels())
+    la = DebiasedLaplace(model, ignore_index=IGNORED)
+    la.fit(loader, n_samples=4)
+    rows = {row.key: row.evaluation for row in compare(la, loader, loader).rows}
+    with torch.no_grad():
+        own = float(model(**batch).loss)
+    assert rows["map"].nll == pytest.approx(own, rel=1e-6)
+    assert rows["temperature"].nll <= own
+    assert rows["posterior"].n_samples == int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def test_the_error_for_unshifted_labels_names_it() -> None:
