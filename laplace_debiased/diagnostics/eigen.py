@@ -72,12 +72,10 @@ class Eigenpairs:
         values: eigenvalues [k] in descending order, float64.
         vectors: orthonormal eigenvectors [P, k] as columns; P in the order of
             ``model.parameters()``, without frozen ones.
-        n_samples: samples in the batch.
     """
 
     values: Tensor
     vectors: Tensor
-    n_samples: int
 
 
 @public_call
@@ -137,7 +135,7 @@ def top_eigenpairs(
             else:
                 pairs = _dense_eigenpairs(product, functional, k)
             pairs = significant_pairs(pairs, cutoff)
-    return Eigenpairs(pairs.eigenvalues.cpu(), pairs.basis, len(outputs))
+    return Eigenpairs(pairs.eigenvalues.cpu(), pairs.basis)
 
 
 def eigenspace_overlap(u: Tensor, v: Tensor) -> float:

@@ -55,7 +55,6 @@ class KfacBlockProfile:
     """Slopes and curvatures along one parameter tensor's K-FAC eigenbasis, in bands of ranks.
 
     Attributes:
-        name: qualified parameter name.
         profile: per band the mean over its directions of slopes and GGN curvatures (per-sample
             means), each direction oriented by the own batch's slope; ``directions`` is None.
         first_rank: rank of each band's first direction [k], from 1. Directions are ranked by the
@@ -65,7 +64,6 @@ class KfacBlockProfile:
             what a Kronecker product says in place of the curvature.
     """
 
-    name: str
     profile: DirectionalProfile
     first_rank: tuple[int, ...]
     last_rank: tuple[int, ...]
@@ -310,7 +308,6 @@ def _block_profile(
     along = _along(bands.basis, parameter.detach().to(bands.signs)) * bands.signs
     last = bands.sizes.cumsum(0)
     return KfacBlockProfile(
-        name=bands.basis.name,
         profile=DirectionalProfile.of(
             own, other, reference, parameters_along=bands.means(along[None])[0]
         ),
