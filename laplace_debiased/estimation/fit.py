@@ -119,7 +119,7 @@ def _identified(target: Target, earlier: Fit | None) -> tuple[ModelFingerprint, 
             "override=False adds to a fit at the same weights, but the model has changed since. "
             "Fit anew with override=True."
         )
-    return model, Writes(target.model)
+    return model, Writes(target.model, model)
 
 
 def _located(target: Target, request: FitRequest, ranks: Ranks) -> Target:
@@ -157,7 +157,10 @@ def _looked_at(
         coverage = replace(coverage, general=general - coverage.excluded.keys())
         mixes = MISMATCH in coverage.excluded.values()
         probe = None if inputs is None else Probe.of(target.model, inputs, may_mix=mixes)
-    finally:  # what writes to itself looks stochastic, or like other things
+    except ValueError:  # what writes to itself looks stochastic, or like other things
+        writes.check(values=True)
+        raise
+    finally:
         writes.check()
     return coverage, inputs if probe is None else probe.inputs, probe
 

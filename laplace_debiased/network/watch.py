@@ -88,17 +88,24 @@ class Writes:
 
     Args:
         model: the model, before the passes.
+        values: its fingerprint.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._named = model, tuple(named_tensors(model))
+    def __init__(self, model: nn.Module, values: ModelFingerprint) -> None:
+        self._model, self._values = model, values
+        self._named = tuple(named_tensors(model))
         self._versions = tuple(version_of(tensor) for _, tensor in self._named)
 
-    def check(self) -> None:
-        """Check that nothing has been written to; a ValueError names the first tensor that has."""
-        now = dict(named_tensors(self._model))
+    def check(self, *, values: bool = False) -> None:
+        """Check that nothing has been written to; a ValueError names the first tensor that has.
+
+        With ``values`` every entry is compared: a write through ``.data`` leaves no other trace.
+        """
+        now, before = dict(named_tensors(self._model)), self._values.entries
+        after = fingerprint(self._model).entries if values else before
         for (name, tensor), version in zip(self._named, self._versions, strict=True):
-            if version_of(tensor) != version or now.get(name) is not tensor:
+            same = version_of(tensor) == version and now.get(name) is tensor
+            if not same or after.get(name) != before[name]:
                 raise ValueError(
                     f"the model writes to its own {name!r} in a forward pass in evaluation mode, "
                     "so that every pass is one of another model. Compute with a copy of it, write "

@@ -82,6 +82,13 @@ ROWS = [
         "self.training",
     ),
     writing(
+        "its weights through `.data`",
+        lambda m, x: m.net[0].weight.data.mul_(1.01),
+        "ValueError",
+        "writes to its own 'net.0.weight'",
+        "self.training",
+    ),
+    writing(
         "its buffers", lambda m, x: m.calls.add_(1), "ValueError", "'calls'", "persistent=False"
     ),
     writing(
