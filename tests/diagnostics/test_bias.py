@@ -58,4 +58,7 @@ def test_an_entry_for_several_directions_counts_for_each_of_them():
 def test_states_of_tables_are_read_as_their_comparison():
     own, other = tables(3.0, 1.0), tables(2.0, 0.5)
     for state in ([list(own), list(other)], [own[0], other[0]], compared(own, other).to_state()):
-        assert bias_report([Comparison.from_state(state)], ["w"]).scale_ratio == 4.0 / 2.5
+        assert (
+            bias_report([Comparison.from_state(state, "comparisons[0]", 1)], ["w"]).scale_ratio
+            == 4.0 / 2.5
+        )
