@@ -203,12 +203,10 @@ class Structure(Protocol):
         """What predicts with a fit."""
 
     def to_state(self, fit: Fit) -> dict[str, Any]:
-        """The structure's part of a state: tensors and plain values."""
+        """The curvature as a part of a state: tensors and plain values."""
 
-    def from_state(
-        self, state: Mapping[str, Any], device: torch.device
-    ) -> tuple[Any, tuple[Comparison, ...]]:
-        """Curvature and comparisons from a state.
+    def from_state(self, state: Mapping[str, Any], device: torch.device) -> Any:
+        """Curvature from a state.
 
         Raises:
             ValueError: if the state does not fit together.

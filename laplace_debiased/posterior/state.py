@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.checks import checked_flag
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.debiasing.bias import Comparison
 from laplace_debiased.estimation.structure import Fit
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
@@ -63,6 +64,7 @@ def to_state(self: Shell) -> dict[str, Any]:
         "effective_samples": fit.effective_samples,
         "scheme": fit.scheme.value,
         "drawn": sorted(fit.drawn),
+        "comparisons": [comparison.to_state() for comparison in fit.comparisons],
         **self._structure.to_state(fit),
         **last_layer,
     }
@@ -242,11 +244,13 @@ def _parsed(
     if probe is not None and not probe[1].is_floating_point():
         raise ValueError("the outputs of 'probe' are no real numbers.")
     cast = _in_dtype(state, target.dtype)
-    curvature, comparisons = self._structure.from_state(cast, target.device)
     sizes = {name: p.numel() for name, p in target.model.named_parameters()}
     fit = Fit(
-        curvature,
-        comparisons,
+        self._structure.from_state(cast, target.device),
+        tuple(
+            Comparison.from_state(part, f"comparisons[{index}]")
+            for index, part in enumerate(state["comparisons"])
+        ),
         float(state["mean_loss"]),
         state["n_outputs"],
         state["n_samples"],
