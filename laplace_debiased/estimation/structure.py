@@ -182,9 +182,7 @@ class Structure(Protocol):
     def coverage(self, target: Target, chosen: Coverage | None = None) -> Coverage:
         """The parameters that may be covered, as far as it is known before a forward pass.
 
-        Args:
-            target: the network, and which of its weights.
-            chosen: what this said when the posterior was made, for what a user may freeze since.
+        ``chosen`` is what this said when the posterior was made, for what a user may freeze since.
         """
 
     def engine(self, target: Target, coverage: Coverage) -> Any:

@@ -96,14 +96,8 @@ def from_state(
     A state of version 1 does not say which model it belongs to: it is taken to be this one, with
     a warning.
 
-    Args:
-        self: the posterior.
-        state: :func:`to_state`, of this or an earlier version.
-        check_weights: whether the model's weights must be those of the fit, or only its names and
-            shapes.
-
-    Returns:
-        The fit, as of the model as it is now; the hyper-parameters by name.
+    With ``check_weights`` the model's weights must be those of the fit, else its names and shapes.
+    Returned are the fit, as of the model as it is now, and the hyper-parameters by name.
 
     Raises:
         ValueError: naming the entry that does not fit, or what the model has differently.
@@ -204,10 +198,6 @@ def _without_wrappers(state: Mapping[str, Any], model: nn.Module) -> Mapping[str
     """A state with the names that the network has by itself.
 
     Up to version 5 a network in ``torch.compile`` or ``DataParallel`` has the wrapper's names.
-
-    Args:
-        state: of a posterior.
-        model: the network without a wrapper.
     """
     known = next(name for name, _ in model.named_parameters())
     names = [*state["covered"], *state["excluded"], *state.get("model", ())]
