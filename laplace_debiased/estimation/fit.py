@@ -59,10 +59,13 @@ def run_fit(
 
     Args:
         structure: Kronecker or low rank.
-        target, arguments, request, earlier, ranks: as an :class:`Order` has them; the call of
-            ``fit`` lists the errors.
+        target: the network, and which of its weights.
+        arguments: what the posterior was asked for.
+        request: the call of ``fit``, where the errors are listed.
+        earlier: the fit that this one is added to; None for a new one.
         chosen: which parameters the structure named when the posterior was made, if any.
         accept: refuses a coverage that hyper-parameters do not fit, before the long work begins.
+        ranks: all ranks, in a collective call.
     """
     clock, options = FitClock(shows=request.progress_bar), arguments.options_for(request)
     model, writes = _identified(target, earlier)
