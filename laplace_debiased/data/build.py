@@ -67,12 +67,8 @@ class Supply:
     ) -> Supply:
         """Look a loader up; ``reading`` are ``seed``, ``keys`` and ``ranks``.
 
-        Args:
-            loader: The training loader.
-            n_samples: Budget m in all folds together; None for everything.
-            n_data: N where it is not ``len(loader.dataset)``.
-            n_folds: Folds that the budget is split into.
-            reading: The rest of the supply.
+        ``n_samples`` is the budget m in all ``n_folds`` folds together, None for everything;
+        ``n_data`` N where it is not ``len(loader.dataset)``.
 
         Raises:
             TypeError: A number is no int, or the loader cannot be walked.

@@ -14,18 +14,11 @@ _NEGLIGIBLE = 1 / 24
 
 
 def draw_coefficients(plan: CurvaturePlan, batch: Draws, folds: Collection[int]) -> Tensor:
-    """Coefficients of the mean over the draws of some folds.
+    """Coefficients [m] float64 of the mean over the draws of some folds of a plan.
 
-    c_n = count_n w_n / m for samples in ``folds`` (m their draws in all), 0 for others. These give
-    the factors that directions come from, and curvature on its own batch.
-
-    Args:
-        plan: The plan that the batch belongs to.
-        batch: A batch of it, or all draws of a source.
-        folds: The folds whose mean is meant.
-
-    Returns:
-        Coefficients; over a walk they sum to 1 for uniform draws. [m] float64
+    c_n = count_n w_n / m for samples in ``folds`` (m their draws in all), 0 for others; over a walk
+    they sum to 1 for uniform draws. These give the factors that directions come from, and curvature
+    on its own batch.
     """
     total = sum(plan.fold_sizes[k] for k in folds)
     value = batch.counts.double() * batch.weights / total
@@ -35,9 +28,9 @@ def draw_coefficients(plan: CurvaturePlan, batch: Draws, folds: Collection[int])
 def magnitude_coefficients(
     plan: CurvaturePlan, batch: Draws, basis_folds: Collection[int]
 ) -> Tensor:
-    """Coefficients that make λ(u) unbiased along directions from ``basis_folds``.
+    """Coefficients [m] float64 that make λ(u) unbiased along directions from ``basis_folds``.
 
-    With D the distinct samples of the directions' folds and Z = 1 − Σ_{n∈D} q_n,
+    All other folds are B̃. With D the distinct samples of ``basis_folds``, Z = 1 − Σ_{n∈D} q_n,
 
         λ(u) = (1/M) Σ_{n∈D} x_n(u) + (1/m̃) Σ_{n∈B̃} count_n Z x_n(u) / (M q_n)
 
@@ -65,14 +58,6 @@ def magnitude_coefficients(
 
     Weighted draws of B̃ are a sample of the rest of the pool given D where B̃ is one fold: any, if
     the folds were drawn symmetrically, else the last (``data.pool.draw_weighted_folds``).
-
-    Args:
-        plan: The plan that the batch belongs to.
-        batch: A batch of it, or all draws of a source.
-        basis_folds: Folds that made the directions; all others are B̃.
-
-    Returns:
-        Coefficients, one per sample. [m] float64
     """
     basis = frozenset(basis_folds)
     n_magnitude = sum(plan.fold_sizes[k] for k in range(plan.n_folds) if k not in basis)

@@ -59,16 +59,10 @@ def check_loader(loader: Any, name: str, *, walks: int = 2) -> None:
 
 
 def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
-    """Split what a loader yields into inputs and targets.
+    """Split what a loader yields into inputs, as they came, and targets [m, ...].
 
-    Args:
-        batch: A pair (inputs, targets), the inputs a tensor, several, or a mapping; or a mapping
-            that holds the targets [m, ...] under ``dict_key_y``; then the whole mapping is the
-            input.
-        dict_key_y: Key of the targets in a mapping.
-
-    Returns:
-        The inputs as they came and the targets [m, ...].
+    It is a pair, the inputs a tensor, several, or a mapping; or a mapping that holds the targets
+    under ``dict_key_y``; then the whole mapping is the input.
 
     Raises:
         TypeError: ``batch`` is neither, its targets are not a tensor, or its inputs hold none.
@@ -228,11 +222,10 @@ def loader_generators(loader: Any) -> tuple[torch.Generator, ...]:
 
 
 def index_batches(loader: Any, seed: int) -> list[list[int]] | None:
-    """Indices of each batch of one walk, with a shuffle decided by ``seed``; loads no data.
+    """Dataset indices of each batch of one walk, with a shuffle decided by ``seed``; loads no data.
 
-    Returns:
-        One list of dataset indices per batch; None where the loader has no integer indices
-        (an ``IterableDataset``, a plain iterable, a loader class with its own walk).
+    None where the loader has no integer indices (an ``IterableDataset``, a plain iterable, a loader
+    class with its own walk).
     """
     if not is_indexable(loader):
         return None
@@ -310,10 +303,7 @@ def sampler_indices(loader: Any) -> Tensor:
 def inner_loader(loader: DataLoader, batches: Iterable[list[int]] | None = None) -> DataLoader:
     """Loader over the same data with the same ``collate_fn`` and workers, not the user's object.
 
-    Args:
-        loader: The user's loader.
-        batches: Dataset indices of each batch; None for the loader's own batches (of an
-            ``IterableDataset``).
+    ``batches`` are dataset indices; None for the loader's own batches (of an ``IterableDataset``).
     """
     composition: dict[str, Any] = (
         {"batch_sampler": batches}

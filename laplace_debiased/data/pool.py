@@ -153,20 +153,13 @@ def _pool(supply: Supply, pool_size: int | None, scored: Callable[[Tensor], Pool
 
 
 def useful_pool_size(scores: Tensor, budget: int, available: int) -> int:
-    """How many samples of a population to score for a budget of m draws.
+    """How many of the P samples that are available to score for a budget of m draws.
 
     The mean of a pool of M of P samples has the relative variance (c²/M)(1 − M/P), c² the relative
-    variance of one sample's curvature, known from scores. To this the draws add v/m, v ≈ 1/8 the
-    relative variance of curvature over score. A pool is large enough where it adds no more than a
-    quarter to that.
-
-    Args:
-        scores: Scores of some samples. [n]
-        budget: m.
-        available: P.
-
-    Returns:
-        M, between 4·m and 64·m and not above ``MAX_POOL_SIZE`` (or m, if that is more).
+    variance of one sample's curvature, known from ``scores`` [n] of some. To this the draws add
+    v/m, v ≈ 1/8 the relative variance of curvature over score. A pool is large enough where it adds
+    no more than a quarter to that; M is between 4·m and 64·m and not above ``MAX_POOL_SIZE`` (or m,
+    if that is more).
     """
     mean, variance = float(scores.mean()), float(scores.var())
     spread = variance / mean**2 if mean > 0 else 0.0

@@ -21,49 +21,32 @@ class Comparison:
         own: sums of the own batch's magnitudes [10] over each tenth of the directions, from those
             of largest own magnitude to those of smallest.
         other: sums of the held-out magnitudes over the same directions [10].
-        own_tops: the largest own magnitude of every block.
-        other_tops: the held-out magnitude of the same direction.
     """
 
     own: Tensor
     other: Tensor
-    own_tops: Tensor
-    other_tops: Tensor
 
     def to_state(self) -> dict[str, Tensor]:
         """By name."""
         return dict(vars(self))
 
     @classmethod
-    def from_state(cls, state: Any, name: str, n_blocks: int) -> Comparison:
+    def from_state(cls, state: Any, name: str) -> Comparison:
         """Of :meth:`to_state`, or of tables as files of versions 1 and 2 hold them.
 
-        Args:
-            state: of the comparison.
-            name: its key, for messages.
-            n_blocks: blocks of the curvature.
-
         Raises:
-            ValueError: naming the entry that is no vector of finite numbers of its length.
+            ValueError: naming the entry of ``name`` that is no vector of finite numbers [10].
         """
         if not isinstance(state, Mapping):
             own, other = ((s,) if isinstance(s, Tensor) else tuple(s) for s in state)
             return compared(own, other)
-        lengths = dict.fromkeys(("own", "other"), N_PARTS)
-        lengths |= dict.fromkeys(("own_tops", "other_tops"), n_blocks)
-        for entry, length in lengths.items():
+        for entry in ("own", "other"):  # earlier files have largest magnitudes beside them
             value = state.get(entry)
-            if not isinstance(value, Tensor) or value.shape != (length,) or value.is_complex():
-                raise ValueError(f"'{name}/{entry}' must be a tensor of {length} numbers.")
+            if not isinstance(value, Tensor) or value.shape != (N_PARTS,) or value.is_complex():
+                raise ValueError(f"'{name}/{entry}' must be a tensor of {N_PARTS} numbers.")
             if not bool(value.isfinite().all()):
                 raise ValueError(f"'{name}/{entry}' holds NaN or infinity.")
-        return cls(**state)
-
-
-def comparisons_of(state: Mapping[str, Any], n_blocks: int) -> tuple[Comparison, ...]:
-    """The comparisons of a state, of a curvature in so many blocks; raises as one of them does."""
-    parts = enumerate(state["comparisons"])
-    return tuple(Comparison.from_state(part, f"comparisons[{i}]", n_blocks) for i, part in parts)
+        return cls(state["own"], state["other"])
 
 
 def compared(
@@ -78,22 +61,14 @@ def compared(
     of_own, of_other = of_own[order], _flat(other)[order]
     n = torch.ones_like(of_own) if counts is None else _flat(counts)[order]
     parts = list(_tenths(n))
-    tops = [int(table.argmax()) for table in own]
     return Comparison(
         torch.stack([of_own[at] @ shares for at, shares in parts]),
         torch.stack([of_other[at] @ shares for at, shares in parts]),
-        _picked(own, tops),
-        _picked(other, tops),
     )
 
 
 def _flat(tables: Sequence[Tensor]) -> Tensor:
     return torch.cat([table.flatten() for table in tables]).cpu().double()
-
-
-def _picked(tables: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
-    pairs = zip(tables, indices, strict=True)
-    return torch.stack([table.flatten()[index].cpu().double() for table, index in pairs])
 
 
 def _tenths(counts: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -125,14 +100,12 @@ class BiasReport:
         decile_errors: standard error of each, over the folds (NaN with a single measurement).
         scale_ratio: Σ own / Σ other over all directions: whether the scale agrees.
         scale_error: its standard error over the folds (NaN with a single measurement).
-        block_ratios: the ratio along the top direction by parameter name.
     """
 
     decile_ratios: tuple[float, ...]
     decile_errors: tuple[float, ...]
     scale_ratio: float
     scale_error: float
-    block_ratios: dict[str, float]
 
     def __str__(self) -> str:
         lines = ["Curvature on the directions' own batch over curvature on other data:"]
@@ -144,12 +117,8 @@ class BiasReport:
         return "\n".join(lines)
 
 
-def bias_report(comparisons: Sequence[Comparison], names: Sequence[str]) -> BiasReport:
-    """Put comparisons together.
-
-    Args:
-        comparisons: one per measured eigenbasis.
-        names: parameter name of every block.
+def bias_report(comparisons: Sequence[Comparison]) -> BiasReport:
+    """Put comparisons together, one per measured eigenbasis.
 
     Raises:
         ValueError: if there is nothing to compare.
@@ -168,9 +137,7 @@ def bias_report(comparisons: Sequence[Comparison], names: Sequence[str]) -> Bias
     spread = ratios.std(0) if len(ratios) > 1 else torch.full_like(ratios[0], math.nan)
     *means, scale = ratios.mean(0).tolist()
     *errors, scale_error = (spread / math.sqrt(len(ratios))).tolist()
-    tops = torch.stack([part.own_tops / part.other_tops for part in comparisons]).mean(0).tolist()
-    by_block = dict(zip(names, tops, strict=True))
-    return BiasReport(tuple(means), tuple(errors), scale, scale_error, by_block)
+    return BiasReport(tuple(means), tuple(errors), scale, scale_error)
 
 
 def _stated(ratio: float, error: float) -> str:

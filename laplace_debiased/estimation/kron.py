@@ -24,7 +24,7 @@ from laplace_debiased.curvature.factors import BlockBasis
 from laplace_debiased.curvature.rows.gram import dense
 from laplace_debiased.data.loaders import can_draw, sampler_indices
 from laplace_debiased.debiasing.bases import eigenbases, kfac_magnitudes, own_magnitudes
-from laplace_debiased.debiasing.bias import Comparison, compared, comparisons_of
+from laplace_debiased.debiasing.bias import Comparison, compared
 from laplace_debiased.debiasing.schemes import join_by_rank, scheme_plan
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.backends import BackendFactors, check_backend
@@ -165,20 +165,16 @@ class KronStructure:
         return KronPredictor(engine, fit.coverage.covered, summed)
 
     def to_state(self, fit: Fit) -> dict[str, Any]:
-        """Eigenbases, tables, factors of the folds, and comparisons."""
-        comparisons = [comparison.to_state() for comparison in fit.comparisons]
-        return {**curvature_to_state(fit.curvature), "comparisons": comparisons}
+        """Eigenbases, tables, and factors of the folds."""
+        return curvature_to_state(fit.curvature)
 
-    def from_state(
-        self, state: Mapping[str, Any], device: torch.device
-    ) -> tuple[KronCurvature, tuple[Comparison, ...]]:
-        """Curvature and comparisons of :meth:`to_state`.
+    def from_state(self, state: Mapping[str, Any], device: torch.device) -> KronCurvature:
+        """Curvature of :meth:`to_state`.
 
         Raises:
             ValueError: if a table does not fit its eigenbasis.
         """
-        comparisons = comparisons_of(state, len(state["covered"]))
-        return curvature_from_state(tuple(state["covered"]), state, device), comparisons
+        return curvature_from_state(tuple(state["covered"]), state, device)
 
 
 def _measured(

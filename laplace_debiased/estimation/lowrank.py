@@ -14,7 +14,6 @@ from laplace_debiased.curvature.lowrank.over_ranks import pairs_of_first
 from laplace_debiased.curvature.lowrank.rows import FeatureRowPass, RowPass
 from laplace_debiased.curvature.lowrank.span import Eigenpairs, matrix_average
 from laplace_debiased.data.loaders import can_draw, loader_length, sampler_indices
-from laplace_debiased.debiasing.bias import Comparison, comparisons_of
 from laplace_debiased.estimation.arguments import Arguments, FitRequest
 from laplace_debiased.estimation.lowrank_estimator import LowRankEstimator, max_gram_rows
 from laplace_debiased.estimation.plan import first_inputs_of_loader
@@ -109,17 +108,12 @@ class LowRankStructure:
         return LowRankPredictor(engine, fit.curvature, fit.n_data, sizes)
 
     def to_state(self, fit: Fit) -> dict[str, Any]:
-        """Eigenpairs and comparisons."""
+        """Eigenpairs."""
         pairs: Eigenpairs = fit.curvature
-        return {
-            "H": [pairs.basis.clone(), pairs.eigenvalues.clone()],
-            "comparisons": [comparison.to_state() for comparison in fit.comparisons],
-        }
+        return {"H": [pairs.basis.clone(), pairs.eigenvalues.clone()]}
 
-    def from_state(
-        self, state: Mapping[str, Any], device: torch.device
-    ) -> tuple[Eigenpairs, tuple[Comparison, ...]]:
-        """Curvature and comparisons of :meth:`to_state`.
+    def from_state(self, state: Mapping[str, Any], device: torch.device) -> Eigenpairs:
+        """Curvature of :meth:`to_state`.
 
         Raises:
             ValueError: if the basis does not fit its eigenvalues or the parameters.
@@ -130,5 +124,4 @@ class LowRankStructure:
                 f"the state's basis {list(basis.shape)} does not fit its {len(eigenvalues)} "
                 f"eigenvalues and {len(state['mean'])} parameter entries."
             )
-        comparisons = comparisons_of(state, 1)
-        return Eigenpairs(basis, eigenvalues), comparisons
+        return Eigenpairs(basis, eigenvalues)

@@ -60,11 +60,7 @@ class FitReport:
 
 
 class FitClock:
-    """Takes the times of one fit, and shows what it does if that is asked for.
-
-    Args:
-        shows: whether there are progress bars.
-    """
+    """Takes the times of one fit, and ``shows`` what it does if that is asked for."""
 
     def __init__(self, *, shows: bool) -> None:
         self._shows = shows

@@ -182,9 +182,7 @@ class Structure(Protocol):
     def coverage(self, target: Target, chosen: Coverage | None = None) -> Coverage:
         """The parameters that may be covered, as far as it is known before a forward pass.
 
-        Args:
-            target: the network, and which of its weights.
-            chosen: what this said when the posterior was made, for what a user may freeze since.
+        ``chosen`` is what this said when the posterior was made, for what a user may freeze since.
         """
 
     def engine(self, target: Target, coverage: Coverage) -> Any:
@@ -203,12 +201,10 @@ class Structure(Protocol):
         """What predicts with a fit."""
 
     def to_state(self, fit: Fit) -> dict[str, Any]:
-        """The structure's part of a state: tensors and plain values."""
+        """The curvature as a part of a state: tensors and plain values."""
 
-    def from_state(
-        self, state: Mapping[str, Any], device: torch.device
-    ) -> tuple[Any, tuple[Comparison, ...]]:
-        """Curvature and comparisons from a state.
+    def from_state(self, state: Mapping[str, Any], device: torch.device) -> Any:
+        """Curvature from a state.
 
         Raises:
             ValueError: if the state does not fit together.

@@ -47,8 +47,7 @@ class Ranks:
     def present(cls, home: torch.device) -> Ranks:
         """All processes of the default group; this one alone where there is no group.
 
-        Args:
-            home: device of the model. Groups that cannot send from there get copies.
+        ``home`` is the model's device. Groups that cannot send from there get copies.
         """
         distributed = sys.modules.get("torch.distributed")
         if distributed is None or not distributed.is_available():
@@ -236,9 +235,7 @@ def _mark(text: str) -> int:
 def _exchange_device(backends: str, home: torch.device) -> torch.device:
     """Where tensors are exchanged: on the model's device if NCCL is there, else on the CPU.
 
-    Args:
-        backends: as torch says it, "cpu:gloo,cuda:nccl".
-        home: the model's.
+    ``backends`` is as torch says it, "cpu:gloo,cuda:nccl".
     """
     of = dict(pair.split(":", 1) for pair in backends.split(",") if ":" in pair)
     if home.type == "cuda" and of.get("cuda") == "nccl":

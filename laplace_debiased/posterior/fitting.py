@@ -136,10 +136,7 @@ def bias_report(self: Shell) -> BiasReport:
         NotFittedError: before ``fit``.
         ValueError: under ``scheme="single"``, which has no other batch.
     """
-    fit = self.fitted
-    blocks = max((len(part.own_tops) for part in fit.comparisons), default=0)
-    names = fit.coverage.covered
-    return report_of(fit.comparisons, names if blocks == len(names) else ("lowrank",))
+    return report_of(self.fitted.comparisons)
 
 
 def set_attribute(self: Shell, name: str, value: object) -> None:

@@ -40,10 +40,7 @@ from laplace_debiased.tuning.marglik import (
 def check_prior(value: object, coverage: Coverage, *, takes_diagonal: bool) -> None:
     """Check that a prior precision is scalar or has one entry per covered parameter tensor.
 
-    Args:
-        value: the prior precision.
-        coverage: of the posterior.
-        takes_diagonal: whether there may be one entry per covered entry, too.
+    With ``takes_diagonal`` there may be one per covered entry, too.
 
     Raises:
         ValueError: naming the tensors it would have to match.
@@ -62,11 +59,9 @@ def check_prior(value: object, coverage: Coverage, *, takes_diagonal: bool) -> N
 
 
 def check_prior_mean(value: object, n_params: int | None) -> None:
-    """Check that a prior mean is finite, and scalar or one entry per covered parameter.
+    """Check that a prior mean is finite, and scalar or one entry per covered parameter entry.
 
-    Args:
-        value: the prior mean.
-        n_params: entries that are covered; None while they are not known.
+    ``n_params`` is their number, None while it is not known.
 
     Raises:
         ArgumentTypeError: if it is neither a number nor a tensor of real ones.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.checks import checked_flag
 from laplace_debiased.curvature import Coverage
+from laplace_debiased.debiasing.bias import Comparison
 from laplace_debiased.estimation.structure import Fit
 from laplace_debiased.estimation.target import Target
 from laplace_debiased.network.identity import ModelFingerprint, fingerprint
@@ -63,6 +64,7 @@ def to_state(self: Shell) -> dict[str, Any]:
         "effective_samples": fit.effective_samples,
         "scheme": fit.scheme.value,
         "drawn": sorted(fit.drawn),
+        "comparisons": [comparison.to_state() for comparison in fit.comparisons],
         **self._structure.to_state(fit),
         **last_layer,
     }
@@ -94,14 +96,8 @@ def from_state(
     A state of version 1 does not say which model it belongs to: it is taken to be this one, with
     a warning.
 
-    Args:
-        self: the posterior.
-        state: :func:`to_state`, of this or an earlier version.
-        check_weights: whether the model's weights must be those of the fit, or only its names and
-            shapes.
-
-    Returns:
-        The fit, as of the model as it is now; the hyper-parameters by name.
+    With ``check_weights`` the model's weights must be those of the fit, else its names and shapes.
+    Returned are the fit, as of the model as it is now, and the hyper-parameters by name.
 
     Raises:
         ValueError: naming the entry that does not fit, or what the model has differently.
@@ -202,10 +198,6 @@ def _without_wrappers(state: Mapping[str, Any], model: nn.Module) -> Mapping[str
     """A state with the names that the network has by itself.
 
     Up to version 5 a network in ``torch.compile`` or ``DataParallel`` has the wrapper's names.
-
-    Args:
-        state: of a posterior.
-        model: the network without a wrapper.
     """
     known = next(name for name, _ in model.named_parameters())
     names = [*state["covered"], *state["excluded"], *state.get("model", ())]
@@ -242,11 +234,13 @@ def _parsed(
     if probe is not None and not probe[1].is_floating_point():
         raise ValueError("the outputs of 'probe' are no real numbers.")
     cast = _in_dtype(state, target.dtype)
-    curvature, comparisons = self._structure.from_state(cast, target.device)
     sizes = {name: p.numel() for name, p in target.model.named_parameters()}
     fit = Fit(
-        curvature,
-        comparisons,
+        self._structure.from_state(cast, target.device),
+        tuple(
+            Comparison.from_state(part, f"comparisons[{index}]")
+            for index, part in enumerate(state["comparisons"])
+        ),
         float(state["mean_loss"]),
         state["n_outputs"],
         state["n_samples"],

@@ -76,12 +76,12 @@ ROWS = [
     *(edited(key, value) for key, value in EDITS.items()),
     *(
         edited(f"comparisons[1]/{entry}", value)
-        for entry, value in {
-            "own": "a",
-            "other": torch.full((10,), torch.nan),
-            "own_tops": torch.ones(3),
-            "other_tops": torch.ones(4, 1),
-        }.items()
+        for entry, value in (
+            ("own", "a"),
+            ("other", torch.full((10,), torch.nan)),
+            ("own", torch.ones(3)),
+            ("other", torch.ones(4, 1)),
+        )
     ),
     Row(
         AREA,

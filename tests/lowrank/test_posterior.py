@@ -202,6 +202,5 @@ def test_bias_report_compares_own_with_other_curvature():
     other = torch.diagonal(basis.T @ ggn(c, SECOND) @ basis)
     report = two_loaders(c, scheme="two_batch").bias_report()
     assert report.scale_ratio == pytest.approx(float(values.sum() / other.sum()), rel=1e-6)
-    assert report.block_ratios["lowrank"] == pytest.approx(float(values[0] / other[0]), rel=1e-6)
     with pytest.raises(ValueError, match="single"):
         fitted(c, scheme="single").bias_report()

@@ -174,7 +174,6 @@ def numbers(la: Any) -> dict[str, Tensor]:
         # the sum that is well defined.
         found[f"own of directions {index}"] = part.own
         found[f"other of directions {index}"] = part.other.sum()
-        found[f"tops of directions {index}"] = torch.stack([part.own_tops, part.other_tops])
     return {name: value.detach() for name, value in found.items()}
 
 

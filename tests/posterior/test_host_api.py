@@ -282,7 +282,6 @@ def test_bias_report_compares_batches_or_says_that_there_is_one(
         return
     report = la.bias_report()
     assert report.decile_ratios[0] > 1.0
-    assert set(report.block_ratios) == set(la.coverage.covered)
     assert "curvature" in str(report)
 
 
