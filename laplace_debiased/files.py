@@ -247,21 +247,26 @@ def _edited(key: object) -> ValueError:
     )
 
 
+_FOLDER = 0x10
+"""The bit of an archive's entry that marks a folder."""
+
+
 def _check_archive(source: Path, kind: str) -> None:
     """Check that a file is whole; torch reads the bytes of tensors without a checksum."""
     with open(source, "rb") as file:  # what the file system refuses passes through
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
+                # Torch takes an entry that is marked as a folder for empty, and reads no bytes.
+                folders = [e.filename for e in archive.infolist() if e.external_attr & _FOLDER]
         except _DAMAGED as error:
             raise StoredFileError(
                 f"{source} is no {kind} file, or only a part of one ({error}). If it was copied or "
                 "downloaded, fetch it again; else save it again."
             ) from error
-    if damaged is not None:
-        raise StoredFileError(
-            f"{source} is damaged: {damaged} has a wrong checksum. Fetch or save it again."
-        )
+    if damaged is not None or folders:
+        what = f"{damaged or folders[0]} has a wrong {'mark' if damaged is None else 'checksum'}"
+        raise StoredFileError(f"{source} is damaged: {what}. Fetch or save it again.")
 
 
 def _check_header(source: Path, record: object, kind: str, newest: int) -> None:

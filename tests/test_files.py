@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -100,6 +101,21 @@ def test_flipped_bit_of_a_tensor_is_refused(tmp_path: Path) -> None:
     assert not torch.equal(torch.load(path, weights_only=True)["value"], torch.ones(1000))
     with pytest.raises(StoredFileError, match="checksum"):
         read_record(path, KIND, 1)
+
+
+def test_a_tensor_that_is_marked_as_a_folder_is_refused(tmp_path: Path) -> None:
+    """Torch's reader would leave the memory as it found it; the checksum is right."""
+    path = tmp_path / "record.pt"
+    write_record(path, KIND, 1, {"x": torch.ones(9)})
+    whole = bytearray(path.read_bytes())
+    entries = [m.start() for m in re.finditer(b"PK\x01\x02", whole)]
+    for start in entries:
+        flipped = bytearray(whole)
+        flipped[start + 38] ^= 0x10  # external attributes
+        path.write_bytes(flipped)
+        with pytest.raises(StoredFileError, match="wrong mark"):
+            read_record(path, KIND, 1)
+    assert len(entries) > 2
 
 
 def test_foreign_files_are_refused_with_what_to_do(tmp_path: Path) -> None:
