@@ -11,6 +11,7 @@ from torch import nn
 from laplace_debiased.calibration.batches import (
     FloatArray,
     Targets,
+    as_labels,
     collect_targets,
     concatenate,
     over_batches,
@@ -91,7 +92,7 @@ def predict(
     key, device = getattr(source, "dict_key_y", "labels"), getattr(source, "_device", None)
 
     def of_batch(x: Any, y: Any) -> Any:
-        answer, y = ask(x), torch.as_tensor(y)
+        answer, y = ask(x), as_labels(y)
         if not has_labels:
             # Batch by batch: only the diagonals of n K×K covariances are worth keeping.
             noise = to_numpy(torch.as_tensor(source.sigma_noise)).astype(np.float64)
@@ -147,7 +148,7 @@ def classified(la: Any, answers: Sequence[Any], targets: Sequence[Any]) -> Class
     probs, informations, labels = [], [], []
     for answer, y in zip(answers, targets, strict=True):
         predicted, information = _with_information(answer)
-        predicted, target = positions_as_samples(predicted, to_numpy(torch.as_tensor(y)))
+        predicted, target = positions_as_samples(predicted, to_numpy(as_labels(y)))
         probs.append(predicted)
         informations.append(information)
         labels.append(target)
@@ -191,7 +192,9 @@ def _likelihood(source: Any) -> str:
 
 
 def _check_likelihood(source: Any, likelihood: str | None) -> None:
-    if likelihood not in (None, *_WITH_LABELS):
+    if likelihood is not None and (
+        not isinstance(likelihood, str) or likelihood not in _WITH_LABELS
+    ):
         raise ValueError(
             "likelihood must be 'classification' or 'bernoulli' beside precomputed probabilities, "
             f"got {likelihood!r}; regression is a (mean, variance) pair."

@@ -29,6 +29,21 @@ T = TypeVar("T")
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
+def as_labels(labels: Any) -> torch.Tensor:
+    """A batch's labels as a tensor; arrays and lists of numbers will do.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            "the targets of a batch must be a tensor, or an array or list of numbers; got "
+            f"{type(labels).__name__} ({error})."
+        ) from error
+
+
 def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
     """The values on the host; bfloat16, which numpy lacks, as float32."""
     if isinstance(values, torch.Tensor):

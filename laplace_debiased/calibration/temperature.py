@@ -15,6 +15,7 @@ from torch import nn
 from laplace_debiased.calibration.batches import (
     FloatArray,
     Targets,
+    as_labels,
     collect_targets,
     concatenate,
     over_batches,
@@ -145,7 +146,7 @@ def collect_logits(
                 "logits_or_model must return a tensor of logits, or a record that holds one as "
                 f".logits; got {type(output).__name__}."
             )
-        return positions_as_samples(output.cpu(), to_numpy(torch.as_tensor(y)))
+        return positions_as_samples(output.cpu(), to_numpy(as_labels(y)))
 
     found = over_batches(of_batch, loader, "loader", dict_key_y, device, model, ranks, progress_bar)
     logits, labels = zip(*found, strict=True)

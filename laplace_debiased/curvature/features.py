@@ -119,6 +119,8 @@ class FeaturePass:
                 f"the network does not return the outputs of its last layer {self.head.name!r}."
             )
         length = batch_length(inputs)
+        if not length:
+            raise ValueError("the model inputs hold no sample.")
         if outputs.ndim == 3:
             raise ValueError(
                 f"a last-layer posterior takes outputs (batch, outputs) = ({length}, C); got "
@@ -129,6 +131,13 @@ class FeaturePass:
         features = reduced(seen.features, self.reduction)
         dtypes = [*seen.dtypes, outputs.dtype, features.dtype, head.weight.dtype]
         outputs, features = full_precision(outputs), full_precision(features)
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(features)
+        if wrapped or features.numel() % len(outputs):
+            raise ValueError(
+                f"the last layer {self.head.name!r} does not read one row of features per sample: "
+                "the model calls it on a part of the batch only, or within torch.vmap. Take "
+                "subset_of_weights='all'."
+            )
         features = features.reshape(len(outputs), -1)
         width = head.in_features
         if features.shape[1] != width:

@@ -110,7 +110,9 @@ def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, st
     first[0] = cotangent[0]
     # Of the first sample's outputs by automatic differentiation.
     leaves = [tape.parameters[name] for name in uses]
-    expected = torch.autograd.grad(outputs, leaves, first, allow_unused=True) if leaves else ()
+    expected: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if leaves and outputs.requires_grad:
+        expected = torch.autograd.grad(outputs, leaves, first, allow_unused=True)
     noise = _NOISE * max((float(g.norm()) for g in expected if g is not None), default=0.0)
     calls = [call.with_inputs(lambda a: full_precision(a.detach()[:1])) for call in calls]
     columns: list[Cotangents] = [

@@ -195,7 +195,7 @@ class Tape:
         """
         edges = [edge for kept in self.direct for edge in kept.edges]
         edges += [meeting.edge for meeting in self.meetings]
-        if not edges:
+        if not edges or not self.outputs.requires_grad:
             return [None] * (len(self.direct) + len(self.shared))
         found = iter(
             torch.autograd.grad(

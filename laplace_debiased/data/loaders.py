@@ -75,6 +75,7 @@ def split_batch(batch: Any, dict_key_y: str = "labels") -> tuple[Any, Tensor]:
             f"{_SINGLE if isinstance(targets, Tensor) else type(targets).__name__}."
         )
     check_dense(inputs)
+    check_dense(targets, "The targets of a batch")
     if targets.is_meta:
         raise ValueError("The targets of a batch are on the meta device and hold no data.")
     length = batch_length(inputs)

@@ -40,6 +40,7 @@ from laplace_debiased.curvature.lowrank.span import (
     span_eigenpairs,
 )
 from laplace_debiased.diagnostics.network import LossNetwork
+from laplace_debiased.errors import ArgumentTypeError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.inputs import row_slices, select_rows
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
@@ -149,8 +150,13 @@ def eigenspace_overlap(u: Tensor, v: Tensor) -> float:
         v: orthonormal columns [P, k].
 
     Raises:
+        ArgumentTypeError: if one is no tensor.
         ValueError: if the shapes differ, or the columns are not orthonormal (to 1e-3).
     """
+    for name, basis in (("u", u), ("v", v)):
+        if not isinstance(basis, Tensor):
+            kind = type(basis).__name__
+            raise ArgumentTypeError(f"{name} must be a tensor [P, k]; got {kind}.")
     if u.ndim != 2 or u.shape != v.shape or u.shape[1] == 0:
         raise ValueError(
             "u and v must hold the same number of directions, both [P, k] with k ≥ 1; got "

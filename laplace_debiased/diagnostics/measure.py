@@ -106,6 +106,8 @@ def directional_quadratic(
     if not isinstance(directions, Tensor):
         kind = type(directions).__name__
         raise ArgumentTypeError(f"directions must be a tensor [P, k]; got {kind}.")
+    if directions.is_meta:
+        raise ValueError("directions are on the meta device and hold no data.")
     if not bool(torch.isfinite(directions).all()):
         raise ValueError("directions contain NaN or infinite values.")
     sums = QuadraticSums()

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from laplace_debiased.data.build import Supply, plan_from_supply, plan_from_two_loaders
 from laplace_debiased.data.keys import Keys
-from laplace_debiased.data.loaders import can_draw, loader_generators, sampler_indices
+from laplace_debiased.data.loaders import (
+    can_draw,
+    check_loader,
+    loader_generators,
+    sampler_indices,
+)
 from laplace_debiased.data.plan import CurvaturePlan
 from laplace_debiased.data.pool import Kept, Score, plan_by_curvature
 from laplace_debiased.estimation.arguments import FitRequest
@@ -149,6 +154,7 @@ def first_inputs_of_loader(loader: Any, keys: Keys) -> Any:
 
     None if the loader is empty.
     """
+    check_loader(loader, "train_loader")
     with preserved_rng(generators=loader_generators(loader)):
         batch = next(iter(loader), None)
     return None if batch is None else keys.split(batch)[0]

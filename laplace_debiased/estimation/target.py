@@ -17,6 +17,7 @@ from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import call_arguments, explained_failure, logits_of, to_device
 from laplace_debiased.network.last_layer import LastLayerNetwork
 from laplace_debiased.network.modes import evaluation_mode
+from laplace_debiased.network.outputs import check_initialised
 from laplace_debiased.network.precision import HALF_DTYPES
 from laplace_debiased.network.substitution import call_with
 from laplace_debiased.network.wrappers import check_whole, plain_network
@@ -48,7 +49,7 @@ class Target:
 
     Raises:
         TypeError: for a model that is no module.
-        ValueError: if the weights are cut up over processes.
+        ValueError: if the weights are cut up over processes, or not initialised.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Target:
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(self.model).__name__}.")
         object.__setattr__(self, "model", plain_network(self.model))
+        check_initialised(self.model)
         check_whole(self.model)
 
     @property
@@ -92,9 +94,23 @@ class Target:
         return replace(self, last_layer=replace(self.last_layer, name=name))
 
     def parameters(self, coverage: Coverage) -> list[Tensor]:
-        """The covered parameters, in order."""
+        """The covered parameters, in order.
+
+        Raises:
+            ValueError: if some are in double precision and others are not.
+        """
         named = dict(self.model.named_parameters())
-        return [named[name] for name in coverage.covered]
+        found = {name: named[name] for name in coverage.covered}
+        by_dtype = {
+            torch.float32 if p.dtype in HALF_DTYPES else p.dtype: name for name, p in found.items()
+        }
+        if len(by_dtype) > 1:
+            kinds = " and ".join(f"{name!r} is {dtype}" for dtype, name in by_dtype.items())
+            raise ValueError(
+                f"the parameters are of several dtypes ({kinds}), and a posterior has one: convert "
+                "the model with .float() or .double(), or freeze those of one dtype."
+            )
+        return list(found.values())
 
     def mean(self, coverage: Coverage) -> Tensor:
         """The covered parameters as one vector [P], of any memory format."""

@@ -78,6 +78,8 @@ def batch_length(inputs: Any) -> int:
         TypeError: if the input holds no such tensor.
     """
     for tensor in tensors_of(inputs):
+        if tensor.is_nested:
+            check_dense(tensor)
         if tensor.ndim > 0:
             return tensor.shape[0]
     raise TypeError(
@@ -93,6 +95,11 @@ def check_dense(inputs: Any, name: str = "the model's inputs") -> None:
         ValueError: naming the first that is.
     """
     for tensor in tensors_of(inputs):
+        if tensor.is_nested:
+            raise ValueError(
+                f"{name} are a nested tensor, whose samples differ in shape; pad them to one "
+                "(torch.nested.to_padded_tensor)."
+            )
         if tensor.layout is not torch.strided:
             raise ValueError(
                 f"{name} {described(tensor)} are of layout {tensor.layout}; give dense ones "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from laplace_debiased.errors import ArgumentTypeError, NumericalError
 from laplace_debiased.network.inputs import NO_TENSOR
@@ -58,7 +59,8 @@ def check_repeatable(outputs: Tensor, again: Tensor) -> None:
 def largest_difference(outputs: Tensor, again: Tensor) -> float | None:
     """The largest difference between outputs of one shape; None if it may be round-off."""
     outputs, again = outputs.detach(), again.detach()
-    tolerance = max(_REPEATABLE, torch.finfo(outputs.dtype).eps ** 0.5)
+    eps = torch.finfo(outputs.dtype).eps if outputs.is_floating_point() else 0.0
+    tolerance = max(_REPEATABLE, eps**0.5)
     difference = (outputs - again).abs().max()
     return float(difference) if difference > tolerance * (1 + outputs.abs().max()) else None
 
@@ -78,7 +80,22 @@ def checked_model(model: object) -> nn.Module:
     """``model`` if it is one, else an ArgumentTypeError."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    check_initialised(model)
     return model
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Check that lazy layers have seen a batch, which tells them their shapes.
+
+    Raises:
+        ValueError: naming the first parameter or buffer that has no shape yet.
+    """
+    for name, entry in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(entry, UninitializedParameter | UninitializedBuffer):
+            raise ValueError(
+                f"{name!r} has no shape yet: its lazy layer has not seen any data. Pass a batch "
+                "through the model (and train it) first."
+            )
 
 
 def check_weights(model: nn.Module) -> None:

@@ -54,7 +54,7 @@ class Probe:
         try:
             sample = select_rows(inputs, slice(0, 1))
             alone = _outputs(model, sample)
-            if not may_mix:
+            if not may_mix and alone.ndim:
                 _check_apart(model, inputs, alone)
         except ModelCallError:
             return None

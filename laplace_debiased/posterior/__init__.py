@@ -23,6 +23,7 @@ from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.wrappers import own_name, plain_network
 from laplace_debiased.operators import EigenKron, LowRank
 from laplace_debiased.options import parse_choice
+from laplace_debiased.posterior import priors
 from laplace_debiased.posterior.host import DebiasedPosterior
 from laplace_debiased.predictive import KronPredictor, LowRankPredictor
 
@@ -109,6 +110,11 @@ class DebiasedKronLaplace(DebiasedPosterior, KronLaplace):
     def _decorrelated(self, noise: Tensor) -> Tensor:
         return self.posterior_precision.bmm(noise, exponent=-0.5)
 
+    def square_norm(self, value: Tensor) -> Tensor:
+        """(θ − mean)ᵀ P (θ − mean), 0-d, of one θ [P]."""
+        priors.check_value(self, value)
+        return super().square_norm(value)
+
 
 class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
     """Low-rank posterior whose directions and magnitudes come from different data.
@@ -184,6 +190,7 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
 
     def square_norm(self, value: Tensor) -> Tensor:
         """(θ − mean)ᵀ P (θ − mean) for each θ in [..., P]."""
+        priors.check_value(self, value, one=False)
         return self.precision_operator.square_norm(value - self.mean)
 
     def functional_variance(self, Js: Tensor) -> Tensor:
@@ -192,6 +199,9 @@ class DebiasedLowRankLaplace(DebiasedPosterior, LowRankLaplace):
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Joint covariance [m·C, m·C] of linearised outputs from Jacobians [m, C, P]."""
+        if not isinstance(Js, Tensor) or Js.ndim != 3:
+            got = tuple(Js.shape) if isinstance(Js, Tensor) else type(Js).__name__
+            raise ValueError(f"Js must be Jacobians [m, C, P]; got {got}.")
         return self.precision_operator.inv_square_form(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)
 
     def _decorrelated(self, noise: Tensor) -> Tensor:

@@ -122,18 +122,28 @@ def log_prob(self: Shell, value: Tensor, normalized: bool = True) -> Tensor:
     """
     if self._coverage is None:
         raise NotFittedError("the last layer is not known yet: call fit(train_loader) first.")
-    if not isinstance(value, Tensor) or value.shape[-1:] != (self.n_params,):
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"value must be a tensor with one entry per covered weight, [{self.n_params}]; got "
-            f"{got}."
-        )
+    check_value(self, value)
     if self._fit is not None:
         return ParametricLaplace.log_prob(self, value, normalized)
     precision = self.prior_precision_diag
     square = (precision * (value - self.prior_mean).square()).sum()
     constant = precision.log().sum() - self.n_params * math.log(2 * math.pi)
     return 0.5 * (constant - square) if normalized else -0.5 * square
+
+
+def check_value(self: Shell, value: object, *, one: bool = True) -> None:
+    """Check that a value of the covered weights is one [P], or holds several [..., P].
+
+    Raises:
+        ValueError: if not.
+    """
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    if shape[-1:] != (self.n_params,) or (one and len(shape) != 1):
+        got = f"shape {shape}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"value must be a tensor with one entry per covered weight, [{self.n_params}]; got "
+            f"{got}."
+        )
 
 
 def prior_precision_diag(self: Shell) -> Tensor:

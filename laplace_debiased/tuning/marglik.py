@@ -102,7 +102,7 @@ def by_evidence(
             "a Kronecker posterior takes a scalar or layer-wise prior; use "
             "prior_structure='scalar' or 'layerwise'."
         )
-    positive_value("lr", lr)
+    positive_value("lr", lr, single=True)
     n_steps = checked_integer("n_steps", n_steps, 0)
     with outside_inference_mode(), torch.enable_grad():
         start = torch.as_tensor(initial, dtype=like.dtype, device=like.device)

@@ -12,6 +12,8 @@ from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from laplace_debiased.errors import NumericalError
+
 _MARGIN = 3
 """Nodes kept on either side of an interval, so that the ends of a spline do not matter."""
 
@@ -58,11 +60,19 @@ def covariance_curve(
         low: lower end of the interval that is asked for.
         high: its upper end.
         diagonal: whether ``covariances`` are variances.
+
+    Raises:
+        NumericalError: if one is NaN or infinite.
     """
     nodes = log_nodes.cpu().numpy()
     first = max(0, int(np.searchsorted(nodes, low)) - _MARGIN)
     last = min(len(nodes), int(np.searchsorted(nodes, high, side="right")) + _MARGIN)
     window, nodes = covariances[first:last].double().cpu(), nodes[first:last]
+    if not bool(torch.isfinite(window).all()):
+        raise NumericalError(
+            "functional variances of val_loader's samples are NaN or infinite: inputs or weights "
+            "are too large for their dtype. Scale the inputs as in training, or use float64."
+        )
     variances = window if diagonal else window.diagonal(dim1=-2, dim2=-1)
     deviations = variances.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     log_deviations = CubicSpline(nodes, deviations.log().numpy())

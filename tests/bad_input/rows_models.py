@@ -29,14 +29,44 @@ class Writing(nn.Module):
 
 
 class Owner(nn.Module):
-    """A network with one more parameter."""
+    """A network with one more parameter, which may change its outputs."""
 
-    def __init__(self, net: nn.Module, parameter: nn.Parameter) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        parameter: nn.Parameter,
+        use: Callable[[Tensor, Tensor], Tensor] = lambda z, p: z,
+    ) -> None:
         super().__init__()
-        self.net, self.extra = net, parameter
+        self.net, self.extra, self.use = net, parameter, use
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.use(self.net(x), self.extra)
+
+
+class Times(torch.autograd.Function):
+    """A product in a function of its own, which torch functions do not see inside."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(z, scale)
+        return z * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,), (z, scale) = gradients, ctx.saved_tensors
+        return gradient * scale, (gradient * z).sum(0)
+
+
+class Mapped(nn.Module):
+    """Calls a network sample by sample."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.net)(x)
 
 
 def model(
@@ -106,6 +136,46 @@ ROWS = [
         "layer '0'",
         "BatchNorm1d",
         "running statistics",
+    ),
+    model(
+        "a lazy layer that has seen no data",
+        lambda w: nn.Sequential(nn.LazyLinear(3)),
+        "ValueError",
+        "'0.weight'",
+        "no shape yet",
+        "Pass a batch",
+    ),
+    model(
+        "parameters in single and in double precision",
+        lambda w: Owner(w.linear(), nn.Parameter(torch.ones(3, dtype=torch.float64))),
+        "ValueError",
+        "'extra' is torch.float64",
+        "several dtypes",
+        ".double()",
+    ),
+    model(
+        "outputs without a graph",
+        lambda w: Wrapped(w.linear(), lambda z: z.detach()),
+        "CoverageError",
+        "no operation on it affects the outputs",
+    ),
+    model(
+        "a last layer within `torch.vmap`",
+        lambda w: Mapped(w.linear(nn.Tanh())),
+        "ValueError",
+        "last layer",
+        "torch.vmap",
+        "subset_of_weights='all'",
+        subset_of_weights="last_layer",
+    ),
+    model(
+        "a parameter that a `torch.autograd.Function` reads, low rank",
+        lambda w: Owner(w.linear(), nn.Parameter(torch.ones(3)), lambda z, p: Times.apply(z, p)),
+        "ModelCallError",
+        "'extra'",
+        "torch.autograd.Function",
+        "requires_grad_(False)",
+        hessian_structure="lowrank",
     ),
     model(
         "a layer of no outputs",

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from laplace_debiased import compare, directional_profile, evaluate, fit_temperature
-from laplace_debiased.diagnostics import batch_size_sweep, kfac_profile, top_eigenpairs
+from laplace_debiased.diagnostics import (
+    batch_size_sweep,
+    eigenspace_overlap,
+    kfac_profile,
+    top_eigenpairs,
+)
 from laplace_debiased.optim import MiniBatches, NewtonCG, Quadratic, debiased_cg, model_quadratic
 from tests.bad_input.rows import Row
 from tests.bad_input.world import World, Wrapped
@@ -74,6 +79,20 @@ ROWS = [
         "ValueError",
         "labels are booleans",
         "3 classes",
+    ),
+    tool(
+        "`evaluate` of labels that are words",
+        lambda w: evaluate(w.la, [(w.x, ["cat"] * len(w.x))]),
+        "TypeError",
+        "targets",
+        "list",
+    ),
+    tool(
+        "`eigenspace_overlap` of a list",
+        lambda w: eigenspace_overlap([1.0], torch.eye(2)),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "u must be a tensor",
+        "list",
     ),
     tool(
         "`fit_temperature` of a model that ends in a softmax",

@@ -131,6 +131,16 @@ ROWS = [
     unfitted("la.optimize_prior_precision()", lambda la, w: la.optimize_prior_precision()),
     unfitted("la.predictive_samples(x)", lambda la, w: la.predictive_samples(w.x)),
     unfitted("la.functional_samples(x)", lambda la, w: la.functional_samples(w.x)),
+    *(
+        Row(
+            AREA,
+            f"`la.{name}` of several sets of weights",
+            lambda w, name=name: getattr(w.la, name)(w.la.mean.expand(2, -1)),
+            "ValueError",
+            ("value", "one entry per covered weight"),
+        )
+        for name in ("log_prob", "square_norm")
+    ),
     call(
         "inputs with another number of features",
         lambda w: w.x[:, :3],

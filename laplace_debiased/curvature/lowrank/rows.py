@@ -181,6 +181,9 @@ class RowPass:
             for index in range(n):
                 sample = select_rows(inputs, slice(index, index + 1))
                 outputs = network.call(parameters, constants, sample)[0]
+                if not outputs.requires_grad:  # detached: no parameter has a gradient
+                    rows += [outputs.new_zeros(network.n_params)] * width
+                    continue
                 for r in range(width):
                     found = torch.autograd.grad(
                         outputs,
