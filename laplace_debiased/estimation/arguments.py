@@ -100,6 +100,16 @@ class Backend:
             "CurvlinopsGGN, CurvlinopsEF, BackPackGGN, AsdlGGN or AsdlEF, or backend=None."
         )
 
+    def settled_fisher(self, asked: Any) -> Fisher:
+        """The Fisher type that it computes, which must be the one that is asked for, if any is."""
+        fisher = self.fisher
+        if asked is not None and parse_choice(Fisher, asked, "fisher") is not fisher:
+            raise ValueError(
+                f"backend {self.kind.__name__} computes fisher={fisher.value!r}, but "
+                f"fisher={Fisher(asked).value!r} was asked for. Drop one of the two."
+            )
+        return fisher
+
 
 @dataclass(frozen=True, eq=False)
 class Arguments:
@@ -237,12 +247,7 @@ def arguments_from(
     if backend is not None:
         if not (isinstance(backend.kind, type) and issubclass(backend.kind, CurvatureInterface)):
             raise TypeError("backend must be a laplace-torch CurvatureInterface class, or None.")
-        asked = parse_choice(Fisher, curvature.setdefault("fisher", backend.fisher), "fisher")
-        if asked is not backend.fisher:
-            raise ValueError(
-                f"backend {backend.kind.__name__} computes fisher={backend.fisher.value!r}, but "
-                f"fisher={asked.value!r} was asked for. Drop one of the two."
-            )
+        curvature["fisher"] = backend.settled_fisher(curvature.get("fisher"))
     sampling = default_sampling(name, curvature.get("scheme"), curvature.get("magnitudes"))
     options = CurvatureOptions(**{"sampling": sampling, **curvature})
     return Arguments(

@@ -101,13 +101,12 @@ class DebiasedPosterior(_Host):
         **options: Any,
     ) -> None:
         target = self._target_for(model, options)
-        given = backend_from(backend, backend_kwargs, asdl_fisher_kwargs)
         arguments = arguments_from(
             likelihood,
             options,
             sigma_noise=sigma_noise,
             dict_keys=(dict_key_x, dict_key_y),
-            backend=given,
+            backend=backend_from(backend, backend_kwargs, asdl_fisher_kwargs),
             damping=damping,
             low_rank=self._takes_diagonal_prior,
         )
@@ -129,9 +128,9 @@ class DebiasedPosterior(_Host):
             enable_backprop=enable_backprop,
             dict_key_x=arguments.dict_key_x,
             dict_key_y=arguments.dict_key_y,
-            backend=None if given is None else given.kind,
-            backend_kwargs=None if given is None else dict(given.kwargs),
-            asdl_fisher_kwargs=None if given is None else dict(given.kron_kwargs),
+            backend=backend,
+            backend_kwargs=dict(backend_kwargs or {}),
+            asdl_fisher_kwargs=dict(asdl_fisher_kwargs or {}),
         )
         self.likelihood = arguments.likelihood
         self._set_target(target, self._chosen)

@@ -228,7 +228,7 @@ def _parsed(
     self: Shell, state: Mapping[str, Any], present: ModelFingerprint
 ) -> tuple[Fit, dict[str, Any]]:
     """The fit and the hyper-parameters; whatever Python or torch raise means that it is edited."""
-    target, probe = self._target, state.get("probe")
+    target, probe, parts = self._target, state.get("probe"), enumerate(state["comparisons"])
     if any(t.is_meta or t.layout is not torch.strided for t in tensors_of(state)):
         raise ValueError("a tensor is sparse or holds no data.")
     if probe is not None and not probe[1].is_floating_point():
@@ -237,10 +237,7 @@ def _parsed(
     sizes = {name: p.numel() for name, p in target.model.named_parameters()}
     fit = Fit(
         self._structure.from_state(cast, target.device),
-        tuple(
-            Comparison.from_state(part, f"comparisons[{index}]")
-            for index, part in enumerate(state["comparisons"])
-        ),
+        tuple(Comparison.from_state(part, f"comparisons[{i}]") for i, part in parts),
         float(state["mean_loss"]),
         state["n_outputs"],
         state["n_samples"],
