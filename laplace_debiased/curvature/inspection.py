@@ -53,11 +53,6 @@ def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
     with another dimension in front, and networks that mix samples, fail this. Small parameters
     whose operations have no rule go through ``torch.func`` where the network allows that.
 
-    Args:
-        model: the network.
-        coverage: which parameters to examine.
-        inputs: some model inputs; at most two samples are used.
-
     Raises:
         ValueError: if the outputs are not [m, C], or differ between two forward passes.
         NumericalError: if one is NaN or infinite.
