@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import UNUSED, Coverage
-from laplace_debiased.curvature.general import GeneralRows
+from laplace_debiased.curvature.general import general_rows
 from laplace_debiased.curvature.operations.call import (
     Cotangents,
     OperationCall,
@@ -90,9 +90,9 @@ def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, st
     problems = {}
     if tape.refused:
         try:
-            general = GeneralRows.of(model, tape, tape.refused, probe)
-            pulled += general.pull_back(cotangent)
-            calls += general.calls
+            further, pull_back = general_rows(model, tape, tape.refused, probe)
+            pulled += pull_back(cotangent)
+            calls += further
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
