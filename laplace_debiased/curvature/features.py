@@ -16,12 +16,12 @@ from laplace_debiased.curvature.coverage import Layer
 from laplace_debiased.curvature.operations.call import (
     Cotangents,
     OperationCall,
-    OperationRule,
+    RuleDefaults,
     Use,
 )
 from laplace_debiased.curvature.operations.linear import LinearRule
 from laplace_debiased.curvature.operations.views import Place
-from laplace_debiased.curvature.passes import BackwardPass, Bases, Chunk, Columns, written_out
+from laplace_debiased.curvature.passes import BackwardPass, Bases, Chunk, Columns
 from laplace_debiased.network.grad_modes import outside_inference_mode
 from laplace_debiased.network.inputs import (
     batch_length,
@@ -53,7 +53,7 @@ class Head(Layer):
 
     module: nn.Linear
 
-    def call(self, features: Tensor, rule: OperationRule) -> OperationCall:
+    def call(self, features: Tensor, rule: RuleDefaults) -> OperationCall:
         """The layer's call on features [m, D]."""
         shape = tuple(self.module.weight.shape)
         uses = {}
@@ -82,7 +82,7 @@ class FeaturePass:
     head: Head
     reduction: FeatureReduction | None = None
     byte_budget: int = DEFAULT_BYTE_BUDGET
-    rule: OperationRule = field(default_factory=LinearRule)
+    rule: RuleDefaults = field(default_factory=LinearRule)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -184,7 +184,9 @@ class FeaturePass:
 
     def _chunk(self, outputs: Tensor, features: Tensor, rows: slice, columns: Columns) -> Chunk:
         calls = [self.head.call(features, self.rule)]
-        to_pull = written_out(columns(outputs, rows)).transpose(1, 2)
+        found = columns(outputs, rows)
+        assert isinstance(found, Tensor)  # unit columns are for a backward pass
+        to_pull = found.transpose(1, 2)
         n_columns = to_pull.shape[1]
 
         def pull_back(part: slice, last: bool) -> list[Cotangents]:

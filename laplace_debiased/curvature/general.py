@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,42 +13,33 @@ from laplace_debiased.errors import ModelCallError
 from laplace_debiased.network.functional import FunctionalNetwork
 from laplace_debiased.network.modes import differentiable_kernels
 
+GeneralRows = tuple[tuple[OperationCall, ...], Callable[[Tensor], list[Cotangents]]]
+"""A call per parameter, and gradients [m, P] of one column [m, C] at each of them."""
 
-@dataclass(frozen=True, eq=False)
-class GeneralRows:
-    """Per-sample gradients by ``torch.func`` over the batch, written out: a call per parameter."""
 
-    network: FunctionalNetwork
-    calls: tuple[OperationCall, ...]
-    inputs: Any
+def general_rows(model: nn.Module, tape: Tape, names: Collection[str], inputs: Any) -> GeneralRows:
+    """Per-sample gradients of the named parameters, by ``torch.func`` over the batch, written out.
 
-    @classmethod
-    def of(cls, model: nn.Module, tape: Tape, names: Collection[str], inputs: Any) -> GeneralRows:
-        """Of the named parameters.
+    They raise RuntimeError if torch cannot vectorise the network.
 
-        Raises:
-            ModelCallError: if the tape could not record another one: the model does something else
-                with it than when it was looked at.
-        """
-        for name, why in tape.refused.items():
-            if name not in names:
-                raise ModelCallError(
-                    f"parameter {name!r} carries a posterior, but on these inputs it goes through "
-                    f"{why}. Fit again on data on which the model does what it does here."
-                )
-        calls = tuple(plain_call(name, tape.parameters[name]) for name in names)
-        return cls(FunctionalNetwork(model, tuple(names)), calls, inputs)
+    Raises:
+        ModelCallError: if the tape could not record another one: the model does something else
+            with it than when it was looked at.
+    """
+    for name, why in tape.refused.items():
+        if name not in names:
+            raise ModelCallError(
+                f"parameter {name!r} carries a posterior, but on these inputs it goes through "
+                f"{why}. Fit again on data on which the model does what it does here."
+            )
+    network = FunctionalNetwork(model, tuple(names))
 
-    def pull_back(self, column: Tensor) -> list[Cotangents]:
-        """Gradients [m, P] of one column [m, C] at every parameter.
-
-        Raises:
-            RuntimeError: if torch cannot vectorise the network.
-        """
-        if not self.calls:
+    def pull_back(column: Tensor) -> list[Cotangents]:
+        if not names:
             return []
-        network = self.network
-        with differentiable_kernels(network.model):
+        with differentiable_kernels(model):
             column = column.to(network.dtype).unsqueeze(-1)
-            rows = network.rows(network.prepare(self.inputs), column)[:, 0]
+            rows = network.rows(network.prepare(inputs), column)[:, 0]
         return [(part,) for part in rows.split(network.sizes, dim=1)]
+
+    return tuple(plain_call(name, tape.parameters[name]) for name in names), pull_back

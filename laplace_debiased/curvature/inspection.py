@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.coverage import UNUSED, Coverage
-from laplace_debiased.curvature.general import GeneralRows
+from laplace_debiased.curvature.general import general_rows
 from laplace_debiased.curvature.operations.call import (
     Cotangents,
     OperationCall,
@@ -53,11 +53,6 @@ def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
     with another dimension in front, and networks that mix samples, fail this. Small parameters
     whose operations have no rule go through ``torch.func`` where the network allows that.
 
-    Args:
-        model: the network.
-        coverage: which parameters to examine.
-        inputs: some model inputs; at most two samples are used.
-
     Raises:
         ValueError: if the outputs are not [m, C], or differ between two forward passes.
         NumericalError: if one is NaN or infinite.
@@ -95,9 +90,9 @@ def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, st
     problems = {}
     if tape.refused:
         try:
-            general = GeneralRows.of(model, tape, tape.refused, probe)
-            pulled += general.pull_back(cotangent)
-            calls += general.calls
+            further, pull_back = general_rows(model, tape, tape.refused, probe)
+            pulled += pull_back(cotangent)
+            calls += further
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise

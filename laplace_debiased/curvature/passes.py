@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.footprint import Footprint
-from laplace_debiased.curvature.general import GeneralRows
+from laplace_debiased.curvature.general import GeneralRows, general_rows
 from laplace_debiased.curvature.operations.call import Cotangents, OperationCall, blocks_of
 from laplace_debiased.curvature.recorder import record
 from laplace_debiased.curvature.rows.base import BlockRows
@@ -135,11 +135,6 @@ class Chunk:
             yield self.pull_back(slice(r, r + 1), r + 1 == self.n_columns)
 
 
-def written_out(columns: Tensor | UnitColumns) -> Tensor:
-    """Columns as a tensor [m, C, R]."""
-    return columns.dense() if isinstance(columns, UnitColumns) else columns
-
-
 def identity_columns(outputs: Tensor, rows: slice) -> Tensor:
     """One column per output: the pull-backs are the rows of the Jacobian."""
     m, *shape = outputs.shape
@@ -242,7 +237,7 @@ class BackwardPass:
         check_outputs(tape.outputs, rows.stop - rows.start, positions=True)
         tape.check_inputs()
         general = [name for name in self.names if name in self.general]
-        return tape, GeneralRows.of(self.model, tape, general, inputs)
+        return tape, general_rows(self.model, tape, general, inputs)
 
     def _in_tiles(self, chunk: Chunk, inputs: Any, bases: Bases | None) -> Chunk:
         """A chunk of one sample whose columns are held as many at a time as fit.
@@ -276,8 +271,11 @@ def _chunk(
     differentiable: bool,
 ) -> Chunk:
     outputs = full_precision(tape.outputs if differentiable else tape.outputs.detach())
-    convert = full_precision if differentiable else _detached
-    calls = [call.with_inputs(convert) for call in (*tape.calls, *general.calls)]
+
+    def read(tensor: Tensor) -> Tensor:
+        return full_precision(tensor if differentiable else tensor.detach())
+
+    calls = [call.with_inputs(read) for call in (*tape.calls, *general[0])]
     with outside_inference_mode(), torch.set_grad_enabled(differentiable):
         to_pull = columns(outputs, rows).to(tape.outputs.dtype)
 
@@ -288,15 +286,11 @@ def _chunk(
                 column = to_pull.column(r) if isinstance(to_pull, UnitColumns) else to_pull[..., r]
                 retain = r + 1 < part.stop or not last
                 found = tape.pull_back(column, create_graph=differentiable, retain_graph=retain)
-                pulled.append(found + general.pull_back(column))
+                pulled.append(found + general[1](column))
             return _stacked(pulled, len(calls))
 
     n_columns = to_pull.shape[-1]
     return Chunk(rows, outputs, calls, n_columns, max(n_columns, 1), byte_budget, pull_back)
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    return full_precision(tensor.detach())
 
 
 def _stacked(columns: list[list[Cotangents]], n_calls: int) -> list[Cotangents]:

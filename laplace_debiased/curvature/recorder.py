@@ -32,8 +32,8 @@ from torch.nn import functional
 from laplace_debiased.curvature.operations.attention import attend_apart
 from laplace_debiased.curvature.operations.call import (
     OperationCall,
-    OperationRule,
     Reading,
+    RuleDefaults,
     Use,
     registered_operations,
     samples_first,
@@ -200,7 +200,7 @@ class Recorder(BlockMode):
             return None
         return next((r for r in readings if any(map(self.is_covered, r.parameters.values()))), None)
 
-    def _uses(self, rule: OperationRule, reading: Reading) -> dict[str, Use] | str:
+    def _uses(self, rule: RuleDefaults, reading: Reading) -> dict[str, Use] | str:
         """The covered parameters of a reading, or why it cannot be covered."""
         if reading.refused is not None:
             return reading.refused
@@ -224,7 +224,7 @@ class Recorder(BlockMode):
         return uses
 
     def note(
-        self, operation: str, rule: OperationRule, reading: Reading, outputs: tuple[Tensor, ...]
+        self, operation: str, rule: RuleDefaults, reading: Reading, outputs: tuple[Tensor, ...]
     ) -> None:
         """Record a call that read samples, or why it cannot be recorded."""
         uses = self._uses(rule, reading)

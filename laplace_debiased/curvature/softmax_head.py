@@ -46,11 +46,7 @@ def _leftover(q: Tensor) -> _Leftover:
 
 
 def softmax_covariance(q: Tensor) -> Tensor:
-    """Σ_n w_n (diag p_n − p_n p_nᵀ) [C, C], summed over samples.
-
-    Args:
-        q: √(w p) [m, C].
-    """
+    """Σ_n w_n (diag p_n − p_n p_nᵀ) [C, C] of q = √(w p) [m, C], summed over samples."""
     left = _leftover(q)
     kept = left.weights * (1.0 - left.mass)
     diagonal = (left.weights @ left.rest).index_add(0, left.top, kept * left.mass)
@@ -61,14 +57,10 @@ def softmax_covariance(q: Tensor) -> Tensor:
 
 
 def softmax_curvature(q: Tensor, basis: Tensor) -> Tensor:
-    """w_n u_iᵀ (diag p_n − p_n p_nᵀ) u_i of every sample and direction [m, I], in float64.
+    """w_n u_iᵀ (diag p_n − p_n p_nᵀ) u_i [m, I] of q = √(w p) [m, C] and columns u [C, I], float64.
 
     Directions along which little curvature lies leave differences of large numbers, which float32
     would not resolve. A constant adds nothing to a direction, so each is centred first.
-
-    Args:
-        q: √(w p) [m, C].
-        basis: directions u_i as columns [C, I].
     """
     left = _leftover(q.double())
     u = basis.double()

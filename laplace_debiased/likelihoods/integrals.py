@@ -151,15 +151,11 @@ def mutual_information(
 
 
 def mean_sigmoid(mean: Tensor, variance: Tensor) -> Tensor:
-    r"""E[sigmoid(f)] for f ~ N(μ, s²), one label at a time: exact to 1e-8.
+    r"""E[sigmoid(f)] [...] for f ~ N(μ, s²), one label at a time: exact to 1e-8.
 
     By trapezoid rules, which converge exponentially for such weights: for s < 4 over the Gaussian
     (97 points; Gauss–Hermite of that size has a hundred times the error); beyond, where the sigmoid
     is steep against it, over the logistic distribution, E[Φ((μ − t)/s)].
-
-    Args:
-        mean: μ [...].
-        variance: s² [...].
     """
     return _over_labels(mean, variance, torch.sigmoid, _wide_sigmoid)
 

@@ -27,15 +27,8 @@ from laplace_debiased.likelihoods.integrals import (
 def probit(mean: Tensor, variance: Tensor, inverse_link: InverseLink = softmax) -> Tensor:
     r"""Multi-class probit approximation (MacKay 1992; Daxberger et al. 2021, eq. 8).
 
-    softmax(μ / √(1 + π/8 · diag Σ)); with a sigmoid it is MacKay's own, for one label at a time.
-
-    Args:
-        mean: μ [..., m, C].
-        variance: diag Σ [..., m, C].
-        inverse_link: softmax, or sigmoid.
-
-    Returns:
-        Probabilities [..., m, C].
+    Probabilities softmax(μ / √(1 + π/8 · diag Σ)) [..., C] of μ and diag Σ [..., C]; with a sigmoid
+    it is MacKay's own, for one label at a time.
     """
     return inverse_link(mean / torch.sqrt(1.0 + math.pi / 8.0 * variance))
 
@@ -122,16 +115,8 @@ def _check_count(n_samples: int | None) -> None:
 def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False) -> Tensor:
     r"""Laplace bridge: mean of the Dirichlet matched to N(μ, Σ) (Hobbhahn et al. 2022, eq. 6).
 
-    The Gaussian is first conditioned on Σ_c f_c = 0. ``normalise`` is laplace-torch's variance
-    correction ("bridge_norm").
-
-    Args:
-        mean: μ [m, C].
-        covariance: Σ [m, C, C].
-        normalise: divide by the mean variance first.
-
-    Returns:
-        Probabilities [m, C].
+    Probabilities [m, C] of μ [m, C] and Σ [m, C, C]. The Gaussian is first conditioned on
+    Σ_c f_c = 0. ``normalise`` divides by the mean variance first: laplace-torch's "bridge_norm".
     """
     return bridge_of_sums(
         mean, covariance.sum(-1), covariance.diagonal(dim1=-2, dim2=-1), normalise=normalise

@@ -127,15 +127,11 @@ class UnitGaussian(LossModel):
 
 
 def residual_noise(mean_loss: float, n_outputs: int) -> float:
-    """σ from training residuals: √(2ℓ/C), their root mean square over samples and outputs.
+    """σ from training residuals, √(2ℓ/C) for a mean ℓ of ½ ‖f − y‖²: their root mean square.
 
     It is the maximum-likelihood estimate of one σ for all outputs at the network's weights, with
     no correction for the degrees of freedom that training has used up: a network that interpolates
     its data makes it too small.
-
-    Args:
-        mean_loss: mean over samples of ℓ = ½ ‖f − y‖².
-        n_outputs: C.
 
     Raises:
         ValueError: if the residuals are zero or not finite.

@@ -99,14 +99,8 @@ def sketched_columns(
     has the curvature x, the estimate of R columns has a variance below 2 x²/R; with samples whose
     curvatures spread as κ (variance over squared mean), m of them estimate the mean with a relative
     variance of (κ + 2(1 + κ)/R)/m at a cost of m (1 + 2R) forward passes: least at R = √(1 + 1/κ),
-    one or two columns. So the default is two, with more samples in return.
-
-    Args:
-        model: the loss.
-        outputs: network outputs f [m, C] or [m, T, C].
-        targets: labels or regression targets.
-        seeds: one for each sample's signs [m]: no result depends on how a batch is chunked.
-        n_columns: R.
+    one or two columns. So the default is two, with more samples in return. Every sample has a seed
+    of its own [m], so that no result depends on how a batch is chunked.
     """
     z = signs(seeds, (*outputs.shape[1:], n_columns)).to(outputs)
     return masked(model, targets, model.root_product(outputs, z) / n_columns**0.5)

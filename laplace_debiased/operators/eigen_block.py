@@ -92,10 +92,7 @@ class EigenBlock:
         if self.eigenvalues.ndim == 1:
             return sides.coordinates(vectors, self.output_basis)
         matrices = vectors.unflatten(-1, self._shape)
-        if sides.is_thin(self.output_basis):
-            matrices = sides.coordinates(matrices.mT, self.output_basis).mT
-        elif self.output_basis is not None:
-            matrices = self.output_basis.mT @ matrices
+        matrices = sides.coordinates(matrices.mT, self.output_basis).mT
         return sides.coordinates(matrices, self.input_basis).flatten(-self.eigenvalues.ndim)
 
     def from_eigenbasis(self, coordinates: Tensor) -> Tensor:
@@ -104,13 +101,10 @@ class EigenBlock:
             return sides.from_coordinates(coordinates, self.output_basis)
         shape = list(self.eigenvalues.shape)
         for basis, axis in ((self.output_basis, -2), (self.input_basis, -1)):
-            if basis is not None and sides.is_thin(basis):
-                shape[axis] = basis.shape[-1] + basis.shape[-2]
+            if sides.is_thin(basis):
+                shape[axis] = sum(basis.shape[-2:])
         matrices = coordinates.unflatten(-1, shape)
-        if sides.is_thin(self.output_basis):
-            matrices = sides.from_coordinates(matrices.mT, self.output_basis).mT
-        elif self.output_basis is not None:
-            matrices = self.output_basis @ matrices
+        matrices = sides.from_coordinates(matrices.mT, self.output_basis).mT
         return sides.from_coordinates(matrices, self.input_basis).flatten(-self.eigenvalues.ndim)
 
     def diagonal_of(self, table: Tensor) -> Tensor:

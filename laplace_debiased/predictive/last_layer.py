@@ -90,23 +90,20 @@ class BasisRows:
     @classmethod
     def of(cls, basis: Tensor, chosen: Tensor | None, diagonal: bool) -> BasisRows:
         """Of U_B [C, r]."""
-        outside = None
-        if chosen is None:
-            if sides.is_thin(basis) and diagonal:
-                outside = sides.entry_squares(basis)[:, -1]
-            elif sides.is_thin(basis):
-                rest = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-                rest = rest - basis @ basis.T
-                outside = rest @ rest.T
-            return cls(basis.square() if diagonal else basis, outside, diagonal)
-        inside = basis[chosen]
-        if sides.is_thin(basis):
-            grams = []  # sample by sample: the part outside of a basis has C entries
-            for index, rows in zip(chosen, inside, strict=True):
-                rest = -rows @ basis.T
-                rest[torch.arange(len(index), device=rest.device), index] += 1.0
-                grams.append(rest.square().sum(-1) if diagonal else rest @ rest.T)
-            outside = torch.stack(grams)
+
+        def gram(index: Tensor) -> Tensor:
+            rest = -basis[index] @ basis.T
+            rest[torch.arange(len(index), device=rest.device), index] += 1.0
+            return rest.square().sum(-1) if diagonal else rest @ rest.T
+
+        inside, outside = basis if chosen is None else basis[chosen], None
+        if sides.is_thin(basis) and chosen is not None:
+            # Sample by sample: the part outside of a basis has C entries.
+            outside = torch.stack([gram(index) for index in chosen])
+        elif sides.is_thin(basis) and diagonal:
+            outside = sides.entry_squares(basis)[:, -1]
+        elif sides.is_thin(basis):
+            outside = gram(torch.arange(len(basis), device=basis.device))
         return cls(inside.square() if diagonal else inside, outside, diagonal)
 
     def turned_back(self, scales: Tensor) -> Tensor:

@@ -80,11 +80,7 @@ class LowRankPredictor(Predictor):
     layer_sizes: tuple[int, ...]
 
     def precision(self, h: Tensor, prior: Tensor) -> WhitenedFrame:
-        """The posterior precision in the prior's coordinates.
-
-        Args:
-            h: 0-d or [1].
-            prior: δ [1], one entry per covered parameter tensor, or the diagonal [P].
+        """In the prior's coordinates; δ is [1], one per covered parameter tensor, or [P].
 
         Raises:
             NumericalError: if the directions are dependent in these coordinates.

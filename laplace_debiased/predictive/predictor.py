@@ -144,15 +144,8 @@ class Predictor(ABC):
     ) -> Sweep:
         """Moments under each of G scalar prior precisions, and without curvature.
 
-        None of what a pass computes depends on the prior precision, and the covariances are linear
-        in 1/(h·N·λ + δ).
-
-        Args:
-            inputs: one batch of model inputs, m samples.
-            h: 0-d or [1].
-            priors: δ [G].
-            selection: of which outputs.
-            diagonal: variances only.
+        None of what a pass computes depends on the prior precision, and the covariances (variances
+        if ``diagonal``) are linear in 1/(h·N·λ + δ).
         """
         kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
         with torch.no_grad():

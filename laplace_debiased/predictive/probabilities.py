@@ -194,12 +194,8 @@ class Predictive:
     ) -> Tensor:
         """Predictive probabilities [m, C] ([m, T, C] for outputs at T positions).
 
-        Args:
-            inputs: one batch of model inputs, m samples.
-            link: how the inverse link is averaged over the outputs' distribution.
-            n_samples: points or draws for "mc"; None for as many as are accurate.
-            diagonal_output: independent outputs for "mc".
-            generator: source of random draws.
+        Arguments as in :func:`class_probabilities`; ``diagonal_output``: independent outputs for
+        "mc".
         """
         diagonal = not needs_covariance(link, diagonal_output, self.inverse_link)
         kind = OutputCovariance.DIAGONAL if diagonal else OutputCovariance.PER_SAMPLE
@@ -215,12 +211,7 @@ class Predictive:
         )
 
     def informed_probabilities(self, inputs: Any, link: LinkApprox) -> tuple[Tensor, Tensor]:
-        """:meth:`probabilities`, and the mutual information of label and weights, in nats.
-
-        Args:
-            inputs: one batch of model inputs, m samples.
-            link: of the probabilities; the information is always over the points of "mc".
-        """
+        """:meth:`probabilities`, and the mutual information of label and weights, in nats."""
         inverse = self.inverse_link
         binary = inverse is torch.sigmoid
         kind = OutputCovariance.DIAGONAL if binary else OutputCovariance.PER_SAMPLE
@@ -267,14 +258,7 @@ class OutputsReport:
 def outputs_report(
     predictive: Predictive, inputs: Any, link: LinkApprox, n_points: int | None = None
 ) -> OutputsReport:
-    """Compare predictions from K and from 2K outputs.
-
-    Args:
-        predictive: the linearised network with its selection.
-        inputs: model inputs of a few samples.
-        link: how the inverse link is averaged.
-        n_points: points of "mc".
-    """
+    """Compare predictions of a few samples from K and from 2K outputs, at ``n_points`` of "mc"."""
 
     def probabilities(n_outputs: int | None) -> Tensor:
         selected = replace(predictive.selection, n_outputs=n_outputs)

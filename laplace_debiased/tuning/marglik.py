@@ -75,7 +75,7 @@ def by_evidence(
     lr: float,
     progress_bar: bool,
 ) -> Tensor:
-    """The prior precision of the largest marginal likelihood.
+    """The best prior precision met by gradient ascent in its logarithm (laplace-torch's).
 
     Args:
         evidence: log marginal likelihood of a prior precision.
@@ -87,9 +87,6 @@ def by_evidence(
         n_steps: gradient steps.
         lr: their size, on log prior precision.
         progress_bar: show progress.
-
-    Returns:
-        The best prior precision met, by gradient ascent in its logarithm (laplace-torch's).
 
     Raises:
         ValueError: for a structure that the posterior does not take, or numbers out of range.

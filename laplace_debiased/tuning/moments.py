@@ -91,13 +91,7 @@ def covariance_curve(
 
 
 def lowest(loss: Loss, centre: float, ends: tuple[float, float]) -> tuple[float, float]:
-    """The best prior precision between two logarithms, and its loss; ``centre`` if none is better.
-
-    Args:
-        loss: validation loss.
-        centre: prior precision to beat.
-        ends: log prior precisions around it.
-    """
+    """The best prior precision between two logarithms, and its loss; ``centre`` unless beaten."""
     at_centre = loss(math.log(centre))
     options = {"xatol": 1e-2, "maxiter": 25}
     found = minimize_scalar(loss, bounds=ends, method="bounded", options=options)

@@ -29,11 +29,7 @@ _STEP = "a product with the curvature"
 def gram_over_ranks(ranks: Ranks, rows: Tensor) -> Tensor:
     """K = Z Zᵀ [q, q] in float64 of all ranks' rows, one rank's after the other's.
 
-    Every rank's rows visit all others once, and no rank holds more than its own and those.
-
-    Args:
-        ranks: all ranks.
-        rows: this rank's [q_r, P].
+    Every rank's rows [q_r, P] visit all others once; no rank holds more than its own and those.
     """
     if ranks.world == 1:
         return gram_matrix(rows)

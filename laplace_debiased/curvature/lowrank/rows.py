@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,14 +39,8 @@ _VECTORISED_TOLERANCE = 2e-2
 """Relative, norm-wise. Round-off of float32 stays below 1e-4; a wrong rule is off by order 1."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Some samples and some columns of a batch.
-
-    Attributes:
-        samples: n of the m samples.
-        columns: r of the R columns.
-    """
+class Tile(NamedTuple):
+    """Some samples n of the m and some columns r of the R of a batch."""
 
     samples: slice
     columns: slice

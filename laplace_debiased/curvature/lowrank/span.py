@@ -129,7 +129,7 @@ def orthonormal_pairs(rows: Tensor, directions: SpanDirections) -> Eigenpairs:
 
 
 def orthonormalised(basis: Tensor, eigenvalues: Tensor) -> Eigenpairs:
-    """Eigenpairs of U diag(λ) Uᵀ for a basis that is orthonormal but for rounding.
+    """Eigenpairs of U diag(λ) Uᵀ for a basis U [P, k] that is orthonormal but for rounding.
 
     Directions of small eigenvalue come out of cancelling rows, so that the Gram matrix L Lᵀ of what
     was formed may be off the identity. Then U L^-ᵀ is orthonormal, and Lᵀ diag(λ) L is what the
@@ -137,10 +137,6 @@ def orthonormalised(basis: Tensor, eigenvalues: Tensor) -> Eigenpairs:
     Where directions depend on one another (more of them than parameters, which rounding noise
     above the cutoff can give) an eigenvalue root takes the place of L and leaves out what is not
     there.
-
-    Args:
-        basis: U [P, k].
-        eigenvalues: λ [k].
     """
     overlap = gram_matrix(basis.T)
     identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from laplace_debiased.curvature.operations.call import (
     OperationCall,
-    OperationRule,
     Reading,
     RuleDefaults,
 )
@@ -42,7 +41,7 @@ class Recording(Protocol):
         """Note why the parameters that arguments are made of cannot be covered."""
 
     def note(
-        self, operation: str, rule: OperationRule, reading: Reading, outputs: tuple[Tensor, ...]
+        self, operation: str, rule: RuleDefaults, reading: Reading, outputs: tuple[Tensor, ...]
     ) -> None:
         """Record a call that has been made apart."""
 
@@ -51,7 +50,6 @@ class InputProjectionsRule(RuleDefaults):
     """The packed input projection, as three maps [E, E]."""
 
     def readings(self, *args: Any, **kwargs: Any) -> tuple[Reading, ...]:
-        """None: this rule is for calls that are made apart."""
         return ()
 
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:

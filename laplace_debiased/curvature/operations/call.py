@@ -8,10 +8,11 @@ knows rows only, no operations.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -58,13 +59,16 @@ class Reading:
     whole: bool = False
 
 
-class OperationRule(Protocol):
-    """How one operation reads its parameters."""
+class RuleDefaults(ABC):
+    """How one operation reads its parameters.
 
-    @property
-    def transposed(self) -> bool:
-        """Whether what is read acts on the rows of the weight as a matrix, not on its columns."""
+    Unless overridden: a weight that is a matrix in row-major order, a bias, no factors.
+    """
 
+    transposed = False
+    """Whether what is read acts on the rows of the weight as a matrix, not on its columns."""
+
+    @abstractmethod
     def readings(self, *args: Any, **kwargs: Any) -> tuple[Reading, ...]:
         """The ways in which a call with these arguments can be read, in the rule's own terms.
 
@@ -73,7 +77,9 @@ class OperationRule(Protocol):
 
     def matrix(self, slot: str, argument: Tensor, settings: Any) -> Tensor | None:
         """A view of an argument as the matrix [D_out, D_in] that it is; None for a vector."""
+        return argument.flatten(1) if slot == "weight" and argument.ndim > 1 else None
 
+    @abstractmethod
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
         """Rows of the argument in a slot.
 
@@ -97,21 +103,6 @@ class OperationRule(Protocol):
             slot: which argument.
             counts: multiplicity of every sample [m]; None for ones.
         """
-
-
-class RuleDefaults:
-    """What most rules say: a weight that is a matrix in row-major order, a bias, no factors."""
-
-    transposed = False
-
-    def matrix(self, slot: str, argument: Tensor, settings: Any) -> Tensor | None:
-        """The weight, all dimensions but the first one flattened."""
-        return argument.flatten(1) if slot == "weight" and argument.ndim > 1 else None
-
-    def input_factor(
-        self, call: OperationCall, slot: str, counts: Tensor | None = None
-    ) -> Factor | None:
-        """None, as for vectors, unless overridden."""
         return None
 
 
@@ -130,7 +121,7 @@ class OperationCall:
     """
 
     operation: str
-    rule: OperationRule
+    rule: RuleDefaults
     uses: Mapping[str, Use]
     inputs: tuple[Tensor, ...]
     settings: Any = None
@@ -166,11 +157,7 @@ class PlainRule(RuleDefaults):
     """
 
     def readings(self, *args: Any, **kwargs: Any) -> tuple[Reading, ...]:
-        """None: no function is this rule's."""
         return ()
-
-    def matrix(self, slot: str, argument: Tensor, settings: Any) -> None:
-        """All entries are one vector."""
 
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
         """Columns [m, R, *shape of the parameter]."""
@@ -232,11 +219,11 @@ def blocks_of(
             yield name, rows
 
 
-_RULES: dict[Any, OperationRule] = {}
+_RULES: dict[Any, RuleDefaults] = {}
 
 
 def register_operation_rule(
-    function: Callable[..., Any], rule: OperationRule, *, override: bool = False
+    function: Callable[..., Any], rule: RuleDefaults, *, override: bool = False
 ) -> None:
     """Give parameters that a torch function reads a posterior.
 
@@ -300,6 +287,6 @@ def samples_first(tensor: Tensor, m: int, copies: int = 1) -> Tensor:
     return tensor.unflatten(0, (copies, m, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def registered_operations() -> Mapping[Any, OperationRule]:
+def registered_operations() -> Mapping[Any, RuleDefaults]:
     """The torch functions that have a rule, read-only."""
     return MappingProxyType(_RULES)

@@ -78,7 +78,6 @@ class _ConvRule(LinearRule):
     """What both directions do alike."""
 
     def bias_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
-        """Pixels."""
         return _pixels(call, columns)
 
     def rows(self, call: OperationCall, slot: str, columns: tuple[Tensor, ...]) -> BlockRows:
@@ -110,7 +109,6 @@ class ConvRule(_ConvRule):
         dilation: Any = 1,
         groups: int = 1,
     ) -> tuple[Reading, ...]:
-        """As torch's functions take them."""
         size = tuple(weight.shape[2:])
         n, dilation = len(size), _each(dilation, len(size))
         if padding == "same":

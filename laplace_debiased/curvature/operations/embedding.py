@@ -60,7 +60,6 @@ class EmbeddingRule(RuleDefaults):
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
         refused = _refusal("Embedding", max_norm, scale_grad_by_freq)
         table = Table.of(weight, padding_idx)
         return (Reading({"weight": weight}, (input,), table, refused, whole=True),)
@@ -123,7 +122,6 @@ class EmbeddingBagRule(EmbeddingRule):
         include_last_offset: bool = False,
         padding_idx: int | None = None,
     ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
         if input.ndim != 2 or mode == "max":  # bags of different lengths; no linear map
             return ()
         refused = _refusal("EmbeddingBag", max_norm, scale_grad_by_freq)

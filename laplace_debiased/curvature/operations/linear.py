@@ -27,7 +27,6 @@ class LinearRule(RuleDefaults):
     def readings(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
         return (Reading({"weight": weight, "bias": bias}, (input,)),)
 
     def input_positions(self, call: OperationCall) -> Tensor:
@@ -77,7 +76,6 @@ class AddmmRule(LinearRule):
     def readings(  # type: ignore[override]
         self, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
     ) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
         if not beta == alpha == 1:
             return ()
         return (Reading({"weight": mat2, "bias": input}, (mat1,)),)
@@ -112,7 +110,6 @@ class MatmulRule(LinearRule):
         return inputs.reshape(len(inputs), -1, inputs.shape[-1])
 
     def output_positions(self, call: OperationCall, columns: Tensor) -> Tensor:
-        """Likewise."""
         return super().output_positions(call, columns.mT if "left" in call.uses else columns)
 
 

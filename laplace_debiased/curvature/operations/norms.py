@@ -41,7 +41,6 @@ class NormRule(RuleDefaults):
         self._signature = inspect.signature(function)
 
     def readings(self, *args: Any, **kwargs: Any) -> tuple[Reading, ...]:
-        """As torch's function takes them."""
         others = dict(self._signature.bind(*args, **kwargs).arguments)
         images = others.pop("input")
         parameters = {slot: others.pop(slot, None) for slot in ("weight", "bias")}

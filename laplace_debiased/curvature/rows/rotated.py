@@ -58,12 +58,8 @@ def pair_sums(
 ) -> Tensor:
     """Σ_k left_ck right_c'k table_kw of rows [m, R, K] and [m, R', K], [W, m, R] or [W, m, R, R'].
 
-    Args:
-        left: rows of some columns.
-        right: rows of the same or of others.
-        table: [K, W], or [m, K, W] where every sample has its own.
-        diagonal: only c = c'.
-        symmetric: whether c and c' are of the same columns, and can change places.
+    The table is [K, W], or [m, K, W] where every sample has its own. ``diagonal``: only c = c';
+    ``symmetric``: c and c' are of the same columns, and can change places.
     """
     if diagonal:
         return ((left * right) @ table).permute(2, 0, 1)
