@@ -212,8 +212,10 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _numbers(values: list[Any] | tuple[Any, ...]) -> Tensor | None:
     """Integers that 64 bits hold, or floats, in a tensor."""
     if all(type(v) is int and -(2**63) <= v < 2**63 for v in values):
-        return torch.tensor(values, dtype=torch.int64)
-    return torch.tensor(values, dtype=torch.float64) if {float} == set(map(type, values)) else None
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+    if {float} != set(map(type, values)):
+        return None
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _container(key: str, value: Any) -> Any:

@@ -38,6 +38,11 @@ _TENSORS = "mean", "prior_mean", "prior_precision", "sigma_noise"
 _VALUES = "loss", "temperature", "enable_backprop"
 
 
+def _as_it_is(value: Any) -> Tensor:
+    """A value as a tensor of its own; ``as_tensor`` would move one to torch's default device."""
+    return (value if isinstance(value, Tensor) else torch.as_tensor(value)).detach().clone()
+
+
 def to_state(self: Shell) -> dict[str, Any]:
     """All of a fitted posterior beside its model and its options, in nested containers."""
     fit, link, tuning = self.fitted, self.tuned_link_approx, self.tuning_result
@@ -47,7 +52,7 @@ def to_state(self: Shell) -> dict[str, Any]:
         "version": STATE_VERSION,
         "cls_name": type(self).__name__,
         "likelihood": self.likelihood,
-        **{name: torch.as_tensor(getattr(self, name)).detach().clone() for name in _TENSORS},
+        **{name: _as_it_is(getattr(self, name)) for name in _TENSORS},
         **{name: getattr(self, name) for name in _VALUES},
         "tuned_link_approx": None if link is None else link.value,
         "tuning_result": None if tuning is None else asdict(tuning),

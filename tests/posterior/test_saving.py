@@ -77,6 +77,14 @@ def test_every_constructor_argument_is_in_the_file_or_in_the_state(structure: st
     assert asked <= known | optional | refused
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_file_holds_the_data_whatever_the_default_device(structure: str, tmp_path: Path) -> None:
+    la = fitted(structure)
+    with torch.device("meta"):
+        la.save(tmp_path / "la.pt")
+    assert_equal(DebiasedLaplace.load(tmp_path / "la.pt", network()), la)
+
+
 def test_regression_noise_and_vector_priors_come_back(tmp_path: Path) -> None:
     model = network()
     la = DebiasedLaplace(model, "regression", sigma_noise=0.4, prior_mean=0.1)
