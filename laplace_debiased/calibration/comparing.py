@@ -30,6 +30,7 @@ from laplace_debiased.calibration.temperature import (
     collect_logits,
     scaling_of,
 )
+from laplace_debiased.checks import checked_integer
 from laplace_debiased.data.loaders import check_loader, loader_generators
 from laplace_debiased.errors import CoverageError, RankFailedError
 from laplace_debiased.estimation.arguments import FitRequest
@@ -97,7 +98,7 @@ def compare(
     """
     ranks = ranks_for(la)
     with ranks.together("compare"):
-        n_bins = count(n_bins, "n_bins")
+        n_bins, seed = count(n_bins, "n_bins"), checked_integer("seed", seed, 0)
         _check_posterior(la)
         check_loader(val_loader, "val_loader")
         check_loader(test_loader, "test_loader", walks=1)

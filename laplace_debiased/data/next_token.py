@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from laplace_debiased.errors import MissingKeyError
+from laplace_debiased.errors import ArgumentTypeError, MissingKeyError
 
 IGNORED = -100
 """The label that does not count, as in Hugging Face's models and ``torch.nn.CrossEntropyLoss``."""
@@ -39,6 +39,13 @@ class NextTokenLabels:
 
     collate_fn: Callable[[list[Any]], Any] = default_collate
     dict_key_y: str = "labels"
+
+    def __post_init__(self) -> None:
+        if not callable(self.collate_fn):
+            kind = type(self.collate_fn).__name__
+            raise ArgumentTypeError(
+                f"collate_fn must make a batch of a list of samples; got {kind}."
+            )
 
     def __call__(self, samples: list[Any]) -> Mapping[str, Any]:
         """A batch of samples.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from laplace_debiased.checks import checked_flag, checked_integer, generator_seed
+from laplace_debiased.checks import as_integer, checked_flag, checked_integer, generator_seed
 from laplace_debiased.diagnostics.eigen import eigenspace_overlap, top_eigenpairs
 from laplace_debiased.diagnostics.plots import OTHER, OWN, new_figure, tidy
 from laplace_debiased.diagnostics.profile import directional_profile
@@ -100,6 +100,10 @@ def disjoint_batches(
             "dataset must have a length and items, as a loader's .dataset has; got "
             f"{type(dataset).__name__}."
         )
+    if not isinstance(generator, torch.Generator):
+        kind = type(generator).__name__
+        raise ArgumentTypeError(f"generator must be a torch.Generator; got {kind}.")
+    batch_size = as_integer("batch_size", batch_size)
     if batch_size < 1 or 2 * batch_size > len(dataset):
         raise ValueError(
             f"two disjoint batches of {batch_size} need at least {2 * max(batch_size, 1)} samples "

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from laplace_debiased import compare, directional_profile, evaluate, fit_temperature
+from laplace_debiased import (
+    NextTokenLabels,
+    compare,
+    directional_profile,
+    evaluate,
+    fit_temperature,
+)
 from laplace_debiased.diagnostics import (
     batch_size_sweep,
+    disjoint_batches,
     eigenspace_overlap,
     kfac_profile,
     top_eigenpairs,
@@ -235,6 +242,31 @@ ROWS = [
             ("batch_sizes", "4", 4, "int"),
             ("progress_bar", '"no"', "no", "True or False"),
         )
+    ),
+    tool(
+        '`compare(seed="a")`',
+        lambda w: compare(w.la, w.loader(), w.loader(), seed="a"),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "seed",
+    ),
+    tool(
+        '`disjoint_batches(data, "a", generator)`',
+        lambda w: disjoint_batches(w.loader().dataset, "a", torch.Generator()),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "batch_size",
+    ),
+    tool(
+        "`disjoint_batches(data, 4, 0)`, a seed for a generator",
+        lambda w: disjoint_batches(w.loader().dataset, 4, 0),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "generator",
+    ),
+    tool(
+        "`NextTokenLabels(3)`",
+        lambda w: NextTokenLabels(3),  # type: ignore[arg-type]
+        "ArgumentTypeError",
+        "collate_fn",
+        "int",
     ),
     tool(
         '`debiased_cg(keep_vectors="yes")`',
