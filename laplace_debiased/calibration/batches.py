@@ -49,8 +49,8 @@ def to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         if values.is_meta or values.layout is not torch.strided:
             raise ValueError(
-                f"targets and probabilities must be dense and hold data; got {values.layout} on "
-                f"the {values.device} device."
+                "targets, probabilities and logits must be dense and hold data; got "
+                f"{values.layout} on the {values.device} device."
             )
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()

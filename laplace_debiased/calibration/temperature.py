@@ -112,7 +112,8 @@ def fit_temperature(
             "logits_or_model must be a torch module or logits (samples, classes), got "
             f"{type(logits_or_model).__name__}; of a posterior pass its .model."
         )
-    return scaling_of(logits_or_model, collect_targets(val_loader, dict_key_y), ignore_index)
+    targets = collect_targets(val_loader, dict_key_y)
+    return scaling_of(to_numpy(logits_or_model), targets, ignore_index)
 
 
 def collect_logits(

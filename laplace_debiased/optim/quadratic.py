@@ -124,7 +124,7 @@ def _raw_product(operator: Any, name: str) -> Matvec:
         return operator.matvec
     if hasattr(operator, "__matmul__"):
         return lambda vector: operator @ vector
-    if callable(operator):
+    if callable(operator) and not isinstance(operator, type):
         return operator
     raise TypeError(
         f"{name} must be a matrix, a linear operator with `matvec` or `@`, or a function of a "

@@ -278,6 +278,20 @@ ROWS = [
         "keep_vectors",
     ),
     tool(
+        "`debiased_cg(preconditioner=int)`, a class",
+        lambda w: debiased_cg(Quadratic(torch.eye(2), torch.ones(2)), preconditioner=int),
+        "TypeError",
+        "preconditioner",
+        "type",
+    ),
+    tool(
+        "`fit_temperature` of logits on the meta device",
+        lambda w: fit_temperature(torch.ones(12, 3, device="meta"), w.loader(), ignore_index=9),
+        "ValueError",
+        "logits",
+        "meta",
+    ),
+    tool(
         '`NewtonCG.step("x")`',
         lambda w: NewtonCG(w.model.parameters(), w.model, nn.CrossEntropyLoss()).step("x"),  # type: ignore[arg-type]
         "ArgumentTypeError",
