@@ -102,7 +102,7 @@ def curvature_from_state(
     """Curvature of :func:`curvature_to_state`, or of earlier versions, of the covered parameters.
 
     Raises:
-        ValueError: if a table or a factor does not fit its eigenbasis, or a table is not finite.
+        ValueError: if a table or a factor does not fit its eigenbasis, or one is not finite.
     """
     bases, tables, folds = to_device((state["H"], state["tables"], state["folds"]), device)
     basis = tuple(
@@ -114,8 +114,9 @@ def curvature_from_state(
         fits = fits and _fits(block.input_basis, block.input_eigenvalues)
         if tuple(table.shape) != block.table_shape or not fits:
             raise ValueError(f"the state's table of {block.name!r} does not fit its eigenbasis.")
-        if not bool(torch.isfinite(table).all()):
-            raise ValueError(f"the state's table of {block.name!r} is not finite.")
+        numbers = [table, *(v for v in vars(block).values() if isinstance(v, Tensor))]
+        if not all(bool(torch.isfinite(one).all()) for one in numbers):
+            raise ValueError(f"the state's eigenbasis or table of {block.name!r} is not finite.")
     factors = []
     for fold in folds:
         blocks = []

@@ -116,7 +116,8 @@ class LowRankStructure:
         """Curvature of :meth:`to_state`.
 
         Raises:
-            ValueError: if the basis does not fit its eigenvalues or the parameters.
+            ValueError: if the basis does not fit its eigenvalues or the parameters, or they are no
+                eigenpairs of a curvature.
         """
         basis, eigenvalues = (tensor.to(device) for tensor in state["H"])
         if basis.ndim != 2 or basis.shape != (len(state["mean"]), len(eigenvalues)):
@@ -124,4 +125,7 @@ class LowRankStructure:
                 f"the state's basis {list(basis.shape)} does not fit its {len(eigenvalues)} "
                 f"eigenvalues and {len(state['mean'])} parameter entries."
             )
+        finite = all(bool(torch.isfinite(one).all()) for one in (basis, eigenvalues))
+        if not finite or bool((eigenvalues < 0).any()):
+            raise ValueError("the state's eigenpairs are not finite, or one is negative.")
         return Eigenpairs(basis, eigenvalues)

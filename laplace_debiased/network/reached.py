@@ -18,6 +18,7 @@ from laplace_debiased.network.inputs import (
 from laplace_debiased.network.modes import differentiable_kernels
 from laplace_debiased.network.outputs import checked_tensor
 from laplace_debiased.network.precision import HALF_DTYPES, full_precision
+from laplace_debiased.network.substitution import substituted
 
 _TOLERANCE = 2e-2
 """Relative, norm-wise: round-off stays far below, and what is missing is of order 1."""
@@ -71,7 +72,8 @@ def check_gradients_reach(network: FunctionalNetwork, sample: Any) -> None:
 def _own_outputs(network: FunctionalNetwork, sample: Any) -> Tensor:
     inputs = AttributeDict(sample) if isinstance(sample, dict) else sample
     args, kwargs = call_arguments(network.model, inputs)
-    return full_precision(checked_tensor(logits_of(network.model(*args, **kwargs))))
+    with substituted({}):
+        return full_precision(checked_tensor(logits_of(network.model(*args, **kwargs))))
 
 
 def _gradients(outputs: Tensor, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:

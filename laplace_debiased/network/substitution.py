@@ -29,9 +29,12 @@ class _StandIns(BlockMode):
         self._stand_ins = {id(tensor): value for tensor, value in stand_ins.items()}
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run it with stand-ins for arguments."""
-        args = self._replaced(args)
-        return func(*args, **self._replaced(kwargs)) if kwargs else func(*args)
+        """Run it with stand-ins for arguments, and derivatives of what it computes."""
+        args, kwargs = self._replaced(args), self._replaced(kwargs)
+        if kwargs.get("scale_grad_by_freq", False):
+            # It divides gradients by how often the whole batch reads a row: no derivatives.
+            kwargs["scale_grad_by_freq"] = False
+        return func(*args, **kwargs)
 
     def _replaced(self, value: Any) -> Any:
         """The value with every tensor that has a stand-in replaced, however deep it lies."""
@@ -49,7 +52,10 @@ class _StandIns(BlockMode):
 
 @unbroken
 def substituted(stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Every torch function of this thread in the block computes with the stand-ins, by tensor."""
+    """Every torch function of this thread in the block computes with the stand-ins, by tensor.
+
+    Also without any, gradients are those of the outputs: see ``scale_grad_by_freq`` above.
+    """
     with _StandIns(stand_ins):
         yield
 

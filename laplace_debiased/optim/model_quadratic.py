@@ -31,7 +31,7 @@ from laplace_debiased.network.memory import is_out_of_memory
 from laplace_debiased.network.modes import differentiable_kernels, public_call, undisturbed
 from laplace_debiased.network.outputs import checked_model
 from laplace_debiased.network.rng import preserved_rng
-from laplace_debiased.network.substitution import call_with
+from laplace_debiased.network.substitution import call_with, substituted
 from laplace_debiased.optim.quadratic import Matvec, Quadratic
 from laplace_debiased.options import Curvature, parse_choice
 
@@ -164,7 +164,7 @@ class ModelLoss:
 
     def _record(self, batch: Batch) -> tuple[Tensor, Tensor]:
         X, y = self._on_device(batch)
-        with undisturbed(self.model), differentiable_kernels(self.model):
+        with undisturbed(self.model), differentiable_kernels(self.model), substituted({}):
             outputs = invoke(self.model, X)
             if not isinstance(outputs, Tensor):
                 raise TypeError(

@@ -140,14 +140,14 @@ def bias_report(self: Shell) -> BiasReport:
 
 
 def set_attribute(self: Shell, name: str, value: object) -> None:
-    """Set what has a setter, which checks it; of laplace-torch's other attributes none is set.
+    """Set what has a setter, which checks it, or is a user's own; the others follow from these.
 
     Raises:
-        ReadOnlyError: for those: each follows from others.
+        ReadOnlyError: for one that follows.
     """
     known = getattr(type(self), name, None)
-    settable = known.fset is not None if isinstance(known, property) else name not in vars(self)
-    if self._is_made and not settable and not name.startswith("_"):
+    follows = known.fset is None if isinstance(known, property) else name in self._settled
+    if self._settled and follows and not name.startswith("_"):
         raise ReadOnlyError(
             f"la.{name} cannot be set: it follows from how the posterior was made and fitted. Make "
             "another with the argument that you mean, or fit anew; what can be set is "

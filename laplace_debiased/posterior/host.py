@@ -58,7 +58,7 @@ class DebiasedPosterior(_Host):
     _predictor: Predictor | None = None
     _watch: ModelWatch | None = None
     _warned_about_link: bool = False
-    _is_made: bool = False
+    _settled: frozenset[str] = frozenset()
     _takes_diagonal_prior: ClassVar[bool] = False
     _prior_precision: Tensor
     _sigma_noise: Tensor
@@ -100,7 +100,7 @@ class DebiasedPosterior(_Host):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        target = self._target_for(model, options)
+        of_a_subclass, target = set(vars(self)), self._target_for(model, options)
         arguments = arguments_from(
             likelihood,
             options,
@@ -139,7 +139,7 @@ class DebiasedPosterior(_Host):
         self.prior_mean = prior_mean
         self.mean = torch.as_tensor(self.prior_mean)
         self.tuning_result: TuningResult | None = None
-        self._is_made = True
+        self._settled = frozenset(vars(self)) - of_a_subclass
 
     __setattr__ = fitting.set_attribute
 

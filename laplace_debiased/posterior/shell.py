@@ -47,7 +47,7 @@ class Shell(Protocol):
     _prior_mean: Any
     _sigma_noise: Tensor
     _warned_about_link: bool
-    _is_made: bool
+    _settled: frozenset[str]
     _takes_diagonal_prior: ClassVar[bool]
 
     # What DebiasedPosterior documents: read, checked, written.

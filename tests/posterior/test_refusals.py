@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from laplace_debiased.errors import CoverageError, NotFittedError, NumericalError
+from laplace_debiased.errors import (
+    CoverageError,
+    NotFittedError,
+    NumericalError,
+    ReadOnlyError,
+)
 from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.posterior import DebiasedKronLaplace
 from tests.zoo import problem
@@ -251,3 +256,24 @@ def test_iterators_and_batches_without_targets_are_refused() -> None:
         la.fit(iter(P.loader()), n_data=26)
     with pytest.raises(TypeError, match="pairs"):
         la.fit([P.x], n_data=26)
+
+
+def test_attributes_of_a_users_own_are_set_as_often_as_they_like() -> None:
+    class Noted(DebiasedKronLaplace):
+        _key = ("all", "noted")
+        calls = 0
+
+        def __init__(self, model: nn.Module) -> None:
+            self.early = "a"
+            super().__init__(model)
+            self.late = "a"
+
+    la = Noted(problem("mlp").model)
+    for word in ("b", "c"):
+        la.calls += 1
+        la.early = la.late = la.note = word
+        la.fit(P.loader())
+    assert (la.calls, la.early, la.late, la.note) == (2, "c", "c", "c")
+    for name in ("n_data", "mean", "loss", "H", "model", "tuning_result", "coverage"):
+        with pytest.raises(ReadOnlyError, match=name):
+            setattr(la, name, 3)

@@ -138,7 +138,7 @@ def test_a_missing_eigenbasis_and_other_tensors_are_named_when_a_state_is_read()
     edits = {f"{key} {value}": {key: value} for key in bases for value in (None, "sparse", "meta")}
     edits |= {key: {key: value} for key, value in EDITS.items()}
     edits |= {f"{key} twice": {key: torch.cat([state[key]] * 2, -1)} for key in bases}
-    edits["nan"] = {"tables[0]": torch.full_like(state["tables[0]"], torch.nan)}
+    edits |= {f"{key} nan": {key: state[key] * torch.nan} for key in (*bases, "tables[0]")}
     triangle = next(key for key in state if key.endswith("/triangle"))
     for edit in edits.values():
         [(key, value)] = edit.items()
@@ -151,6 +151,16 @@ def test_a_missing_eigenbasis_and_other_tensors_are_named_when_a_state_is_read()
         la.load_state_dict({k: v for k, v in state.items() if k != triangle} | rows)
     for a, b in zip(numbers(la), before, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("edit", [{"H[0]": torch.nan}, {"H[1]": torch.inf}, {"H[1]": -1.0}])
+def test_eigenpairs_that_are_none_are_named_when_a_state_is_read(edit: dict[str, float]) -> None:
+    la = fitted("lowrank")
+    state, before = la.state_dict(), numbers(la)
+    [(key, factor)] = edit.items()
+    with pytest.raises(ValueError, match=r"damaged or was edited.*eigenpairs"):
+        la.load_state_dict({**state, key: state[key] * factor})
+    assert all(torch.equal(*pair) for pair in zip(numbers(la), before, strict=True))
 
 
 def test_an_option_that_is_no_more_is_named_unless_it_means_what_is_done_now(

@@ -13,6 +13,7 @@ from laplace_debiased.diagnostics import directional_profile
 from laplace_debiased.errors import ModelCallError
 from laplace_debiased.factory import DebiasedLaplace
 from laplace_debiased.network.functional import FunctionalNetwork
+from laplace_debiased.optim import model_quadratic
 from tests.tolerances import relative_error
 
 G = torch.Generator().manual_seed(0)
@@ -108,3 +109,60 @@ def test_sparse_gradients_are_rows_as_others_are() -> None:
         la.fit([(tokens, Y)], n_data=12)
         found.append(la(tokens))
     assert relative_error(*found) < 1e-5
+
+
+class Counted(nn.Module):
+    """A table, whose gradient torch divides by how often a batch reads each row."""
+
+    def __init__(self, *, scaled: bool = True) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 4, scale_grad_by_freq=scaled)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.words(tokens).sum(1).tanh())
+
+
+class CountedBags(Counted):
+    """The same in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.EmbeddingBag(5, 4, scale_grad_by_freq=True, mode="sum")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.words(tokens).tanh())
+
+
+TOKENS = torch.randint(0, 5, (12, 6), generator=G)
+
+
+@pytest.mark.parametrize("kind", [Counted, CountedBags])
+def test_rows_of_a_table_are_jacobians_however_often_it_is_read(kind: type[Counted]) -> None:
+    model = network(kind)
+    one_hot = nn.functional.one_hot(TOKENS, 5).double().sum(1)
+    expected = torch.func.jacrev(lambda table: model.head((one_hot @ table).tanh()))(
+        model.words.weight.detach()
+    )
+    row_pass = RowPass(FunctionalNetwork(model, ("words.weight",)))
+    columns = torch.eye(3, dtype=X.dtype).expand(len(TOKENS), 3, 3)
+    assert relative_error(row_pass.rows(TOKENS, columns), expected.flatten(2)) < 1e-12
+
+
+def test_frequencies_of_tokens_change_no_number() -> None:
+    found = []
+    for scaled in (True, False):
+        torch.manual_seed(1)
+        model = Counted(scaled=scaled).double()
+        la = DebiasedLaplace(model, hessian_structure="lowrank")
+        la.fit([(TOKENS, Y)], n_data=12)
+        profile = directional_profile(
+            model, "classification", (TOKENS[:6], Y[:6]), (TOKENS[6:], Y[6:]), k=2
+        )
+        quadratic = model_quadratic(model, nn.CrossEntropyLoss(), [(TOKENS, Y)])
+        direction = torch.ones_like(quadratic.gradient)
+        numbers = [la(TOKENS).flatten(), la.posterior_precision[0][1], quadratic.gradient]
+        own = profile.own
+        numbers += [quadratic.product(direction), own.slope.mean, own.curvature.mean]
+        found.append(torch.cat(numbers))
+    assert relative_error(*found) < 1e-9
