@@ -124,7 +124,7 @@ def collect_targets(source: Targets, dict_key_y: str = "labels") -> np.ndarray:
             )
 
     def targets_of(_: Any, y: Any) -> np.ndarray:
-        return to_numpy(torch.as_tensor(y))
+        return to_numpy(as_labels(y))
 
     return concatenate(over_batches(targets_of, source, "loader", dict_key_y))
 

@@ -139,8 +139,7 @@ class FeaturePass:
                 "subset_of_weights='all'."
             )
         features = features.reshape(len(outputs), -1)
-        width = head.in_features
-        if features.shape[1] != width:
+        if features.shape[1] != (width := head.in_features):
             raise ValueError(
                 f"the last layer {self.head.name!r} maps {width} features, but the network gives "
                 f"{features.shape[1]} per sample. Pass feature_reduction='pick_first', 'pick_last' "

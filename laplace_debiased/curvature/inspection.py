@@ -57,8 +57,8 @@ def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
         ValueError: if the outputs are not [m, C], or differ between two forward passes.
         NumericalError: if one is NaN or infinite.
     """
-    device, names = next(model.parameters()).device, coverage.covered
-    probe = select_rows(to_device(inputs, device), slice(0, min(2, batch_length(inputs))))
+    inputs, names = to_device(inputs, next(model.parameters()).device), coverage.covered
+    probe = select_rows(inputs, slice(0, min(2, batch_length(inputs))))
     try:
         tape = record(model, names, probe)
     except ModelCallError:  # perhaps a network that takes one sample at a time; else it shows again
@@ -74,9 +74,10 @@ def inspected(model: nn.Module, coverage: Coverage, inputs: Any) -> Coverage:
             problems[name] = f"it goes through {why}"
             del tape.refused[name]
     problems |= _gradient_problems(model, tape, probe)
-    problems |= _sorted_samples(model, names, to_device(inputs, device), tape)
-    general = frozenset(tape.refused) - problems.keys()
-    return replace(coverage.without(problems), general=general)
+    general, outputs = frozenset(tape.refused), tape.outputs.detach()
+    del tape  # and its graph
+    problems |= _sorted_samples(model, names, inputs, outputs)
+    return replace(coverage.without(problems), general=general - problems.keys())
 
 
 def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, str]:
@@ -101,8 +102,7 @@ def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, st
                 for name, why in tape.refused.items()
             }
     uses = uses_of(calls)
-    first = torch.zeros_like(cotangent)
-    first[0] = cotangent[0]
+    first = torch.cat([cotangent[:1], torch.zeros_like(cotangent[1:])])
     # Of the first sample's outputs by automatic differentiation.
     leaves = [tape.parameters[name] for name in uses]
     expected: tuple[Tensor | None, ...] = (None,) * len(leaves)
@@ -124,40 +124,45 @@ def _gradient_problems(model: nn.Module, tape: Tape, probe: Any) -> dict[str, st
 
 
 def _sorted_samples(
-    model: nn.Module, names: Sequence[str], inputs: Any, looked_at: Tape
+    model: nn.Module, names: Sequence[str], inputs: Any, outputs: Tensor
 ) -> dict[str, str]:
     """Parameters of operations that have the samples in another order than the network.
 
     A network that sorts its batch by length changes an order that is not sorted already: a few
     samples are looked at from the last to the first. Cotangents that are scaled sample by sample
-    must come back scaled in the same way.
+    must come back scaled in the same way. ``outputs`` are those of the first two.
     """
     length = min(_SAMPLES_IN_REVERSE, batch_length(inputs))
-    if length < 2 or looked_at.length < 2:
+    if length < 2 or len(outputs) < 2:
         return {}
     part = select_rows(inputs, slice(0, length))
     turned = map_tensors(lambda t: t.flip(0) if t.ndim and len(t) == length else t, part)
-    tape = record(model, names, turned)
-    if not _close(tape.outputs.flip(0)[:2].detach(), looked_at.outputs.detach(), 0.0):
+    try:
+        tape = record(model, names, turned)
+    except (ModelCallError, AssertionError):  # it takes sorted batches only, and sorts none
+        return {}
+    if tape.unclear or not _close(tape.outputs.flip(0)[:2].detach(), outputs, 0.0):
         return {}  # samples of a larger batch mix, of which the fit says more when it sees it
-    scales = 2.0 ** torch.arange(length).to(tape.outputs)  # powers of two round nothing
-    column = torch.ones_like(tape.outputs) + torch.arange(tape.outputs.shape[-1]).to(scales)
-    plain = tape.pull_back(column)
-    scaled = tape.pull_back(_scaled(column, scales))
-    known = [found for found in scaled if found is not None]
-    noise = _NOISE * max((float(g.norm()) for found in known for g in found), default=0.0)
+    scales = 0.5 ** torch.arange(length).to(tape.outputs)  # powers of two round nothing
+    column = torch.linspace(1.0, 2.0, tape.outputs.shape[-1]).to(scales).expand_as(tape.outputs)
+    plain = _norms(tape.pull_back(column))
+    weighted = column * scales.reshape(-1, *[1] * (column.ndim - 1))
+    scaled = _norms(tape.pull_back(weighted, retain_graph=False))
+    noise = _NOISE * max((float(g.norm()) for found in scaled for g in found), default=0.0)
     return {
         use.name: MISMATCH
         for call, one, other in zip(tape.calls, plain, scaled, strict=True)
-        if one is not None and other is not None
         for use in call.uses.values()
-        if not all(_close(_scaled(a, scales), b, noise) for a, b in zip(one, other, strict=True))
+        if not all(_close(a * scales, b, noise) for a, b in zip(one, other, strict=True))
     }
 
 
-def _scaled(tensor: Tensor, scales: Tensor) -> Tensor:
-    """Sample by sample."""
-    return tensor * scales.to(tensor).reshape(-1, *[1] * (tensor.ndim - 1))
+def _norms(pulled: Sequence[Cotangents]) -> list[list[Tensor]]:
+    """By call the norms [m] of cotangents [m, ...]; none where it does not affect the outputs."""
+    return [
+        [full_precision(g).unsqueeze(-1).flatten(1).norm(dim=1) for g in found or ()]
+        for found in pulled
+    ]
 
 
 def _matches(

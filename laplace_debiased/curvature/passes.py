@@ -220,11 +220,17 @@ class BackwardPass:
         if length > 1:
             budget = self.byte_budget // (_STREAMING if streaming else 1)
             step = max(1, min(length, budget // self._footprint(inputs).bytes(at_a_time, bases)))
-        for rows in row_slices(length, step):
-            part = inputs if step == length else select_rows(inputs, rows)
+        waiting = [*row_slices(length, step)][::-1]
+        while waiting:
+            rows = waiting.pop()
+            part = inputs if rows == slice(0, length) else select_rows(inputs, rows)
             # The fused attention kernels cannot be differentiated twice.
             with math_attention() if differentiable else nullcontext():
                 tape, general = self._taped(part, rows)
+            if tape.unclear:  # not with another number of samples
+                last = slice(rows.stop - 1, rows.stop)
+                waiting += [last, slice(rows.start, last.start)]
+                continue
             chunk = _chunk(tape, general, rows, columns, self.byte_budget, differentiable)
             alone = rows.stop - rows.start == 1 and chunk.n_columns > 1
             if alone and not (differentiable or streaming):

@@ -94,6 +94,7 @@ class Tape:
     Attributes:
         length: m, the number of samples.
         copies: of the batch, one after the other, that the network computes with at present.
+        unclear: whether it flattened what has as many parts as samples, in either order.
         outputs: network outputs [m, C], attached to the graph.
         parameters: the covered parameters as leaves of this graph, by name.
         direct: calls that read samples.
@@ -105,6 +106,7 @@ class Tape:
 
     length: int
     copies: int = 1
+    unclear: bool = False
     outputs: Tensor = field(default_factory=lambda: torch.empty(0))
     parameters: dict[str, Tensor] = field(default_factory=dict)
     direct: list[DirectCall] = field(default_factory=list)

@@ -195,6 +195,7 @@ def note_flattened(tape: Tape, rows: Rows, tensor: Tensor, outputs: Tensor) -> N
     if shape[1] == m and _row(tensor.select(0, 0)) in rows:
         tape.copies = shape[0]
     elif shape[0] == m:
+        tape.unclear |= tape.copies == m  # parts may be in front, as they were
         tape.copies = 1
 
 

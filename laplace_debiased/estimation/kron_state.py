@@ -117,6 +117,9 @@ def curvature_from_state(
         numbers = [table, *(v for v in vars(block).values() if isinstance(v, Tensor))]
         if not all(bool(torch.isfinite(one).all()) for one in numbers):
             raise ValueError(f"the state's eigenbasis or table of {block.name!r} is not finite.")
+        bases_and_table = (block.output_basis, block.input_basis, table)
+        if len({one.dtype for one in bases_and_table if one is not None}) > 1:
+            raise ValueError(f"the state's table and eigenbasis of {block.name!r} differ in dtype.")
     factors = []
     for fold in folds:
         blocks = []

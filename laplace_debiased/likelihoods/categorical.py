@@ -111,9 +111,11 @@ class SoftmaxCrossEntropy(LossModel):
         head = (p[..., :-1] / before.clamp_min(tiny)).sqrt()
         diagonal, below = head * after.sqrt(), -head / after.clamp_min(tiny).sqrt()
         z = z[..., :-1, :]
-        sums = (below.unsqueeze(-1) * z).cumsum(-2)
-        own = torch.nn.functional.pad(diagonal.unsqueeze(-1) * z, (0, 0, 0, 1))
-        return own + p.unsqueeze(-1) * torch.nn.functional.pad(sums, (0, 0, 1, 0))
+        # In place where it can be: of many classes these are large.
+        found = (below.unsqueeze(-1) * z).cumsum_(-2) * p[..., 1:].unsqueeze(-1)
+        found = torch.nn.functional.pad(found, (0, 0, 1, 0))
+        found[..., :-1, :] += diagonal.unsqueeze(-1) * z
+        return found
 
     def hessian_trace(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """1 − Σ_c p_c² [m], summed over the positions that count (all, without ``targets``)."""

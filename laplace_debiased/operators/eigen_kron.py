@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from laplace_debiased.errors import NumericalError
 from laplace_debiased.operators.eigen_block import EigenBlock
 from laplace_debiased.operators.low_rank import require_vectors
 
@@ -90,14 +91,18 @@ class EigenKron:
         return EigenKron(self.blocks, self.deltas + addend)
 
     def __mul__(self, scalar: float | Tensor) -> "EigenKron":
-        """Multiply the eigenvalues by a number or a one-element tensor; the deltas stay."""
+        """Multiply the eigenvalues by a number or a one-element tensor; the deltas stay.
+
+        Raises:
+            NumericalError: if one overflows.
+        """
         single = scalar.numel() == 1 and scalar.ndim <= 1 if isinstance(scalar, Tensor) else None
         if not (isinstance(scalar, Real) if single is None else single):
             raise ValueError(f"scalar must be one real number; got {scalar!r}.")
         scale = torch.as_tensor(scalar, dtype=self.dtype, device=self.device).reshape(())
-        return EigenKron(
-            tuple(replace(b, eigenvalues=scale * b.eigenvalues) for b in self.blocks), self.deltas
-        )
+        blocks = tuple(replace(b, eigenvalues=scale * b.eigenvalues) for b in self.blocks)
+        _require_finite(blocks)
+        return EigenKron(blocks, self.deltas)
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -208,6 +213,17 @@ def _checked_deltas(deltas: Tensor, n_blocks: int) -> Tensor:
             f"{deltas.dtype} tensor of the shape {list(deltas.shape)}."
         )
     return deltas
+
+
+def _require_finite(blocks: tuple[EigenBlock, ...]) -> None:
+    largest = torch.stack([block.eigenvalues.detach().abs().max() for block in blocks])
+    finite = torch.isfinite(largest)
+    if not bool(finite.all()):
+        raise NumericalError(
+            f"the curvature of block {int((~finite).nonzero()[0])} (of {len(blocks)}) overflows in "
+            f"{largest.dtype}: n_data / (sigma_noise² · temperature) is too large for it. Raise "
+            "sigma_noise or temperature, or use a model in torch.float64."
+        )
 
 
 def _require_sign(tables: list[Tensor], purpose: str, *, strict: bool) -> None:

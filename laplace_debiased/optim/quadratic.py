@@ -92,13 +92,13 @@ def as_matvec(operator: Any, dimension: int, name: str = "operator") -> Matvec:
         TypeError: If no product can be made out of ``operator``.
         ValueError: If ``operator`` has a shape and it is not [P, P].
     """
+    product = _raw_product(operator, name)
     shape = getattr(operator, "shape", None)
     if shape is not None and tuple(shape) != (dimension, dimension):
         raise ValueError(
             f"{name} must have shape ({dimension}, {dimension}) to match the gradient, "
             f"got {tuple(shape)}."
         )
-    product = _raw_product(operator, name)
 
     def matvec(vector: Tensor) -> Tensor:
         image = product(vector)
@@ -120,12 +120,13 @@ def _raw_product(operator: Any, name: str) -> Matvec:
         scipy.sparse.issparse(operator)
     ):
         return lambda vector: torch.as_tensor(operator @ vector.cpu().numpy())
-    if callable(getattr(operator, "matvec", None)):
-        return operator.matvec
-    if hasattr(operator, "__matmul__"):
-        return lambda vector: operator @ vector
-    if callable(operator) and not isinstance(operator, type):
-        return operator
+    if not isinstance(operator, type):  # of a class these are what its instances have
+        if callable(getattr(operator, "matvec", None)):
+            return operator.matvec
+        if hasattr(operator, "__matmul__"):
+            return lambda vector: operator @ vector
+        if callable(operator):
+            return operator
     raise TypeError(
         f"{name} must be a matrix, a linear operator with `matvec` or `@`, or a function of a "
         f"vector, got {type(operator).__name__}."

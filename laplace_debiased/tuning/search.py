@@ -203,7 +203,7 @@ class GridSearch:
             log_nodes, on_grid = log_nodes[on_grid], torch.arange(len(on_grid))
         subject, compared = self.validation.subject, self.validation.loss is None
         priors = log_nodes.exp().to(subject.device, subject.dtype)
-        # Once for all batches: every block of it is checked, for which a device is waited for.
+        # Once for all batches: it is checked, for which a device is waited for.
         precision = subject.predictor.precision(subject.h, torch.zeros(1))
         scorers, alone = self._scorers(len(on_grid)), self._scorers(len(on_grid))
         map_scorer, rounded = self.validation.fresh_scorer(), torch.zeros(2, len(on_grid)).double()

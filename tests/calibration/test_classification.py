@@ -236,6 +236,8 @@ def test_wrong_kinds_of_arguments_say_what_to_pass(classes, outside):
         evaluate(FakePosterior(), 3)
     with pytest.raises(TypeError, match="pairs or mappings"):
         evaluate(FakePosterior(), [torch.tensor(probs)])
+    with pytest.raises(TypeError, match="array or list of numbers"):
+        evaluate(probs, [(torch.tensor(probs), ["cat"] * len(probs))])
     with pytest.raises(ValueError, match="dict_key_y='labels'"):
         evaluate(FakePosterior(), [{"x": torch.tensor(probs)}])
     with pytest.raises(ValueError, match="'reward_modeling'"):

@@ -84,6 +84,38 @@ def test_steps_in_front_and_then_samples() -> None:
         torch.testing.assert_close(other.eigenvalues, expected.eigenvalues, rtol=1e-10, atol=1e-12)
 
 
+class InFront(nn.Module):
+    """Logits of sequences [m, T, 4]: steps in front all the way, in layers of flat rows, or not."""
+
+    def __init__(self, *, flat: bool) -> None:
+        super().__init__()
+        self.flat = flat
+        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.flat:
+            return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).mean(1))
+        m, t, _ = x.shape
+        h = torch.tanh(self.first(x.transpose(0, 1).reshape(t * m, 4))).view(t, m, 5)
+        h = torch.tanh(self.second(h.reshape(t * m, 5)))
+        return self.head(h.view(t, m, 5).mean(0))
+
+
+@pytest.mark.parametrize("kind", [Steps, InFront])
+def test_as_many_steps_as_samples_are_not_taken_for_each_other(kind: type[nn.Module]) -> None:
+    found = []
+    for flat in (False, True):
+        torch.manual_seed(0)
+        la = DebiasedLaplace(kind(flat=flat).double(), strict=True)
+        x, y = torch.randn(10, 5, 4).double(), torch.arange(10) % 3
+        la.fit(DataLoader(TensorDataset(x, y), batch_size=5))
+        found.append((la, la(x[:5])))
+    (one, expected), (other, actual) = found
+    for left, right in zip(one.H.blocks, other.H.blocks, strict=True):
+        torch.testing.assert_close(right.eigenvalues, left.eigenvalues, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_only_parts_of_the_inputs_count() -> None:
     """A tensor with as many rows as samples may be anything."""
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_debiased.curvature import operation_coverage
+from laplace_debiased.curvature.inspection import inspected
 from laplace_debiased.factory import DebiasedLaplace
 from tests.untouched import untouched
 
@@ -142,3 +144,29 @@ def test_layers_that_read_a_sorted_batch_are_left_out_whatever_the_order(descend
     together = la(X)
     alone = torch.cat([la(x[None]) for x in X])
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+class SortedOnly(nn.Module):
+    """Takes batches in descending order of a key, as packed sequences may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x[:, 0].diff() > 0).any()):
+            raise RuntimeError("sorted batches only")
+        return self.head(torch.tanh(self.first(x)))
+
+
+def test_a_network_that_takes_sorted_batches_only_is_covered() -> None:
+    order = X[:, 0].argsort(descending=True)
+    la = DebiasedLaplace(SortedOnly(), scheme="single", strict=True)
+    la.fit([(X[order], Y[order])], n_samples=None, n_data=24)
+    assert len(la.coverage.covered) == 4
+
+
+def test_many_outputs_in_half_precision_do_not_overflow_in_the_look_at_the_order() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 70_000)).half()
+    assert not inspected(model, operation_coverage(model), X.half()).excluded

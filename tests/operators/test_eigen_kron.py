@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from laplace_debiased.errors import NumericalError
 from laplace_debiased.operators import EigenBlock, EigenKron
 from tests.operators.oracles import (
     EXPONENTS,
@@ -290,6 +291,8 @@ def test_repr_gives_sizes_rather_than_entries():
         (lambda: kron_operator() * torch.ones(7), ValueError, "scalar must be one real number"),
         (lambda: kron_operator() * "2", ValueError, "scalar must be one real number"),
         (lambda: kron_operator() * 1j, ValueError, "scalar must be one real number"),
+        (lambda: kron_operator() * float("inf"), NumericalError, "block 0 .* overflows"),
+        (lambda: 1e308 * (1e308 * kron_operator()), NumericalError, "Raise sigma_noise"),
         (lambda: kron_operator().bmm(torch.ones(30)), ValueError, "W must have 31 entries"),
         (
             lambda: kron_operator().bmm(torch.ones(1, 1, 1, 31, dtype=torch.float64)),

@@ -326,6 +326,8 @@ def test_bad_input_is_named():
         debiased_cg(q, preconditioner=-torch.eye(3))
     with pytest.raises(ValueError, match="preconditioner must have shape"):
         debiased_cg(q, preconditioner=torch.eye(4))
+    with pytest.raises(TypeError, match="preconditioner must be a matrix"):
+        debiased_cg(q, preconditioner=torch.Tensor)
     with pytest.raises(TypeError, match="termination must be a Termination"):
         debiased_cg(q, termination=5)
     with pytest.raises(ValueError, match="nonpositive_curvature must be one of 'stop'"):

@@ -139,6 +139,7 @@ def test_a_missing_eigenbasis_and_other_tensors_are_named_when_a_state_is_read()
     edits |= {key: {key: value} for key, value in EDITS.items()}
     edits |= {f"{key} twice": {key: torch.cat([state[key]] * 2, -1)} for key in bases}
     edits |= {f"{key} nan": {key: state[key] * torch.nan} for key in (*bases, "tables[0]")}
+    edits |= {f"{key} half": {key: state[key].half()} for key in (*bases, "tables[0]")}
     triangle = next(key for key in state if key.endswith("/triangle"))
     for edit in edits.values():
         [(key, value)] = edit.items()

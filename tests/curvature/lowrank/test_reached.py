@@ -166,3 +166,24 @@ def test_frequencies_of_tokens_change_no_number() -> None:
         numbers += [quadratic.product(direction), own.slope.mean, own.curvature.mean]
         found.append(torch.cat(numbers))
     assert relative_error(*found) < 1e-9
+
+
+class HalfBelow(nn.Module):
+    """A frozen network in bfloat16 under a head in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()) for _ in range(12)]
+        self.below = nn.Sequential(*layers).to(torch.bfloat16).requires_grad_(False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.below(x).float())
+
+
+def test_rounding_of_half_precision_below_is_no_lost_derivative() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        la = DebiasedLaplace(HalfBelow(), hessian_structure="lowrank")
+        la.fit([(X.bfloat16(), Y)], n_data=12)
+        assert bool(torch.isfinite(la(X.bfloat16())).all())
