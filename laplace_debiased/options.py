@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from laplace_debiased.checks import checked_amount, checked_integer, checked_number
 
@@ -120,6 +120,15 @@ def parse_choice(kind: type[Choice], value: object, argument: str) -> Choice:
         raise ValueError(f"{argument} must be one of {choices}; got {value!r}.") from None
 
 
+def parse_option(name: str, value: Any) -> Any:
+    """The member that an option of this name stands for; other options as they come.
+
+    Raises:
+        ValueError: as :func:`parse_choice`.
+    """
+    return parse_choice(_CHOICES[name], value, name) if name in _CHOICES else value
+
+
 @dataclass(frozen=True)
 class CurvatureOptions:
     """How a posterior estimates its curvature. Validated at construction.
@@ -159,8 +168,8 @@ class CurvatureOptions:
     max_rank: int = 1024
 
     def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
-            object.__setattr__(self, name, parse_choice(kind, getattr(self, name), name))
+        for name in _CHOICES:
+            object.__setattr__(self, name, parse_option(name, getattr(self, name)))
         object.__setattr__(self, "columns", checked_amount("columns", self.columns))
         for name, minimum in _LEAST.items():
             value = getattr(self, name)

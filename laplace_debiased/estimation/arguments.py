@@ -30,6 +30,7 @@ from laplace_debiased.options import (
     Sampling,
     Scheme,
     parse_choice,
+    parse_option,
 )
 
 RESIDUAL = "residual"
@@ -234,7 +235,7 @@ def arguments_from(
         )
     name = parse_choice(LikelihoodName, likelihood, "likelihood").value
     kept = {k: v for k, v in given.items() if v is not None or k in ("pool_size", "columns")}
-    curvature = {k: kept[k] for k in kept.keys() & _CURVATURE}
+    curvature = {k: parse_option(k, kept[k]) for k in sorted(kept.keys() & _CURVATURE)}
     if low_rank and backend is not None:
         raise ValueError(
             "hessian_structure='lowrank' computes its own curvature; leave backend=None (and "

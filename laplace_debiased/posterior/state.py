@@ -78,6 +78,7 @@ def to_state(self: Shell) -> dict[str, Any]:
 _NOTHING = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {
     "version": (int,),
+    "likelihood": (str,),
     **dict.fromkeys(_TENSORS, (Tensor,)),
     **dict.fromkeys(("n_data", "n_outputs", "n_samples"), (int,)),
     **dict.fromkeys(("mean_loss", "loss", "temperature"), (float, int)),
@@ -159,7 +160,7 @@ def _check_entries(self: Shell, state: Mapping[str, Any]) -> None:
     for name in ("cls_name", "covered", "likelihood", "mean", "version"):
         if name not in state:
             raise ValueError(f"the state has no {name!r}; it is not a debiased posterior's.")
-    if state["cls_name"] != type(self).__name__:
+    if str(state["cls_name"]) != type(self).__name__:
         raise ValueError(
             f"the state belongs to a {state['cls_name']}, not to a {type(self).__name__}; check "
             "subset_of_weights and hessian_structure."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
 from torch import nn
@@ -191,6 +192,7 @@ ROWS = [
     ),
     option('shceme="single"', "TypeError", "'shceme'", "scheme", shceme="single"),
     option('scheme="both"', "ValueError", "scheme", "'cross_fit'", scheme="both"),
+    option("scheme=np.zeros(2)", "ValueError", "scheme", "'cross_fit'", scheme=np.zeros(2)),
     option('magnitudes="full"', "ValueError", "magnitudes", "'ggn'", magnitudes="full"),
     option('sampling="all"', "ValueError", "sampling", "'curvature'", sampling="all"),
     option('fisher="true"', "ValueError", "fisher", "'empirical'", fisher="true"),

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -71,6 +72,7 @@ EDITS = {
     "excluded": None,
     "drawn": 3,
     "probe": [3],
+    "likelihood": np.zeros(2),
 }
 ROWS = [
     *(edited(key, value) for key, value in EDITS.items()),
