@@ -101,13 +101,13 @@ class Backend:
             "CurvlinopsGGN, CurvlinopsEF, BackPackGGN, AsdlGGN or AsdlEF, or backend=None."
         )
 
-    def settled_fisher(self, asked: Any) -> Fisher:
+    def settled_fisher(self, asked: Fisher | None) -> Fisher:
         """The Fisher type that it computes, which must be the one that is asked for, if any is."""
         fisher = self.fisher
-        if asked is not None and parse_choice(Fisher, asked, "fisher") is not fisher:
+        if asked is not None and asked is not fisher:
             raise ValueError(
                 f"backend {self.kind.__name__} computes fisher={fisher.value!r}, but "
-                f"fisher={Fisher(asked).value!r} was asked for. Drop one of the two."
+                f"fisher={asked.value!r} was asked for. Drop one of the two."
             )
         return fisher
 
@@ -241,7 +241,7 @@ def arguments_from(
             "hessian_structure='lowrank' computes its own curvature; leave backend=None (and "
             "choose the Fisher type with fisher=)."
         )
-    if low_rank and curvature.get("magnitudes") == Magnitudes.KFAC:
+    if low_rank and curvature.get("magnitudes") is Magnitudes.KFAC:
         raise ValueError("magnitudes='kfac' is for hessian_structure='kron' only.")
     if not low_rank and "rank" in kept:
         raise ValueError("rank is for hessian_structure='lowrank' only.")
@@ -302,7 +302,7 @@ def _is_residual(sigma_noise: float | Tensor | str, likelihood: str) -> bool:
 
 
 def default_sampling(
-    likelihood: str, scheme: Scheme | str | None, magnitudes: Magnitudes | str | None
+    likelihood: str, scheme: Scheme | None, magnitudes: Magnitudes | None
 ) -> Sampling:
     """Curvature sampling wherever it is unbiased and says something.
 
@@ -312,9 +312,9 @@ def default_sampling(
     single-batch baseline, which stays what laplace-torch computes.
     """
     if (
-        magnitudes == Magnitudes.KFAC
+        magnitudes is Magnitudes.KFAC
         or likelihood == LikelihoodName.REGRESSION
-        or scheme == Scheme.SINGLE
+        or scheme is Scheme.SINGLE
     ):
         return Sampling.UNIFORM
     return Sampling.CURVATURE

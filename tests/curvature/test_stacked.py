@@ -64,52 +64,42 @@ class Steps(nn.Module):
         self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.flat:
-            return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).mean(1))
-        m, t, _ = x.shape
+        if self.flat:
+            return self.in_rows(x, *x.shape[:2])
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).mean(1))
+
+    def in_rows(self, x: Tensor, m: int, t: int) -> Tensor:
         h = torch.tanh(self.first(x.transpose(0, 1).flatten(0, 1)))
         h = h.reshape(t, m, 5).transpose(0, 1).reshape(m * t, 5)
         return self.head(torch.tanh(self.second(h)).reshape(m, t, 5).mean(1))
 
 
-def test_steps_in_front_and_then_samples() -> None:
-    found = []
-    for flat in (False, True):
-        torch.manual_seed(0)
-        la = DebiasedLaplace(Steps(flat=flat).double(), strict=True)
-        x, y = torch.randn(9, 3, 4).double(), torch.arange(9) % 3
-        la.fit(DataLoader(TensorDataset(x, y), batch_size=4))
-        found.append(la)
-    for expected, other in zip(*(la.H.blocks for la in found), strict=True):
-        torch.testing.assert_close(other.eigenvalues, expected.eigenvalues, rtol=1e-10, atol=1e-12)
+class InFront(Steps):
+    """The same with steps in front all the way."""
 
-
-class InFront(nn.Module):
-    """Logits of sequences [m, T, 4]: steps in front all the way, in layers of flat rows, or not."""
-
-    def __init__(self, *, flat: bool) -> None:
-        super().__init__()
-        self.flat = flat
-        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.flat:
-            return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).mean(1))
-        m, t, _ = x.shape
+    def in_rows(self, x: Tensor, m: int, t: int) -> Tensor:
         h = torch.tanh(self.first(x.transpose(0, 1).reshape(t * m, 4))).view(t, m, 5)
         h = torch.tanh(self.second(h.reshape(t * m, 5)))
         return self.head(h.view(t, m, 5).mean(0))
 
 
-@pytest.mark.parametrize("kind", [Steps, InFront])
-def test_as_many_steps_as_samples_are_not_taken_for_each_other(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "m", "t", "batch_size"),
+    [
+        (Steps, 9, 3, 4),
+        # As many steps as samples are not taken for each other.
+        (Steps, 10, 5, 5),
+        (InFront, 10, 5, 5),
+    ],
+)
+def test_steps_in_front_of_samples(kind: type[Steps], m: int, t: int, batch_size: int) -> None:
     found = []
     for flat in (False, True):
         torch.manual_seed(0)
         la = DebiasedLaplace(kind(flat=flat).double(), strict=True)
-        x, y = torch.randn(10, 5, 4).double(), torch.arange(10) % 3
-        la.fit(DataLoader(TensorDataset(x, y), batch_size=5))
-        found.append((la, la(x[:5])))
+        x, y = torch.randn(m, t, 4).double(), torch.arange(m) % 3
+        la.fit(DataLoader(TensorDataset(x, y), batch_size=batch_size))
+        found.append((la, la(x[:batch_size])))
     (one, expected), (other, actual) = found
     for left, right in zip(one.H.blocks, other.H.blocks, strict=True):
         torch.testing.assert_close(right.eigenvalues, left.eigenvalues, rtol=1e-10, atol=1e-12)
